@@ -1,0 +1,300 @@
+"""The one schema of `prism.yaml`.
+
+Environment variables override the file: `PRISM_SELECTION__BUDGET=10%` sets `selection.budget`. Relative paths are
+relative to the file that names them. `PRISM_CONFIG` names the file where no other is given.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+DEFAULT_FILE = "prism.yaml"
+STRATEGIES = ("prism", "uniform", "less", "random", "full")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
+
+
+class SettingsError(Exception):
+    """`prism.yaml` (or an environment variable) must be changed; the message says where and how."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Section):
+    """The causal language model, from the Hugging Face hub or from a folder."""
+
+    name: str = "Qwen/Qwen3-0.6B"
+    revision: str = "main"
+    adapter: str | None = Field(None, description="a PEFT LoRA folder to start from; its LoRA settings are then used")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = Field(False, description="runs code that comes with the model: leave it off")
+
+
+class LoraSettings(_Section):
+    """The low-rank adapter that is trained, and whose parameters carry the gradients."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    target_modules: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+
+
+class TokenizationSettings(_Section):
+    """How records become tokens."""
+
+    max_length: int = Field(1024, ge=8)
+    template: str = Field("auto", description="auto, chat, plain, or the text of a Jinja chat template")
+    separator: str = Field("\n", description="between prompt and completion where no chat template is used")
+
+
+class TrainingSettings(_Section):
+    """Fine-tuning on what was selected."""
+
+    epochs: float = Field(3.0, gt=0)
+    steps: int | None = Field(None, ge=1, description="the same number of optimiser steps for every strategy")
+    batch_size: int = Field(16, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class WarmupSettings(_Section):
+    """The short LoRA training whose checkpoints the gradients are taken at. Pinned until `generation` is raised."""
+
+    share: float = Field(0.05, gt=0, le=1)
+    min_rows: int = Field(64, ge=1, description="at least so many rows are sampled where the pool has them")
+    epochs: float = Field(4.0, gt=0)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    checkpoints: int = Field(1, ge=1)
+    generation: int = Field(1, ge=1)
+    seed: int = 0
+
+
+class FeatureSettings(_Section):
+    """What is stored of each candidate's gradient."""
+
+    optimizer: Literal["sgd", "adam", "adam_step", "adam_less"] = "adam"
+    sketch_dim: int | Literal["exact"] = Field(4096, description="dimensions per checkpoint; exact: no sketch")
+    seed: int = 0
+    token_budget: int | None = Field(None, ge=1, description="tokens in a batch; null: found automatically")
+
+
+class CandidateSettings(_Section):
+    """Where candidates arrive."""
+
+    inbox: Path = Path("data/candidates")
+    at_rest_seconds: float = Field(2.0, ge=0, description="a file is taken once it has not changed for so long")
+
+
+class TargetSettings(_Section):
+    """One capability (or repair) to select for: a few target examples and a held-out evaluation file."""
+
+    examples: Path
+    eval: Path
+
+
+class PreferenceSettings(_Section):
+    """How the model's preference weights the targets."""
+
+    temperature: float | None = Field(None, gt=0, description="null: 1, and for pairs a robust scale of the margins")
+    probe_step: float = Field(0.02, gt=0, description="length of the measured step, as a share of the LoRA norm")
+
+
+class EvaluationSettings(_Section):
+    """How an adapter is judged on the held-out file."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    batch_size: int = Field(32, ge=1)
+
+
+class StorageSettings(_Section):
+    """Where results live."""
+
+    root: Path = Path("prism-lake")
+    report: Path = Path("report")
+
+
+class Budget(BaseModel):
+    """How much is selected: rows, a share of the canonical live rows, or completion tokens."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: Literal["rows", "share", "tokens"]
+    amount: float
+
+    def __str__(self) -> str:
+        if self.kind == "share":
+            return f"{self.amount * 100:g}%"
+        return f"{self.amount:.0f}{' tokens' if self.kind == 'tokens' else ''}"
+
+
+def parse_budget(value: Any) -> Any:
+    """`500` (rows), `"5%"` (share of the live pool) or `"200k tokens"`; raises ValueError with these forms."""
+    if isinstance(value, Budget | dict):
+        return value
+    text = str(value).strip().lower().replace("_", "").replace(",", "")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[km]?)\s*(tokens?|rows?)?", text)
+    if not match:
+        raise ValueError(f"{value!r} is no budget: write 500 (rows), 5% (share of the pool) or 200k tokens")
+    number, unit, noun = float(match[1]), match[2], match[3] or ""
+    if unit == "%":
+        if noun or not 0 < number <= 100:
+            raise ValueError(f"{value!r} is no share of the pool: write a percentage above 0% and up to 100%")
+        return Budget(kind="share", amount=number / 100)
+    number *= {"": 1, "k": 1e3, "m": 1e6}[unit]
+    if number < 1 or number != int(number):
+        raise ValueError(f"{value!r} is no whole number of at least 1")
+    return Budget(kind="tokens" if noun.startswith("token") else "rows", amount=number)
+
+
+class SelectionSettings(_Section):
+    """How the ranking is cut."""
+
+    budget: Annotated[Budget, BeforeValidator(parse_budget)] = Budget(kind="share", amount=0.05)
+    seed: int = 0
+
+
+def _safe_name(name: str) -> str:
+    if not _NAME.match(name):
+        raise ValueError("a target's name is made of letters, digits, '_', '-' and '.', and starts with one of the first")
+    return name
+
+
+class Settings(_Section):
+    """All of `prism.yaml`. Every key is optional but the data: `candidates.inbox` has a default, `targets` none."""
+
+    model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
+    tokenization: TokenizationSettings = TokenizationSettings()
+    warmup: WarmupSettings = WarmupSettings()
+    features: FeatureSettings = FeatureSettings()
+    candidates: CandidateSettings = CandidateSettings()
+    targets: dict[Annotated[str, AfterValidator(_safe_name)], TargetSettings] = Field(min_length=1)
+    preference: PreferenceSettings = PreferenceSettings()
+    selection: SelectionSettings = SelectionSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    strategies: tuple[Literal[STRATEGIES], ...] = Field(("prism", "uniform", "less", "random"), min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    storage: StorageSettings = StorageSettings()
+
+    @model_validator(mode="after")
+    def _no_repetition(self) -> "Settings":
+        for name in ("strategies", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names something twice: {', '.join(map(str, values))}")
+        return self
+
+
+def config_path(given: str | os.PathLike | None = None) -> Path:
+    """The file to read: the one given, else `PRISM_CONFIG`, else `prism.yaml` here."""
+    return Path(given or os.environ.get("PRISM_CONFIG") or DEFAULT_FILE).expanduser().resolve()
+
+
+def load_settings(given: str | os.PathLike | None = None) -> Settings:
+    """Read, override from the environment, validate, and make paths absolute.
+
+    Raises SettingsError that names the file, the key and the mend.
+    """
+    path = config_path(given)
+    if not path.is_file():
+        raise SettingsError(f"There is no {path}. `prism init` writes a commented one; --config or PRISM_CONFIG name another.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} must hold keys and values at its top, such as `targets:`; it holds {type(content).__name__}.")
+    return from_mapping(content, path)
+
+
+def from_mapping(content: dict[str, Any], path: Path) -> Settings:
+    """Settings from the content of the file at `path`. Raises SettingsError."""
+    try:
+        settings = Settings(**_overridden(content))
+    except ValidationError as error:
+        raise SettingsError("\n".join([f"{path} needs a change:", *map(_explain, error.errors())])) from error
+    except TypeError as error:  # a key that is no string
+        raise SettingsError(f"{path}: every key at the top must be a word ({error}).") from error
+    return _absolute(settings, path.parent)
+
+
+def _overridden(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with `PRISM_<KEY>__<KEY>…` from the environment laid over it; values are read as YAML."""
+    for name, text in sorted(os.environ.items()):
+        keys = name.removeprefix("PRISM_").lower().split("__")
+        if not name.startswith("PRISM_") or (len(keys) == 1 and keys[0] not in Settings.model_fields):
+            continue  # PRISM_CONFIG and other people's variables
+        value: Any = yaml.safe_load(text)
+        for key in reversed(keys):
+            value = {key: value}
+        content = _merge(content, value)
+    return content
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return below | {key: _merge(below.get(key), value) for key, value in above.items()}
+    return above
+
+
+def _absolute(settings: Settings, folder: Path) -> Settings:
+    def at(path: Path) -> Path:
+        return (folder / path.expanduser()).resolve()
+
+    def local(name: str | None) -> str | None:
+        """A model folder is written like a path (./x, ../x, /x, ~/x) or exists; everything else is a hub name."""
+        if name and (name.startswith((".", "/", "~")) or (folder / name).is_dir()):
+            return str(at(Path(name)))
+        return name
+
+    return settings.model_copy(
+        update={
+            "model": settings.model.model_copy(
+                update={"name": local(settings.model.name), "adapter": local(settings.model.adapter)}
+            ),
+            "candidates": settings.candidates.model_copy(update={"inbox": at(settings.candidates.inbox)}),
+            "targets": {
+                name: TargetSettings(examples=at(target.examples), eval=at(target.eval))
+                for name, target in settings.targets.items()
+            },
+            "storage": StorageSettings(root=at(settings.storage.root), report=at(settings.storage.report)),
+        }
+    )
+
+
+def _explain(error: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _keys_beside(error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        advice = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}."
+        return f"  {place}: unknown key; {advice}"
+    if error["type"] == "missing":
+        return f"  {place}: is missing."
+    given = repr(error.get("input"))
+    shown = "" if isinstance(error.get("input"), dict) else f" (given: {given[:80]})"
+    return f"  {place or 'top'}: {error['msg'].removeprefix('Value error, ')}{shown}."
+
+
+def _keys_beside(location: tuple[Any, ...]) -> list[str]:
+    """The known keys at the level of the last part of a location."""
+    level: Any = Settings
+    for part in location[:-1]:
+        if level is Settings and part == "targets":
+            level = "names"
+        elif level == "names":
+            level = TargetSettings
+        else:
+            level = level.model_fields[part].annotation
+    return sorted(level.model_fields)

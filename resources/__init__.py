@@ -1,0 +1,1 @@
+"""The engines: lake, vector store, language model. They are Dagster resources and know nothing of `prism_assets`."""

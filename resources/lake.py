@@ -1,0 +1,618 @@
+"""The lake: immutable, self-describing artefacts on disk, and DuckDB as the lens over them.
+
+Layout below `root`:
+
+    artifacts/<table>/<fingerprint>.parquet|.safetensors|/    what was computed, never changed once published
+    heads/<table>/<scope>/<partition>.json                    which artefact a partition shows now
+    unpublished/                                              half-written things; always safe to delete
+    cache/                                                    what can be recomputed at no harm (file hashes)
+    prism.duckdb                                              views over all of it; delete it at any time
+
+An artefact is published by one atomic rename to a path that names its fingerprint. Whoever loses a race finds the
+winner's artefact in place and discards its own. What an artefact is, and what it was made from, stands in the artefact:
+in the Parquet footer, in the safetensors header, or in `artifact.json` inside a folder.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import dagster as dg
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+    import torch
+
+HEADER_KEY = "prism"
+SIDECAR = "artifact.json"
+FINGERPRINT_LENGTH = 32
+_SUFFIXES = (".parquet", ".safetensors", "")
+
+
+class LakeError(Exception):
+    """The lake cannot do what was asked; the message says why and what to do."""
+
+
+class DamagedArtifact(LakeError):
+    """A published file cannot be read as what it claims to be (truncated, overwritten)."""
+
+
+def digest(value: Any) -> str:
+    """A hash of a JSON-like value that depends on nothing but the value: 32 hex digits of SHA-256."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:FINGERPRINT_LENGTH]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Something published: a Parquet table, a safetensors file or a folder, with the header that describes it."""
+
+    table: str
+    fingerprint: str
+    content_hash: str
+    path: Path
+    header: Mapping[str, Any]
+
+    @property
+    def partition(self) -> str | None:
+        return self.header.get("partition")
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What the maker recorded beside the content: counts, seconds, diagnostics."""
+        return self.header.get("notes", {})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an artefact is made from. Its fingerprint is known before the work is done.
+
+    `inputs` and `settings` make the identity: inputs count by content hash, never by name or path, so an input
+    that was recomputed to the same content changes nothing downstream. `lineage` names further artefacts that the
+    work looked at but that do not define it (the pool that a pinned sample was drawn from).
+    """
+
+    table: str
+    stage_version: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, "Artifact | Sequence[Artifact] | str"] = field(default_factory=dict)
+    lineage: Mapping[str, "Artifact | Sequence[Artifact] | str"] = field(default_factory=dict)
+    partition: str | None = None
+    version: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(
+            {
+                "table": self.table,
+                "stage_version": self.stage_version,
+                "settings": dict(self.settings),
+                "inputs": {role: _content_of(value) for role, value in self.inputs.items()},
+            }
+        )
+
+
+class Lake(dg.ConfigurableResource):
+    """Publishes and finds artefacts below `root` (a folder, made when first needed)."""
+
+    root: str
+
+    # -- paths -------------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.root)
+
+    @property
+    def catalog_path(self) -> Path:
+        return self.folder / "prism.duckdb"
+
+    @property
+    def cache(self) -> Path:
+        path = self.folder / "cache"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _home(self, table: str) -> Path:
+        return self.folder / "artifacts" / table
+
+    # -- finding -----------------------------------------------------------------------------------------------
+
+    def find(self, recipe: Recipe) -> Artifact | None:
+        """The artefact of this recipe, or None where it has not been made (or was found damaged and set aside)."""
+        return self.get(recipe.table, recipe.fingerprint)
+
+    def get(self, table: str, fingerprint: str) -> Artifact | None:
+        """The artefact of `table` with this fingerprint, or None.
+
+        A damaged file is renamed to `*.damaged` and reported as absent, so the next run rebuilds it from its inputs.
+        """
+        for suffix in _SUFFIXES:
+            path = self._home(table) / f"{fingerprint}{suffix}"
+            if not path.exists():
+                continue
+            try:
+                return _artifact(path)
+            except DamagedArtifact as damage:
+                aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
+                os.replace(path, aside)
+                dg.get_dagster_logger().warning(f"{damage} It was moved to {aside.name} and will be rebuilt.")
+        return None
+
+    def artifacts(self, table: str | None = None) -> Iterator[Artifact]:
+        """Every published artefact, or every one of a table; damaged files are left out."""
+        homes = [self._home(table)] if table else sorted((self.folder / "artifacts").glob("*"))
+        for home in homes:
+            for path in sorted(home.glob("*")) if home.is_dir() else ():
+                if path.suffix in _SUFFIXES and not path.name.endswith(".damaged"):
+                    try:
+                        yield _artifact(path)
+                    except DamagedArtifact:
+                        continue
+
+    def head(self, table: str, partition: str | None = None, scope: str = "") -> Artifact | None:
+        """The artefact that a partition shows now, or None where it has none."""
+        entry = _read_json(self._head_path(table, partition, scope))
+        return self.get(table, entry["fingerprint"]) if entry else None
+
+    def require(self, table: str, partition: str | None = None, scope: str = "") -> Artifact:
+        """The artefact that a partition shows now.
+
+        Raises LakeError where there is none, with the asset to materialise first.
+        """
+        found = self.head(table, partition, scope)
+        if found is None:
+            name = f"{table}[{partition}]" if partition else table
+            raise LakeError(f"The lake at {self.folder} has no {name} yet: materialise it first, or run `prism run`.")
+        return found
+
+    def heads(self, table: str | None = None) -> list[dict[str, Any]]:
+        """The entries of all heads (of a table): table, scope, partition, fingerprint, content_hash, run_id, time."""
+        top = self.folder / "heads"
+        pattern = f"{table}/*/*.json" if table else "*/*/*.json"
+        return [entry for path in sorted(top.glob(pattern)) if (entry := _read_json(path))]
+
+    def point(self, artifact: Artifact, partition: str | None = None, scope: str = "", run_id: str = "") -> Artifact:
+        """Make `artifact` what the partition shows now, by one atomic rename."""
+        path = self._head_path(artifact.table, partition, scope)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entry = {
+            "table": artifact.table,
+            "scope": scope,
+            "partition": partition,
+            "fingerprint": artifact.fingerprint,
+            "content_hash": artifact.content_hash,
+            "run_id": run_id,
+            "time": time.time(),
+        }
+        _write_text(path, json.dumps(entry, indent=1))
+        return artifact
+
+    def retire(self, table: str, partition: str | None = None, scope: str = "") -> None:
+        """Forget what a partition shows. The artefact stays until `prism gc`."""
+        self._head_path(table, partition, scope).unlink(missing_ok=True)
+
+    def _head_path(self, table: str, partition: str | None, scope: str) -> Path:
+        return self.folder / "heads" / table / _safe(scope) / f"{_safe(partition or '')}.json"
+
+    # -- publishing --------------------------------------------------------------------------------------------
+
+    def publish_table(
+        self,
+        recipe: Recipe,
+        table: "pa.Table",
+        *,
+        run_id: str = "",
+        notes: Mapping[str, Any] | None = None,
+        attachments: Mapping[str, Callable[[Path], None]] | None = None,
+        row_group_size: int = 4096,
+        compression: str = "zstd",
+    ) -> Artifact:
+        """Publish a table as Parquet with its header in the footer.
+
+        `attachments` maps a file suffix (".jsonl") to a function that writes such a file; they lie beside the
+        Parquet file under the same fingerprint and are in place before it, so whoever sees the table sees them too.
+        """
+        import pyarrow.parquet as pq
+
+        content_hash = hash_table(table)
+        header = self._header(recipe, content_hash, run_id, {"rows": table.num_rows, **(notes or {})})
+        target = self._home(recipe.table) / f"{recipe.fingerprint}.parquet"
+
+        def write(path: Path) -> None:
+            metadata = {**(table.schema.metadata or {}), HEADER_KEY: json.dumps(header)}
+            pq.write_table(
+                table.replace_schema_metadata(metadata),
+                path,
+                compression=compression,
+                row_group_size=row_group_size,
+                store_schema=True,
+            )
+
+        with self._disk_errors(recipe):
+            for suffix, writer in (attachments or {}).items():
+                self._put(target.with_suffix(suffix), writer)
+            self._put(target, write)
+        return self._published(recipe)
+
+    def publish_tensors(
+        self,
+        recipe: Recipe,
+        tensors: "Mapping[str, torch.Tensor]",
+        *,
+        run_id: str = "",
+        notes: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Publish named tensors as one safetensors file with the header in its metadata."""
+        from safetensors.torch import save_file
+
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        header = self._header(recipe, hash_tensors(contiguous), run_id, notes)
+        target = self._home(recipe.table) / f"{recipe.fingerprint}.safetensors"
+        with self._disk_errors(recipe):
+            self._put(target, lambda path: save_file(contiguous, path, metadata={HEADER_KEY: json.dumps(header)}))
+        return self._published(recipe)
+
+    def publish_folder(
+        self,
+        recipe: Recipe,
+        write: Callable[[Path], Mapping[str, Any] | None],
+        *,
+        run_id: str = "",
+        notes: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Publish a folder that `write(folder)` fills; what it returns is added to the notes."""
+        target = self._home(recipe.table) / recipe.fingerprint
+
+        def fill(folder: Path) -> None:
+            folder.mkdir()
+            extra = write(folder)
+            header = self._header(recipe, hash_folder(folder), run_id, {**(notes or {}), **(extra or {})})
+            (folder / SIDECAR).write_text(json.dumps(header, indent=1))
+
+        with self._disk_errors(recipe):
+            self._put(target, fill)
+        return self._published(recipe)
+
+    def _header(
+        self, recipe: Recipe, content_hash: str, run_id: str, notes: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        header = {
+            "table": recipe.table,
+            "version": recipe.version,
+            "partition": recipe.partition,
+            "fingerprint": recipe.fingerprint,
+            "content_hash": content_hash,
+            "stage_version": recipe.stage_version,
+            "settings": dict(recipe.settings),
+            "inputs": {role: _reference(value) for role, value in recipe.inputs.items()},
+            "lineage": {role: _reference(value) for role, value in recipe.lineage.items()},
+            "run_id": run_id,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "notes": dict(notes or {}),
+        }
+        return json.loads(json.dumps(header, default=_plain))
+
+    def _put(self, target: Path, write: Callable[[Path], None]) -> None:
+        """Write beside, flush, rename. Loses a race silently: the winner's artefact has the same fingerprint."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workshop = self.folder / "unpublished"
+        workshop.mkdir(parents=True, exist_ok=True)
+        draft = workshop / f"{uuid.uuid4().hex}{target.suffix}"
+        try:
+            write(draft)
+            _flush(draft)
+            try:
+                os.replace(draft, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.exists():
+                    raise
+        finally:
+            _remove(draft)
+
+    def _published(self, recipe: Recipe) -> Artifact:
+        artifact = self.find(recipe)
+        if artifact is None:
+            raise LakeError(f"{recipe.table} {recipe.fingerprint} vanished right after it was published.")
+        return artifact
+
+    @contextmanager
+    def _disk_errors(self, recipe: Recipe) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = shutil.disk_usage(self.folder).free / 2**20
+                raise LakeError(
+                    f"The disk of the lake {self.folder} is full ({free:.0f} MiB free): {recipe.table} was not "
+                    "published and nothing half-written is left. Free some space (`prism gc` lists what no kept "
+                    "version needs) and run again: finished work is kept."
+                ) from error
+            raise
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def read_table(self, artifact: Artifact, columns: Sequence[str] | None = None) -> "pa.Table":
+        """The rows of a Parquet artefact, all columns or the named ones, memory-mapped where the format allows.
+
+        Raises DamagedArtifact where the file cannot be read.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_table(
+                artifact.path, columns=list(columns) if columns else None, partitioning=None
+            ).replace_schema_metadata(None)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DamagedArtifact(f"{artifact.path} cannot be read: {error}. Delete it and run again.") from error
+
+    def read_tensors(self, artifact: Artifact) -> "dict[str, torch.Tensor]":
+        """The tensors of a safetensors artefact."""
+        from safetensors.torch import load_file
+
+        return load_file(artifact.path)
+
+    # -- the lens ----------------------------------------------------------------------------------------------
+
+    def connect(self) -> "duckdb.DuckDBPyConnection":
+        """An in-memory DuckDB connection with the lake's views; it locks nothing."""
+        import duckdb
+
+        connection = duckdb.connect(":memory:")
+        self._define_views(connection)
+        return connection
+
+    def rebuild_catalog(self) -> Path:
+        """Write `prism.duckdb` anew and rename it into place, so no reader and no step waits for another."""
+        import duckdb
+
+        workshop = self.folder / "unpublished"
+        workshop.mkdir(parents=True, exist_ok=True)
+        draft = workshop / f"{uuid.uuid4().hex}.duckdb"
+        try:
+            with duckdb.connect(str(draft)) as connection:
+                self._define_views(connection)
+            os.replace(draft, self.catalog_path)
+        finally:
+            _remove(draft)
+        return self.catalog_path
+
+    def _define_views(self, connection: "duckdb.DuckDBPyConnection") -> None:
+        """`artifacts`, `heads` and `lineage` as tables; one view per Parquet table over its heads' files."""
+        connection.execute(
+            "CREATE TABLE heads(table_name VARCHAR, version VARCHAR, partition VARCHAR, fingerprint VARCHAR, "
+            "content_hash VARCHAR, run_id VARCHAR, materialized TIMESTAMP, file VARCHAR)"
+        )
+        connection.execute(
+            "CREATE TABLE artifacts(table_name VARCHAR, version VARCHAR, partition VARCHAR, fingerprint VARCHAR, "
+            "content_hash VARCHAR, stage_version INTEGER, run_id VARCHAR, created VARCHAR, settings JSON, notes JSON, "
+            "file VARCHAR)"
+        )
+        connection.execute(
+            "CREATE TABLE lineage(table_name VARCHAR, fingerprint VARCHAR, role VARCHAR, input_table VARCHAR, "
+            "input_fingerprint VARCHAR, input_content_hash VARCHAR, defines BOOLEAN)"
+        )
+        artifacts, edges = [], []
+        files: dict[tuple[str, str], str] = {}
+        for artifact in self.artifacts():
+            header = artifact.header
+            files[artifact.table, artifact.fingerprint] = str(artifact.path.resolve())
+            artifacts.append(
+                [
+                    artifact.table,
+                    header.get("version"),
+                    header.get("partition"),
+                    artifact.fingerprint,
+                    artifact.content_hash,
+                    header.get("stage_version"),
+                    header.get("run_id"),
+                    header.get("created"),
+                    json.dumps(header.get("settings")),
+                    json.dumps(header.get("notes")),
+                    str(artifact.path.resolve()),
+                ]
+            )
+            for defines, key in ((True, "inputs"), (False, "lineage")):
+                for role, reference in header.get(key, {}).items():
+                    for one in reference if isinstance(reference, list) else [reference]:
+                        edges.append(
+                            [
+                                artifact.table,
+                                artifact.fingerprint,
+                                role,
+                                one.get("table"),
+                                one.get("fingerprint"),
+                                one.get("content_hash"),
+                                defines,
+                            ]
+                        )
+        heads = [
+            [
+                entry["table"],
+                entry["scope"],
+                entry["partition"],
+                entry["fingerprint"],
+                entry["content_hash"],
+                entry["run_id"],
+                entry["time"],
+                files.get((entry["table"], entry["fingerprint"])),
+            ]
+            for entry in self.heads()
+        ]
+        if artifacts:
+            connection.executemany(f"INSERT INTO artifacts VALUES ({', '.join('?' * 11)})", artifacts)
+        if edges:
+            connection.executemany("INSERT INTO lineage VALUES (?, ?, ?, ?, ?, ?, ?)", edges)
+        if heads:
+            connection.executemany("INSERT INTO heads VALUES (?, ?, ?, ?, ?, ?, to_timestamp(?), ?)", heads)
+        by_table: dict[str, list[str]] = {}
+        for head in heads:
+            if head[-1] and head[-1].endswith(".parquet"):
+                by_table.setdefault(head[0], []).append(head[-1])
+        for table, paths in by_table.items():
+            listed = ", ".join(_literal(path) for path in sorted(set(paths)))
+            connection.execute(
+                f"CREATE VIEW {_identifier(table)} AS SELECT h.partition AS \"partition\", h.version AS \"version\", "
+                f"t.* EXCLUDE (filename) FROM read_parquet([{listed}], filename = true, union_by_name = true) t "
+                f"JOIN heads h ON h.file = t.filename AND h.table_name = {_literal(table)}"
+            )
+
+
+# -- content hashes ----------------------------------------------------------------------------------------------
+
+
+def hash_table(table: "pa.Table") -> str:
+    """A hash of the values, names and types of a table; chunking, compression and metadata do not count."""
+    import numpy as np
+    import pyarrow as pa
+
+    hasher = hashlib.sha256()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = _canonical_type(column.type)
+        hasher.update(f"{name}:{kind}:{len(column)}\n".encode())
+        # Taking every row copies it into fresh buffers: slices and chunks no longer show in the bytes.
+        array = pa.chunked_array(column.cast(kind)).take(np.arange(len(column))).combine_chunks()
+        array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+        sink = pa.BufferOutputStream()
+        schema = pa.schema([pa.field("values", kind)])
+        with pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_batch(pa.record_batch([array], schema=schema))
+        hasher.update(memoryview(sink.getvalue()))
+    return hasher.hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def _canonical_type(kind: "pa.DataType") -> "pa.DataType":
+    """The same type with list items named alike: Parquet calls them `element`, Arrow `item`."""
+    import pyarrow as pa
+
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(pa.field("item", _canonical_type(kind.value_type)), kind.list_size)
+    if pa.types.is_list(kind):
+        return pa.list_(pa.field("item", _canonical_type(kind.value_type)))
+    return kind
+
+
+def hash_tensors(tensors: "Mapping[str, torch.Tensor]") -> str:
+    """A hash of names, dtypes, shapes and bytes."""
+    import torch
+
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hasher.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return hasher.hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def hash_folder(folder: Path) -> str:
+    """A hash of the files of a folder: relative names and bytes, the sidecar left out."""
+    hasher = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SIDECAR:
+            hasher.update(f"{path.relative_to(folder).as_posix()}:{hash_file(path)}\n".encode())
+    return hasher.hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# -- small parts -------------------------------------------------------------------------------------------------
+
+
+def _content_of(value: "Artifact | Sequence[Artifact] | str") -> Any:
+    if isinstance(value, Artifact):
+        return value.content_hash
+    return value if isinstance(value, str) else [_content_of(one) for one in value]
+
+
+def _reference(value: "Artifact | Sequence[Artifact] | str") -> Any:
+    if isinstance(value, Artifact):
+        return {"table": value.table, "fingerprint": value.fingerprint, "content_hash": value.content_hash}
+    return {"content_hash": value} if isinstance(value, str) else [_reference(one) for one in value]
+
+
+def _artifact(path: Path) -> Artifact:
+    header = _read_header(path)
+    return Artifact(header["table"], header["fingerprint"], header["content_hash"], path, header)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        if path.is_dir():
+            return json.loads((path / SIDECAR).read_text())
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return json.loads(pq.read_metadata(path).metadata[HEADER_KEY.encode()])
+        from safetensors import safe_open
+
+        with safe_open(path, framework="np") as handle:
+            return json.loads(handle.metadata()[HEADER_KEY])
+    except FileNotFoundError as error:
+        raise DamagedArtifact(f"{path} is incomplete: {error}.") from error
+    except Exception as error:  # pyarrow, safetensors and json each have their own for a broken file
+        raise DamagedArtifact(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:
+        return None
+
+
+def _write_text(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        draft.write_text(text)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _safe(name: str) -> str:
+    return "_" + quote(name, safe="")
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _identifier(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _plain(value: Any) -> Any:
+    """JSON for numpy scalars and arrays."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -1,0 +1,266 @@
+"""The language model: base weights, tokenizer and LoRA adapter, loaded once a process and known by its fingerprint."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import dagster as dg
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Files that decide what the weights compute, and files that decide what the tokens are.
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+# One model a process: a second asset in the same process finds it here.
+_loaded: dict[tuple, Any] = {}
+
+
+class ModelError(Exception):
+    """The model cannot be used as asked; the message says why and what to change in `model:`."""
+
+
+class ModelIdentity(NamedTuple):
+    """What identifies a model: hashes of file contents, never names or paths."""
+
+    weights: str
+    tokenizer: str
+    adapter: str | None
+    architecture: str
+    parameters_on_disk: int  # bytes of the weight files
+    folder: str
+
+    @property
+    def fingerprint(self) -> str:
+        text = json.dumps([self.weights, self.tokenizer, self.adapter])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class LanguageModel(dg.ConfigurableResource):
+    """Any Hugging Face causal language model, by hub name and revision or by folder; safetensors only.
+
+    `cache` is a folder where hashes of large files are remembered, keyed by path, size and modification time.
+    """
+
+    name: str
+    revision: str = "main"
+    adapter: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    cache: str | None = None
+
+    # -- identity ----------------------------------------------------------------------------------------------
+
+    def folder(self) -> Path:
+        """The folder with the model's files; a hub model is downloaded (or found in the hub's cache) first.
+
+        Raises ModelError where there is none, with the hub's reason.
+        """
+        path = Path(self.name)
+        if path.is_dir():
+            return path
+        if path.is_absolute():
+            raise ModelError(f"model.name: there is no folder {path}.")
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(
+                snapshot_download(
+                    self.name, revision=self.revision, allow_patterns=[*_WEIGHT_FILES, *_TOKENIZER_FILES]
+                )
+            )
+        except Exception as error:  # the hub has a dozen exception types for "not reachable" and "no such model"
+            raise ModelError(
+                f"model.name: {self.name!r} (revision {self.revision}) is neither a folder here nor to be had from the "
+                f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
+            ) from error
+
+    def identify(self) -> ModelIdentity:
+        """Hash weights, tokenizer and starting adapter. Raises ModelError for a model without safetensors."""
+        folder = self.folder()
+        weight_files = _matching(folder, _WEIGHT_FILES)
+        if not any(file.suffix == ".safetensors" for file in weight_files):
+            pickled = [file.name for file in folder.glob("*.bin")]
+            advice = f" It has {pickled[0]}: convert it with `save_pretrained`; pickles are not read." if pickled else ""
+            raise ModelError(f"model.name: {folder} holds no .safetensors weights.{advice}")
+        config = json.loads((folder / "config.json").read_text())
+        return ModelIdentity(
+            weights=self._hash(folder, weight_files),
+            tokenizer=self._hash(folder, _matching(folder, _TOKENIZER_FILES)),
+            adapter=self._hash_adapter(),
+            architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
+            parameters_on_disk=sum(file.stat().st_size for file in weight_files if file.suffix == ".safetensors"),
+            folder=str(folder),
+        )
+
+    def _hash_adapter(self) -> str | None:
+        if self.adapter is None:
+            return None
+        folder = Path(self.adapter)
+        missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
+        if missing:
+            raise ModelError(f"model.adapter: {folder} has no {' and no '.join(missing)}: name a PEFT LoRA folder.")
+        return self._hash(folder, _matching(folder, ("adapter_config.json", "adapter_model.safetensors")))
+
+    def _hash(self, folder: Path, files: list[Path]) -> str:
+        known = _HashCache(Path(self.cache) / "model-files.json" if self.cache else None)
+        parts = [f"{file.relative_to(folder).as_posix()}:{known.sha256(file)}" for file in files]
+        known.save()
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def torch_device(self) -> "torch.device":
+        """The device to compute on. Raises ModelError where a GPU is asked for and none answers."""
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ModelError("model.device: cuda was asked for, but torch finds no GPU. Use `device: auto` or `cpu`.")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def torch_dtype(self) -> "torch.dtype":
+        """The dtype of the base weights: as asked, or for `auto` bfloat16 on a GPU and float32 on a CPU."""
+        import torch
+
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
+        return getattr(torch, self.dtype)
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        folder = self.folder()
+        key = ("tokenizer", str(folder))
+        if key not in _loaded:
+            try:
+                _loaded[key] = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+            except (OSError, ValueError, KeyError) as error:
+                raise ModelError(f"model.name: no tokenizer can be loaded from {folder}: {error}") from error
+        return _loaded[key]
+
+    def base(self) -> "PreTrainedModel":
+        """The base model on its device, frozen, in evaluation mode. It is shared: leave it as you found it."""
+        from transformers import AutoModelForCausalLM
+
+        identity = self.identify()
+        key = ("model", identity.weights, str(self.torch_dtype()), str(self.torch_device()))
+        if key not in _loaded:
+            for other in [k for k in _loaded if k[0] == "model"]:
+                del _loaded[other]  # one model a process: two rarely fit
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    identity.folder,
+                    dtype=self.torch_dtype(),
+                    use_safetensors=True,
+                    trust_remote_code=self.trust_remote_code,
+                )
+            except (OSError, ValueError, KeyError) as error:
+                raise ModelError(f"model.name: {identity.folder} cannot be loaded as a causal LM: {error}") from error
+            _loaded[key] = model.to(self.torch_device()).eval().requires_grad_(False)
+        return _loaded[key]
+
+    @contextmanager
+    def adapted(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        target_modules: str | tuple[str, ...],
+        rslora: bool = False,
+        seed: int = 0,
+        state: "Mapping[str, torch.Tensor] | None" = None,
+    ) -> "Iterator[PeftModel]":
+        """The base model with a LoRA adapter: fresh (seeded) or the starting adapter, then `state` laid over it.
+
+        With a starting adapter its own configuration counts and the LoRA arguments are not used. The base model is
+        given back unchanged when the context ends. `state` maps canonical LoRA parameter names to tensors.
+        Raises ModelError where the adapter does not fit the model.
+        """
+        import torch
+        from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+
+        base = self.base()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                if self.adapter:
+                    model = PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+                else:
+                    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+                    config = LoraConfig(
+                        r=rank,
+                        lora_alpha=alpha,
+                        target_modules=targets,
+                        use_rslora=rslora,
+                        lora_dropout=0.0,
+                        bias="none",
+                        task_type="CAUSAL_LM",
+                    )
+                    model = get_peft_model(base, config)
+            except (ValueError, RuntimeError, KeyError) as error:
+                raise ModelError(f"LoRA cannot be put on {self.name}: {error}") from error
+        try:
+            if state is not None:
+                set_peft_model_state_dict(model, dict(state))
+            yield model
+        finally:
+            model.unload()
+            for attribute in ("peft_config", "_hf_peft_config_loaded"):
+                base.__dict__.pop(attribute, None)
+            base.eval().requires_grad_(False)
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+class _HashCache:
+    """SHA-256 of files, remembered by path, size and modification time."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.fresh = False
+        try:
+            self.entries = json.loads(path.read_text()) if path else {}
+        except (FileNotFoundError, json.JSONDecodeError):
+            self.entries = {}
+
+    def sha256(self, file: Path) -> str:
+        status = file.stat()
+        key = str(file.resolve())
+        stamp = [status.st_size, status.st_mtime_ns]
+        entry = self.entries.get(key)
+        if entry is None or entry[:2] != stamp:
+            with open(file, "rb") as handle:
+                self.entries[key] = entry = [*stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
+            self.fresh = True
+        return entry[2]
+
+    def save(self) -> None:
+        if self.path is None or not self.fresh:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(self.entries))
+        os.replace(draft, self.path)
