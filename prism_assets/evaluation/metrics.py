@@ -31,11 +31,11 @@ def held_out(
 ) -> dict[str, float]:
     """Mean log-probability and mean target preference (τ = 1) of n held-out examples.
 
-    `mean_log_probs` [n]: s_j, the mean log-probability (nats per token) of each completion; for pairs, that of
-    the chosen completion. `margins` [n], for pairs only: s_chosen − s_rejected.
+    `mean_log_probs` [n]: s_j, the mean log-probability (nats per token) of each completion; for pairs, of
+    the chosen one. `margins` [n], for pairs only: s_chosen − s_rejected.
 
     Returns `mean_log_prob` = mean_j s_j, and `target_preference` = mean_j exp(s_j) for plain examples or
-    mean_j sigmoid(margin_j) for pairs: the objective J of docs/method.md at temperature 1, on held-out examples.
+    mean_j sigmoid(margin_j) for pairs: the preference objective J at temperature 1, on held-out examples.
 
     Raises ValueError where there is no example, a value is not finite or the lengths differ.
     """
@@ -45,7 +45,9 @@ def held_out(
     else:
         differences = _finite_vector("margins", margins)
         if differences.shape != scores.shape:
-            raise ValueError(f"{len(scores)} mean_log_probs but {len(differences)} margins: one of each per pair")
+            raise ValueError(
+                f"{len(scores)} mean_log_probs but {len(differences)} margins: one of each per pair"
+            )
         preferences = np.exp(-np.logaddexp(0.0, -differences))  # sigmoid, without overflow
     return {"mean_log_prob": float(scores.mean()), "target_preference": float(preferences.mean())}
 
@@ -71,7 +73,7 @@ def score_histogram(
 ) -> dict[str, list[float] | list[int] | float | int | None]:
     """Histogram of the influence scores [n] of the pool, with the budget's cut-off.
 
-    `selected` is the number of rows taken from the top; `cutoff` is the lowest score taken, None where none is.
+    `selected` is the number of rows taken from the top; `cutoff` the lowest score taken, None where none is.
     Returns `edges` [bins + 1], `counts` [bins], `cutoff`, `selected`.
     """
     values = _finite_vector("scores", scores)
@@ -88,7 +90,9 @@ def _finite_vector(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name} needs a vector of at least one value, got shape {vector.shape}")
     bad = np.flatnonzero(~np.isfinite(vector))
     if len(bad):
-        raise ValueError(f"{name} is not finite at position(s) {bad[:5].tolist()}, {len(bad)} of {len(vector)}")
+        raise ValueError(
+            f"{name} is not finite at position(s) {bad[:5].tolist()}, {len(bad)} of {len(vector)}"
+        )
     return vector
 
 
@@ -105,7 +109,7 @@ def generate(
     batch_size: int = 16,
     context_length: int | None = None,
 ) -> list[np.ndarray]:
-    """Greedy continuations of `prompts` (token ids, each [T_i]), in their order; each [<= max_new_tokens], int32.
+    """Greedy continuations, int32 [<= max_new_tokens] each, of `prompts`, token ids [T_i] each, in order.
 
     The end-of-sequence token and what follows it are cut off. Batches are made of prompts of similar length,
     padded on the left and masked, so a row's neighbours change its logits by rounding only. Decoding settings
@@ -117,15 +121,19 @@ def generate(
     prompt (naming its position) and where `max_new_tokens` leaves no room for any prompt.
     """
     if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens and batch_size must be positive, got {max_new_tokens} and {batch_size}")
+        raise ValueError(
+            f"max_new_tokens and batch_size must be positive, got {max_new_tokens} and {batch_size}"
+        )
     # PEFT puts LoRA layers into the model itself, so the model inside a PeftModel is the adapted one.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     limit = context_length or getattr(inner.config, "max_position_embeddings", None)
     if limit is not None and limit <= max_new_tokens:
         raise ValueError(
-            f"max_new_tokens is {max_new_tokens}, but the context has {limit} tokens: nothing is left for a prompt"
+            f"max_new_tokens is {max_new_tokens}, but the context has {limit} tokens: no room for a prompt"
         )
-    rows = [np.asarray(prompt, dtype=np.int64)[-(limit - max_new_tokens) if limit else 0 :] for prompt in prompts]
+    rows = [
+        np.asarray(prompt, dtype=np.int64)[-(limit - max_new_tokens) if limit else 0 :] for prompt in prompts
+    ]
     empty = [position for position, row in enumerate(rows) if not len(row)]
     if empty:
         raise ValueError(f"prompt(s) number {empty[:5]} have no tokens: nothing to continue")
@@ -154,7 +162,7 @@ def generate(
 
 @contextmanager
 def _plain_decoding(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode and `config` as the model's own: generate() fills what a config leaves open from there."""
+    """Evaluation mode, and `config` as the model's own: generate() takes what it is not told from there."""
     own_config, was_training = model.generation_config, model.training
     model.generation_config = config
     model.eval()
@@ -205,7 +213,7 @@ def normalize_answer(text: str) -> str:
       but "-3" != "3" and "0.18" != "18". The decimal sign is a point; leading zeros stay ("001" != "1");
     - punctuation and symbols (Unicode P and S, so currency and per cent signs too) are removed, and separate
       where they stand between two digits: "3:30" != "330";
-    - an English article is removed only at the start and before a word of two letters or more: answers such as
+    - an English article is removed only at the start and before a word of two letters or more: answers like
       "a" (multiple choice) and "b a c" are left whole, unlike in SQuAD's script.
 
     A text that has nothing but punctuation is compared as it is.

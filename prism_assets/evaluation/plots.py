@@ -1,8 +1,8 @@
 """Plots of a selection and of what it bought: plain data in, PNG bytes out.
 
-Drawn with matplotlib's Agg canvas and without pyplot, so nothing global changes and no display is needed. Missing
-values (None, NaN) are left out of a plot, and a plot with nothing to show says so. Every image stays below 60 KB,
-so that it can be embedded in Dagster metadata and in the report.
+Drawn with matplotlib's Agg canvas and without pyplot, so nothing global changes and no display is needed.
+Missing values (None, NaN) are left out of a plot, and a plot with nothing to show says so. Every image stays
+below 60 KB, so that it can be embedded in Dagster metadata and in the report.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
@@ -33,12 +34,12 @@ STRATEGY_COLORS = {
 }
 SPARE_COLORS = ("#d1477d", "#3a86d8", "#7aa52c", "#a0693a", "#b35fd0", "#1fa5c4")
 SOURCE_COLORS = (
-    "#5a3fd6", "#0f8f83", "#e08a1e", "#3a86d8", "#d1477d", "#7aa52c",
-    "#a0693a", "#1fa5c4", "#b35fd0", "#e5c02e", "#6f7fd9",
+    "#3a86d8", "#e07b39", "#4a9d5b", "#c94f7c", "#8461c9", "#1fa5a0",
+    "#a0693a", "#d4a92a", "#6f7fd9", "#7d9a3c", "#b56576",
 )  # fmt: skip
 OTHER_COLOR = "#c9cfd8"
 METRICS = {
-    "target_preference": "target preference\n(mean per-token probability or sigmoid, τ = 1)",
+    "target_preference": "target preference\n(mean over examples, τ = 1)",
     "mean_log_prob": "mean log-probability\n(nats per token)",
     "exact_match": "exact match\n(share of examples)",
 }
@@ -78,10 +79,15 @@ def score_histogram(histogram: Mapping[str, Any], *, title: str = "Influence sco
     more than three orders of magnitude.
     """
     with rc_context(_STYLE):
-        figure, axes = _canvas(5.4, 3.3)
+        figure, axes = _canvas(8.6, 2.8)
         edges = np.asarray(histogram.get("edges") or [], dtype=np.float64)
         counts = np.asarray(histogram.get("counts") or [], dtype=np.float64)
-        if len(counts) and len(edges) == len(counts) + 1 and np.isfinite(edges).all() and np.nansum(counts) > 0:
+        if (
+            len(counts)
+            and len(edges) == len(counts) + 1
+            and np.isfinite(edges).all()
+            and np.nansum(counts) > 0
+        ):
             counts = np.nan_to_num(counts)
             cutoff = _number(histogram.get("cutoff"))
             if cutoff is not None:
@@ -92,16 +98,35 @@ def score_histogram(histogram: Mapping[str, Any], *, title: str = "Influence sco
                 axes.set_yscale("log")
                 axes.set_ylim(bottom=0.7)
             else:
-                axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+                axes.yaxis.set_major_locator(_ticks(5, integer=True))
             if edges[0] < 0 < edges[-1]:
                 axes.axvline(0, color=MUTED, linewidth=0.8, linestyle=":")
             if cutoff is not None:
                 axes.axvline(cutoff, color=STRATEGY_COLORS["prism"], linewidth=1.4)
                 _cutoff_label(axes, cutoff, edges, histogram.get("selected"))
-            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_locator(_ticks(8))
         else:
             _nothing(axes)
         _finish(axes, title, "influence score", "candidates", grid="y")
+        return _png(figure)
+
+
+def loss_curve(losses: Sequence[float], *, title: str = "Training loss") -> bytes:
+    """Loss of each optimiser step [steps] (nats per completion token), with a running mean where there are many."""
+    with rc_context(_STYLE):
+        figure, axes = _canvas(5.4, 2.6)
+        values = _numbers(losses)
+        if len(values):
+            steps = np.arange(1, len(values) + 1)
+            axes.plot(steps, values, color="#aab4e8", linewidth=0.9, marker="." if len(values) == 1 else None)
+            window = len(values) // 10
+            if window > 1:
+                mean = np.convolve(values, np.ones(window) / window, mode="valid")
+                axes.plot(steps[window - 1 :], mean, color=STRATEGY_COLORS["prism"], linewidth=1.5)
+            axes.xaxis.set_major_locator(_ticks(8, integer=True))
+        else:
+            _nothing(axes)
+        _finish(axes, title, "optimiser step", "loss", grid="y")
         return _png(figure)
 
 
@@ -122,13 +147,17 @@ def target_weights(
                 axes.bar(ranks, prism, width=0.8, color=STRATEGY_COLORS["prism"], label="prism")
             else:
                 axes.stairs(
-                    prism, np.arange(len(prism) + 1) + 0.5, fill=True, color=STRATEGY_COLORS["prism"], label="prism"
+                    prism,
+                    np.arange(len(prism) + 1) + 0.5,
+                    fill=True,
+                    color=STRATEGY_COLORS["prism"],
+                    label="prism",
                 )
             level = float(uniform.mean()) if len(uniform) else 1.0 / len(prism)
             axes.axhline(level, color=STRATEGY_COLORS["uniform"], linewidth=1.6, label="uniform")
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=_percent_decimals(prism.max())))
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.yaxis.set_major_locator(_ticks(5))
+            axes.xaxis.set_major_locator(_ticks(6, integer=True))
             axes.set_xlim(0.3, len(prism) + 0.7)
             axes.legend(loc="upper right")
         else:
@@ -146,8 +175,8 @@ def composition(
 ) -> bytes:
     """Rows by source, as shares: one stacked bar for the pool and one per strategy.
 
-    `pool` and each of `selections`: source -> number of rows. Sources beyond the `most_sources` with the largest
-    share in any bar are drawn together as "other".
+    `pool` and each of `selections`: source -> number of rows. Sources beyond the `most_sources` with the
+    largest share in any bar are drawn together as "other".
     """
     rows = {"pool": _shares(pool), **{name: _shares(counts) for name, counts in selections.items()}}
     rows = {name: shares for name, shares in rows.items() if shares}
@@ -162,14 +191,16 @@ def composition(
         figure, axes = _canvas(8.6, 1.3 + 0.3 * max(len(rows), 1) + 0.2 * math.ceil((len(shown) + 1) / 3))
         lefts = np.zeros(len(rows))
         series = [(source, [shares.get(source, 0.0) for shares in rows.values()]) for source in shown]
-        other = [sum(share for source, share in shares.items() if source not in shown) for shares in rows.values()]
+        other = [
+            sum(share for source, share in shares.items() if source not in shown) for shares in rows.values()
+        ]
         if any(other):
             series.append((f"other ({len(largest) - len(shown)} sources)", other))
         for number, (source, shares) in enumerate(series):
             color = SOURCE_COLORS[number % len(SOURCE_COLORS)] if source in shown else OTHER_COLOR
             axes.barh(
-                range(len(rows)), shares, left=lefts, height=0.72, color=color, edgecolor="white", linewidth=0.6,
-                label=_short(source, 34),
+                range(len(rows)), shares, left=lefts, height=0.72, color=color, edgecolor="white",
+                linewidth=0.6, label=_short(source, 34),
             )  # fmt: skip
             for row, share in enumerate(shares):
                 if share >= 0.06:
@@ -196,18 +227,21 @@ def strategies_comparison(
     *,
     title: str = "Strategies on held-out examples",
 ) -> bytes:
-    """A panel per metric: each strategy's mean over seeds with ± one standard deviation, the base model as a line.
+    """A panel per metric: each strategy's mean over seeds ± one standard deviation; the base model as a line.
 
-    `strategies`: name -> metric -> `{"mean", "std", "seeds"}` or None; `base`: metric -> value or None. A metric
-    that no strategy has is left out.
+    `strategies`: name -> metric -> `{"mean", "std", "seeds"}` or None; `base`: metric -> value or None. A
+    metric that no strategy has is left out.
     """
     base = base or {}
     present = [
-        metric for metric in METRICS if any(_number(_entry(values, metric)) is not None for values in strategies.values())
+        metric
+        for metric in METRICS
+        if any(_number(_entry(values, metric)) is not None for values in strategies.values())
     ]
     with rc_context(_STYLE):
         height = 1.45 + 0.3 * max(len(strategies), 1)
         figure = Figure(figsize=(8.6, height), dpi=DPI, layout="constrained")
+        figure.get_layout_engine().set(wspace=0.07)
         panels = figure.subplots(1, max(len(present), 1), sharey=True, squeeze=False)[0]
         for axes, metric in zip(panels, present, strict=False):
             for row, (name, values) in enumerate(strategies.items()):
@@ -215,7 +249,14 @@ def strategies_comparison(
                 if mean is None:
                     continue
                 axes.errorbar(
-                    mean, row, xerr=std, fmt="o", markersize=6.5, capsize=3, linewidth=1.6, color=_color(name, row)
+                    mean,
+                    row,
+                    xerr=std,
+                    fmt="o",
+                    markersize=6.5,
+                    capsize=3,
+                    linewidth=1.6,
+                    color=_color(name, row),
                 )
             reference = _number(base.get(metric))
             if reference is not None:
@@ -224,7 +265,7 @@ def strategies_comparison(
                     "base", (reference, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
                     textcoords="offset points", ha="center", va="bottom", fontsize=8, color=MUTED,
                 )  # fmt: skip
-            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_locator(_ticks(4))
             axes.margins(x=0.12)
             _finish(axes, "", METRICS[metric], "", grid="x")
         if present:
@@ -239,10 +280,11 @@ def strategies_comparison(
 def first_order_gains(
     first_order: Mapping[str, Any], *, title: str = "Gain after a small step: predicted and measured"
 ) -> bytes:
-    """Change of J after a step along each direction, predicted to first order and measured; and what the same step
-    does to the mean log-probability of held-out examples, in a panel of its own.
+    """Change of J after a step along each direction, predicted to first order and measured.
 
-    `first_order`: `step` (its size) and direction name -> `{"predicted", "measured", "held_out_mean_log_prob"}`.
+    In a panel of its own: what the same step does to the mean log-probability of held-out examples.
+    `first_order`: `step` (its size), and direction name -> `{"predicted", "measured",
+    "held_out_mean_log_prob"}`.
     """
     directions = {name: values for name, values in first_order.items() if isinstance(values, Mapping)}
     held_out = {name: _number(values.get("held_out_mean_log_prob")) for name, values in directions.items()}
@@ -251,13 +293,13 @@ def first_order_gains(
         figure = Figure(figsize=(5.4, 3.3), dpi=DPI, layout="constrained")
         panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
         drawn = False
-        for offset, kind, alpha in ((-0.2, "predicted", 0.4), (0.2, "measured", 1.0)):
+        for offset, kind, strength in ((-0.2, "predicted", 0.45), (0.2, "measured", 1.0)):
             for row, (name, values) in enumerate(directions.items()):
                 value = _number(values.get(kind))
                 if value is not None:
                     drawn = True
-                    panels[0].bar(row + offset, value, width=0.37, color=_color(name, row), alpha=alpha)
-            panels[0].bar(0, 0, color=INK, alpha=alpha, label=kind)
+                    panels[0].bar(row + offset, value, width=0.37, color=_tint(_color(name, row), strength))
+            panels[0].bar(0, 0, color=_tint(INK, strength), label=kind)
         if drawn:
             panels[0].legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.14), handlelength=1.2)
             _named_bars(panels[0], list(directions))
@@ -279,12 +321,13 @@ def _named_bars(axes: Axes, names: list[str]) -> None:
     crowded = len(names) > 4
     axes.set_xticks(
         range(len(names)), [_short(name, 14) for name in names],
-        rotation=60 if crowded else 0, ha="right" if crowded else "center", rotation_mode="anchor" if crowded else None,
+        rotation=60 if crowded else 0, ha="right" if crowded else "center",
+        rotation_mode="anchor" if crowded else None,
     )  # fmt: skip
     axes.set_xlim(-0.6, max(len(names), 1) - 0.4)
     axes.axhline(0, color="#b9c1cb", linewidth=0.8)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(_ticks(5))
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
@@ -302,6 +345,10 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str, grid: str | None =
         axes.grid(axis=grid, color=GRID, linewidth=0.8)
     if grid == "x":
         axes.spines["left"].set_visible(False)
+
+
+def _ticks(most: int, integer: bool = False) -> MaxNLocator:
+    return MaxNLocator(most, steps=[1, 2, 5, 10], integer=integer, min_n_ticks=1)
 
 
 def _cutoff_label(axes: Axes, cutoff: float, edges: np.ndarray, selected: Any) -> None:
@@ -322,7 +369,7 @@ def _nothing(axes: Axes) -> None:
 
 
 def _png(figure: Figure) -> bytes:
-    """`figure` as a PNG with at most 128 colours: a third of the size of a true-colour one, and it looks the same."""
+    """`figure` as a PNG with at most 128 colours: it looks like one in true colour and is smaller."""
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names of sources may be in any script
@@ -353,13 +400,22 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 def _shares(counts: Mapping[str, float] | None) -> dict[str, float]:
-    values = {str(name): number for name, value in (counts or {}).items() if (number := _number(value)) and number > 0}
+    values = {
+        str(name): number
+        for name, value in (counts or {}).items()
+        if (number := _number(value)) and number > 0
+    }
     total = sum(values.values())
     return {name: value / total for name, value in values.items()}
 
 
 def _color(strategy: str, position: int) -> str:
     return STRATEGY_COLORS.get(strategy, SPARE_COLORS[position % len(SPARE_COLORS)])
+
+
+def _tint(color: str, strength: float) -> tuple[float, ...]:
+    """`color` mixed with white."""
+    return tuple(1 - strength * (1 - channel) for channel in to_rgb(color))
 
 
 def _percent_decimals(largest: float) -> int:
@@ -372,4 +428,4 @@ def _short(name: str, length: int) -> str:
     if len(line) <= length:
         return line
     head = (length - 1) // 2
-    return f"{line[:head]}…{line[-(length - 1 - head):]}"
+    return f"{line[:head]}…{line[-(length - 1 - head) :]}"

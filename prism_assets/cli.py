@@ -1,0 +1,272 @@
+"""`prism`: a thin door to the same definitions that Dagster loads.
+
+Exit status: 0 done, 1 the work failed, 2 the user must change something. Heavy imports live inside the commands:
+`prism --help` needs neither dagster nor torch.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+    from prism_assets.settings import Settings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pick the SFT data worth fine-tuning on, with influence functions weighted by the model's preference.",
+)
+
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The prism.yaml to use (else PRISM_CONFIG, else ./prism.yaml).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """The console script. Every expected failure leaves one clear message and an exit status."""
+    app()
+
+
+def _fail(message: str, status: int) -> typer.Exit:
+    typer.secho(str(message), fg="red", err=True)
+    return typer.Exit(status)
+
+
+@contextmanager
+def _expected_failures() -> Iterator[None]:
+    """Turn what users can mend, or what a step says of itself, into a message and a status."""
+    from prism_assets.settings import SettingsError
+
+    try:
+        yield
+    except SettingsError as error:
+        raise _fail(str(error), 2) from error
+    except KeyboardInterrupt as error:
+        raise _fail("Interrupted. What was finished is kept; run again to go on.", 1) from error
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if type(error).__name__ in _USER_ERRORS:
+            raise _fail(str(error), 2) from error
+        if type(error).__name__ in _WORK_ERRORS:
+            raise _fail(str(error), 1) from error
+        raise
+
+
+# By name, so that catching them imports nothing.
+_USER_ERRORS = {"ModelError", "UnsupportedModelError", "UnusableTokenizer"}
+_WORK_ERRORS = {"PipelineError", "LakeError", "DamagedArtifact", "DamagedSegment", "Failure"}
+
+
+def _settings(config: Path | None) -> "Settings":
+    from prism_assets.settings import config_path, load_settings
+
+    settings = load_settings(config)
+    # Everything started from here (Dagster's own processes too) reads the same file.
+    os.environ["PRISM_CONFIG"] = str(config_path(config))
+    return settings
+
+
+def _definitions() -> "dg.Definitions":
+    """The code location itself, as Dagster loads it."""
+    import importlib.util
+
+    from prism_assets.pipeline import project_file
+
+    spec = importlib.util.spec_from_file_location("prism_definitions", project_file("definitions.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.defs
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("prism.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+) -> None:
+    """Write a commented prism.yaml."""
+    if path.is_dir():
+        path = path / "prism.yaml"
+    if path.exists() and not force:
+        raise _fail(f"{path} is there already: name another path, or use --force to overwrite it.", 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(Path(__file__).with_name("example.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    typer.echo(f"Wrote {path}. Put candidates into its inbox, name your targets, then: prism run --config {path}")
+
+
+@app.command()
+def run(
+    config: Config = None,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Only this target (repeatable).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring everything up to date: from the files in the inbox to the report. What exists is not computed again."""
+    with _expected_failures():
+        settings = _settings(config)
+        unknown = [name for name in target or () if name not in settings.targets]
+        if unknown:
+            raise _fail(f"--target {unknown[0]}: prism.yaml names {', '.join(settings.targets)}.", 2)
+        _run(settings, target, as_json)
+
+
+def _run(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
+    import logging
+
+    from rich.console import Console
+
+    from prism_assets import pipeline
+
+    console = Console(stderr=True)
+    os.environ["DAGSTER_HOME"] = str(pipeline.dagster_home(settings))
+    logging.getLogger("dagster").setLevel(logging.WARNING)
+    definitions = _definitions()
+    logging.getLogger("dagster").setLevel(logging.WARNING)
+
+    def on_result(result: "pipeline.StepResult") -> None:
+        done = f"{result.computed} computed" if result.computed else "up to date"
+        console.print(f"[green]✓[/] {result.step.title:<40} {done:>14}  {result.seconds:6.1f} s", highlight=False)
+
+    with pipeline.instance_of(settings) as instance:
+        results = pipeline.run_pipeline(
+            settings,
+            definitions,
+            instance,
+            on_step=lambda step: console.print(f"[dim]… {step.title}[/]", highlight=False) if console.is_terminal else None,
+            on_result=on_result,
+            targets=targets,
+        )
+    report = settings.storage.report / "report.json"
+    data = json.loads(report.read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps({"steps": [{"step": r.step.title, "computed": r.computed, "seconds": r.seconds, "runs": r.run_ids}
+                                    for r in results], "report": str(report), "targets": data["targets"]}))  # fmt: skip
+        return
+    from prism_assets.evaluation.report import comparison_table
+
+    header, *rows = comparison_table(data)
+    _print_table(header, rows, title="Held-out results (mean ± standard deviation over seeds)")
+    typer.echo("\nSelected data (JSON Lines, ready for training):")
+    for name, part in data["targets"].items():
+        for strategy, entry in part["strategies"].items():
+            typer.echo(f"  {name}/{strategy}: {entry['selected_jsonl']}")
+    config = os.environ["PRISM_CONFIG"]
+    typer.echo(f"\nReport:  {report.with_suffix('.html')}")
+    typer.echo(f"Browse the same history in the Dagster UI:  prism ui --config {config}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where the demo's data, lake and report go.")] = Path("runs/demo"),
+) -> None:
+    """Run the whole pipeline on an embedded model and embedded data."""
+    with _expected_failures():
+        import yaml
+
+        from prism_assets.demo.data import demo_settings, write_demo_data
+
+        folder = folder.resolve()
+        config = folder / "prism.yaml"
+        if not config.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_demo_data(folder, seed=0)
+            config.write_text(yaml.safe_dump(demo_settings(folder), sort_keys=False), encoding="utf-8")
+        _run(_settings(config))
+
+
+@app.command()
+def query(
+    target: Annotated[str, typer.Argument(help="A target of prism.yaml.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many candidates.")] = 10,
+    strategy: Annotated[str, typer.Option(help="prism, uniform or less.")] = "prism",
+    version: Annotated[str | None, typer.Option(help="An older feature version.")] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """The k candidates of highest influence on a target: the index answers for the target's direction."""
+    with _expected_failures():
+        settings = _settings(config)
+        if target not in settings.targets:
+            raise _fail(f"{target}: prism.yaml names the targets {', '.join(settings.targets)}.", 2)
+        resources = _definitions().resources
+        from prism_assets.selection.assets import query_index
+
+        rows = query_index(
+            settings,
+            resources["lake"],
+            resources["language_model"],
+            resources["vector_store"],
+            target=target,
+            strategy=strategy,
+            k=k,
+            version=version,
+        )
+        if as_json:
+            print(json.dumps(rows, ensure_ascii=False))
+            return
+        columns = ["rank", "score", "source", "prompt", "completion", "shard", "id"]
+        shown = [[_short(row[name]) for name in columns] for row in rows]
+        _print_table(columns, shown, title=f"{strategy}: candidates of highest influence on {target}")
+
+
+def _short(value: Any, width: int = 48) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = " ".join(value.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+@app.command()
+def ui(
+    config: Config = None,
+    port: Annotated[int, typer.Option(help="Port of the webserver.")] = 3000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Open the Dagster UI and daemon on this project: runs, lineage, plots, checks, automation."""
+    with _expected_failures():
+        settings = _settings(config)
+        from prism_assets.pipeline import dagster_home, project_file
+
+        os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
+        workspace = project_file("workspace.yaml")
+        dagster = Path(sys.executable).with_name("dagster")
+        typer.echo(f"Dagster UI on http://{host}:{port} (DAGSTER_HOME={os.environ['DAGSTER_HOME']}); stop it with Ctrl-C.")
+        os.chdir(workspace.parent)
+        os.execv(dagster, [str(dagster), "dev", "-w", str(workspace), "-p", str(port), "-h", host])
+
+
+@app.command()
+def doctor(config: Config = None, as_json: AsJson = False) -> None:
+    """What this installation has: versions, device, model, inbox, and what is stale."""
+    with _expected_failures():
+        settings = _settings(config)
+        from prism_assets.doctor import examine
+
+        resources = _definitions().resources
+        findings = examine(settings, resources["lake"], resources["language_model"])
+        if as_json:
+            print(json.dumps([finding._asdict() for finding in findings]))
+        else:
+            marks = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "problem": "[red]✗[/]"}
+            _print_table(["", "what", "found"], [[marks[f.state], f.what, f.found] for f in findings])
+        if any(finding.state == "problem" for finding in findings):
+            raise typer.Exit(2)

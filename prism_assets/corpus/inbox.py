@@ -1,0 +1,196 @@
+"""The inbox: which files there are, which of them are whole, and the shard key of each.
+
+A shard is one file's content: its key is ``<name>-<first 12 digits of the content's SHA-256>``, so an edited
+file is another shard. Two files of one name and one content (in different folders) are one shard, read from
+the path that sorts first; the others are reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from prism_assets.corpus.examples import DATA_EXTENSIONS, data_extension
+
+AT_REST_SECONDS = 2.0
+PARTIAL_EXTENSIONS = (".tmp", ".part", ".partial", ".crdownload", "~")
+NAME_CHARACTERS = 60
+# A hash is remembered only for a file older than this: a younger one may be written again within one tick of
+# the file system's clock, with the same size and modification time.
+CACHE_AGE_SECONDS = 2.0
+
+
+class InboxFile(NamedTuple):
+    """One shard's file. ``settled`` is False while the file was changed less than ``at_rest_seconds`` ago."""
+
+    key: str
+    path: Path
+    size: int
+    sha256: str
+    settled: bool
+
+
+class Ignored(NamedTuple):
+    """A file that is no shard, and why."""
+
+    path: Path
+    reason: str
+
+
+class Scan(NamedTuple):
+    """What a folder holds: shards sorted by key, ignored files sorted by path."""
+
+    files: list[InboxFile]
+    ignored: list[Ignored]
+
+
+def scan(
+    folder: Path | str, cache_path: Path | str | None = None, at_rest_seconds: float = AT_REST_SECONDS
+) -> Scan:
+    """Lists the data files under ``folder``, its subfolders included.
+
+    Hidden files and folders are passed over; all else that is no data file, symbolic links to folders
+    included, is in ``ignored`` with a reason. Hashes are remembered in the JSON file ``cache_path``, by path,
+    size and modification time. Raises FileNotFoundError or NotADirectoryError where there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"the inbox {folder} does not exist: create it, or correct the settings")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"the inbox {folder} is a file: name the folder that holds it")
+    cache = _HashCache(Path(cache_path) if cache_path is not None else None)
+    files: dict[str, InboxFile] = {}
+    ignored: list[Ignored] = []
+    for path, problem in _walk(folder):
+        found = Ignored(path, problem) if problem else _inspect(path, cache, at_rest_seconds)
+        if isinstance(found, Ignored):
+            ignored.append(found)
+        elif found.key in files:
+            first = files[found.key]
+            files[found.key] = first._replace(settled=first.settled or found.settled)
+            ignored.append(Ignored(path, f"the same name and content as {first.path}"))
+        else:
+            files[found.key] = found
+    cache.save(folder)
+    return Scan(sorted(files.values()), sorted(ignored))
+
+
+def shard_key(file_name: str, sha256: str) -> str:
+    """``<name>-<12 digits>``, fit for a path and for a Dagster partition key.
+
+    Only letters, digits, ``_``, ``.`` and ``-`` are kept, and never two dots in a row ("..." means a range of
+    partitions). The name without its data extension is cut to 60 characters.
+    """
+    stem = file_name[: len(file_name) - len(data_extension(file_name) or "")]
+    name = re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9_.-]+", "_", stem))
+    name = name.strip("._-")[:NAME_CHARACTERS].strip("._-")
+    return f"{name or 'shard'}-{sha256[:12]}"
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Visible files in order of their path, each with the reason to ignore it, if any."""
+    unreadable: list[OSError] = []
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+    for error in unreadable:
+        yield Path(error.filename), f"the folder cannot be read: {error.strerror}"
+    for path in sorted(found):
+        yield path, _reason_to_ignore(path)
+
+
+def _reason_to_ignore(path: Path) -> str | None:
+    if path.is_dir():
+        return "a symbolic link to a folder: put the folder itself, or links to its files, into the inbox"
+    if path.name.lower().endswith(PARTIAL_EXTENSIONS):
+        return "a partial or temporary file, by its extension"
+    if data_extension(path.name) is None:
+        return f"unknown extension; known are {', '.join(DATA_EXTENSIONS)}"
+    if not path.exists():
+        return "a symbolic link to nothing, or removed just now"
+    if not path.is_file():
+        return "not a regular file"
+    return None
+
+
+def _inspect(path: Path, cache: _HashCache, at_rest_seconds: float) -> InboxFile | Ignored:
+    try:
+        before = path.stat()
+        if before.st_size == 0:
+            return Ignored(path, "empty")
+        age = _age(before)
+        sha256 = cache.sha256(path, before, remember=age >= CACHE_AGE_SECONDS)
+        after = path.stat()
+    except OSError as error:
+        return Ignored(path, f"cannot be read: {error.strerror}")
+    unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+    settled = age >= at_rest_seconds and unchanged
+    return InboxFile(shard_key(path.name, sha256), path, before.st_size, sha256, settled)
+
+
+def _age(status: os.stat_result) -> float:
+    """Seconds since the last change.
+
+    A modification time ahead of the clock (a copy from a machine whose clock is fast) would never come to
+    rest; there, the time at which this machine changed the file counts.
+    """
+    now = time.time()
+    changed = status.st_mtime if status.st_mtime <= now else status.st_ctime
+    return max(0.0, now - changed)
+
+
+class _HashCache:
+    """SHA-256 by path, size and modification time, in a JSON file that is replaced as a whole."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.stored = self._load()
+        self.current: dict[str, list] = {}
+
+    def sha256(self, path: Path, status: os.stat_result, remember: bool) -> str:
+        name, stamp = os.path.abspath(path), [status.st_size, status.st_mtime_ns]
+        stored = self.stored.get(name)
+        if stored and stored[:2] == stamp:
+            digest = stored[2]
+        else:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if remember:
+            self.current[name] = [*stamp, digest]
+        return digest
+
+    def save(self, folder: Path) -> None:
+        """Keeps what was seen now, and the entries of other folders."""
+        if self.path is None:
+            return
+        inside = os.path.join(os.path.abspath(folder), "")
+        elsewhere = {name: entry for name, entry in self.stored.items() if not name.startswith(inside)}
+        kept = elsewhere | self.current
+        if kept == self.stored:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def _load(self) -> dict[str, list]:
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8")) if self.path else {}
+        except (OSError, ValueError):  # absent or damaged: only time is lost
+            return {}
+        if not isinstance(stored, dict):
+            return {}
+        return {name: entry for name, entry in stored.items() if _is_entry(entry)}
+
+
+def _is_entry(entry: object) -> bool:
+    """[size, modification time in ns, SHA-256]"""
+    return isinstance(entry, list) and [type(value) for value in entry] == [int, int, str]

@@ -1,0 +1,136 @@
+"""`prism doctor`: what an installation has, and what of its results is stale."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, NamedTuple
+
+from prism_assets.settings import Settings
+from resources.lake import Lake
+from resources.language_model import LanguageModel, ModelError
+
+PACKAGES = ("dagster", "torch", "transformers", "peft", "faiss", "duckdb", "pyarrow")
+
+
+class Finding(NamedTuple):
+    """One thing looked at."""
+
+    state: Literal["ok", "note", "problem"]
+    what: str
+    found: str
+
+
+def examine(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding]:
+    """Versions, device, model, inbox, target files, and stages that do not show today's inputs."""
+    return [*_versions(), *_device(model), *_model(settings, model), *_files(settings, lake), *_stale(settings, lake, model)]
+
+
+def _versions() -> list[Finding]:
+    found = [Finding("ok", "python", platform.python_version())]
+    for package in PACKAGES:
+        names = ("faiss-cpu", "faiss-gpu") if package == "faiss" else (package,)
+        installed = [(name, _installed(name)) for name in names if _installed(name)]
+        if len(installed) == 1:
+            found.append(Finding("ok", package, " ".join(installed[0])))
+        elif installed:
+            found.append(Finding("problem", package, "faiss-cpu and faiss-gpu are both installed: uninstall one"))
+        else:
+            found.append(Finding("problem", package, "is not installed: run `make install`"))
+    return found
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _device(model: LanguageModel) -> list[Finding]:
+    import torch
+
+    try:
+        device = model.torch_device()
+    except ModelError as error:
+        return [Finding("problem", "device", str(error))]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return [Finding("ok", "device", f"{device.type} ({name}), weights in {model.torch_dtype()}")]
+
+
+def _model(settings: Settings, model: LanguageModel) -> list[Finding]:
+    try:
+        identity = model.identify()
+    except ModelError as error:
+        return [Finding("problem", "model", str(error))]
+    size = identity.parameters_on_disk / 2**20
+    return [Finding("ok", "model", f"{settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {identity.fingerprint[:12]}")]
+
+
+def _files(settings: Settings, lake: Lake) -> list[Finding]:
+    from prism_assets.corpus.inbox import scan
+
+    findings = []
+    inbox = settings.candidates.inbox
+    if inbox.is_dir():
+        found = scan(inbox, lake.cache / "inbox.json", at_rest_seconds=0)
+        size = sum(file.size for file in found.files) / 2**20
+        state = "ok" if found.files else "problem"
+        findings.append(Finding(state, "inbox", f"{inbox}: {len(found.files)} files, {size:,.1f} MiB"))
+        findings += [Finding("note", "ignored", f"{one.path}: {one.reason}") for one in found.ignored]
+    else:
+        findings.append(Finding("problem", "inbox", f"there is no folder {inbox}"))
+    for name, target in settings.targets.items():
+        for role, path in (("examples", target.examples), ("eval", target.eval)):
+            if not path.is_file():
+                findings.append(Finding("problem", f"targets.{name}.{role}", f"there is no file {path}"))
+    return findings
+
+
+def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding]:
+    """What of today's inputs and settings the lake does not show yet."""
+    from prism_assets.corpus.assets import corpus_version, inbox_files
+    from prism_assets.features.assets import feature_version
+    from prism_assets.reference.assets import warmup_scope
+    from prism_assets.selection.assets import direction_scope, join_key
+    from prism_assets.selection.strategies import STRATEGIES
+
+    try:
+        corpus = corpus_version(settings, model)
+    except ModelError:
+        return []
+    if not settings.candidates.inbox.is_dir():
+        return []
+    keys = sorted(inbox_files(settings, lake, at_rest_seconds=0))
+    unread = [key for key in keys if lake.head("candidates", key, corpus) is None]
+    findings = [_share("candidates", len(unread), len(keys), "files are not ingested")]
+    if lake.head("warmup_checkpoints", None, warmup_scope(settings, model)) is None:
+        return [*findings, Finding("note", "stale", "no warm-up for these settings yet: `prism run` makes it")]
+    version = feature_version(settings, lake, model)
+    bare = [key for key in keys if lake.head("candidate_features", key, version) is None]
+    findings.append(_share("candidate_features", len(bare), len(keys), f"shards have no features of version {version}"))
+    index = lake.head("candidate_index", None, version)
+    indexed = set(lake.read_table(index, ["shard"])["shard"].to_pylist()) if index else set()
+    findings.append(_share("candidate_index", len(set(keys) ^ indexed), len(keys), "shards differ from the index"))
+    old = []
+    for target in settings.targets:
+        for strategy in settings.strategies:
+            selection = lake.head("selection", join_key(target, strategy))
+            inputs = selection.header["inputs"] if selection else {}
+            expected = {"index": index} if STRATEGIES[strategy].needs_direction else {}
+            if STRATEGIES[strategy].needs_direction:
+                expected["direction"] = lake.head("target_directions", target, direction_scope(version, strategy))
+            else:
+                expected["pool"] = lake.head("live_pool", None, corpus)
+            if selection is None or any(
+                one is None or inputs.get(role, {}).get("content_hash") != one.content_hash
+                for role, one in expected.items()
+            ):
+                old.append(f"{target}/{strategy}")
+    total = len(settings.targets) * len(settings.strategies)
+    findings.append(_share("selection", len(old), total, f"do not show the current inputs ({', '.join(old[:5])})"))
+    return findings
+
+
+def _share(what: str, stale: int, total: int, words: str) -> Finding:
+    if not stale:
+        return Finding("ok", what, "up to date")
+    return Finding("note", what, f"{stale} of {total} {words}")

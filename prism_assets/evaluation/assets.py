@@ -1,0 +1,389 @@
+"""Evaluation: every adapter on its target's held-out records, and the report that puts the strategies side by side."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from prism_assets import stage
+from prism_assets.corpus.assets import corpus_version, encoder_of
+from prism_assets.features.assets import feature_version, target_set
+from prism_assets.partitions import target_strategies_of, targets_of
+from prism_assets.reference.assets import adapted, lora_identity, pad_token_id, warmup_scope
+from prism_assets.selection.assets import join_key, json_lines_of, split_key
+from prism_assets.settings import Settings
+from prism_assets.training.assets import seed_partition
+from resources.lake import Artifact, Lake, Recipe
+from resources.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+EVALUATION_VERSION = 1
+REPORT_VERSION = 1
+
+GROUP = "evaluation"
+METRICS = ("target_preference", "mean_log_prob", "exact_match")
+
+
+def build_evaluation(settings: Settings) -> dg.AssetsDefinition:
+    """The asset `evaluation`, one partition per target and strategy of the settings."""
+
+    @dg.asset(
+        partitions_def=target_strategies_of(settings),
+        group_name=GROUP,
+        kinds={"pytorch", "parquet"},
+        code_version=str(EVALUATION_VERSION),
+        deps=["adapter", dg.AssetDep("targets")],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        pool="model",
+        check_specs=[
+            dg.AssetCheckSpec(
+                "better_than_base",
+                asset="evaluation",
+                description="Fine-tuning raised the mean log-probability of the held-out records above the base model's.",
+            )
+        ],
+    )
+    def evaluation(
+        context: dg.AssetExecutionContext,
+        settings: dg.ResourceParam[Settings],
+        lake: Lake,
+        language_model: LanguageModel,
+    ) -> dg.MaterializeResult:
+        """Held-out mean log-probability, target preference (τ = 1) and exact match of each seed's adapter."""
+
+        def evaluate(key: str) -> stage.Outcome:
+            target, strategy = split_key(key)
+            records = lake.require("eval_examples", target, corpus_version(settings, language_model))
+            base, computed = _publish_scores(context, settings, lake, language_model, records, None, key)
+            lake.point(base, f"base|{target}", run_id=context.run_id)
+            published = []
+            for seed in settings.seeds:
+                trained = lake.require("adapters", seed_partition(key, seed))
+                scores, made = _publish_scores(context, settings, lake, language_model, records, trained, key)
+                lake.point(scores, seed_partition(key, seed), run_id=context.run_id)
+                published.append(scores)
+                computed += made
+            return _evaluation_outcome(strategy, base, published, computed, settings)
+
+        return stage.each_partition(context, evaluate)
+
+    return evaluation
+
+
+def _publish_scores(
+    context: dg.AssetExecutionContext,
+    settings: Settings,
+    lake: Lake,
+    model: LanguageModel,
+    records: Artifact,
+    adapter: Artifact | None,
+    key: str,
+) -> tuple[Artifact, int]:
+    """One row per held-out record under one adapter (None: where fine-tuning starts), and the means in the notes."""
+    import pyarrow as pa
+
+    recipe = Recipe(
+        "evaluations",
+        EVALUATION_VERSION,
+        {
+            "max_new_tokens": settings.evaluation.max_new_tokens,
+            "lora": lora_identity(settings),
+            "dtype": str(model.torch_dtype()),
+        },
+        {"model": model.identify().fingerprint, "records": records, "adapter": adapter or "none"},
+        partition=key if adapter else f"base|{split_key(key)[0]}",
+    )
+    artifact = lake.find(recipe)
+    if artifact is not None:
+        return artifact, 0
+    table = lake.read_table(records)
+    with ExitStack() as stack:
+        state = _adapter_state(adapter) if adapter else None
+        peft_model = stack.enter_context(adapted(settings, model, state=state))
+        columns, means = score_records(peft_model, table, settings, model)
+    rows = pa.table({"id": table["id"], **columns})
+    seed = {"seed": adapter.notes["seed"]} if adapter else {}
+    return lake.publish_table(recipe, rows, run_id=context.run_id, notes={**means, **seed}), 1
+
+
+def _adapter_state(adapter: Artifact) -> Mapping[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(adapter.path / "adapter_model.safetensors")
+
+
+def score_records(
+    peft_model: "PeftModel", table: Any, settings: Settings, model: LanguageModel
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Columns [n] and means of the metrics over held-out records; exact match is None where no record has an answer."""
+    import numpy as np
+    import pyarrow as pa
+
+    from prism_assets.corpus.tokenization import prompt_tokens
+    from prism_assets.evaluation import metrics
+    from prism_assets.features.gradients import GradientEngine
+
+    records = target_set(table)
+    engine = GradientEngine(peft_model, token_budget=settings.features.token_budget)
+    log_probs = engine.mean_log_probs(records.examples)
+    chosen = log_probs[: records.size]
+    margins = records.scores(log_probs) if records.pairs else None
+    means: dict[str, Any] = {**metrics.held_out(chosen, margins), "exact_match": None, "records": records.size}
+    predictions: list[str | None] = [None] * records.size
+    matches: list[bool | None] = [None] * records.size
+    answers = table["answers"].to_pylist()
+    asked = [position for position, one in enumerate(answers) if one]
+    if asked:
+        encoder = encoder_of(settings, model)
+        generated = metrics.generate(
+            peft_model,
+            [prompt_tokens(records.examples[position]) for position in asked],
+            pad_token_id=pad_token_id(model),
+            eos_token_id=list(encoder.stop_token_ids),
+            max_new_tokens=settings.evaluation.max_new_tokens,
+            batch_size=settings.evaluation.batch_size,
+        )
+        for position, tokens in zip(asked, generated, strict=True):
+            predictions[position] = model.tokenizer().decode(tokens, skip_special_tokens=True)
+            matches[position] = metrics.exact_match(predictions[position], answers[position])
+        means["exact_match"] = float(np.mean([matches[position] for position in asked]))
+    columns = {
+        "mean_log_prob": pa.array(chosen, pa.float64()),
+        "margin": pa.array(margins, pa.float64()) if margins is not None else pa.nulls(records.size, pa.float64()),
+        "prediction": pa.array(predictions, pa.string()),
+        "exact_match": pa.array(matches, pa.bool_()),
+    }
+    return columns, means
+
+
+def _evaluation_outcome(
+    strategy: str, base: Artifact, published: Sequence[Artifact], computed: int, settings: Settings
+) -> stage.Outcome:
+    from prism_assets.evaluation.metrics import summarize
+    from prism_assets.evaluation.plots import as_markdown_image, strategies_comparison
+
+    summary = {name: summarize([one.notes[name] for one in published]) for name in METRICS}
+    before = {name: base.notes[name] for name in METRICS}
+    rows = [{"model": "base", **before}]
+    rows += [
+        {"model": f"seed {seed}", **{name: one.notes[name] for name in METRICS}}
+        for seed, one in zip(settings.seeds, published, strict=True)
+    ]
+    gain = summary["mean_log_prob"]["mean"] - before["mean_log_prob"]
+    return stage.Outcome(
+        list(published),
+        computed,
+        {
+            **{name: value["mean"] for name, value in summary.items() if value},
+            "summary": dg.MetadataValue.json(summary),
+            "rows": stage.preview(rows),
+            "comparison": dg.MetadataValue.md(
+                as_markdown_image(strategies_comparison({strategy: summary}, before), "held-out metrics")
+            ),
+        },
+        {"better_than_base": (gain > 0, {"gain_in_mean_log_prob": gain})},
+    )
+
+
+# -- report ------------------------------------------------------------------------------------------------------
+
+
+def build_report_asset(settings: Settings) -> dg.AssetsDefinition:
+    """The asset `report`, one partition per target of the settings."""
+
+    @dg.asset(
+        partitions_def=targets_of(settings),
+        group_name=GROUP,
+        kinds={"html"},
+        code_version=str(REPORT_VERSION),
+        deps=["evaluation", "selection", "target_direction", "live_pool"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+    def report(
+        context: dg.AssetExecutionContext,
+        settings: dg.ResourceParam[Settings],
+        lake: Lake,
+        language_model: LanguageModel,
+    ) -> dg.MaterializeResult:
+        """One page per target: strategies side by side, what was selected and why, and where every number came from."""
+        result = stage.each_partition(
+            context, lambda name: _publish_report(context.run_id, settings, lake, language_model, name)
+        )
+        combined = write_combined_report(settings, lake, language_model)
+        context.log.info(f"The report over all targets is at {combined}.")
+        return result
+
+    return report
+
+
+def _publish_report(
+    run_id: str, settings: Settings, lake: Lake, model: LanguageModel, name: str
+) -> stage.Outcome:
+    from prism_assets.evaluation.plots import as_markdown_image, strategies_comparison
+    from prism_assets.evaluation.report import build_report, verdict_sentences
+
+    content, inputs = _target_content(settings, lake, model, name)
+    recipe = Recipe("report", REPORT_VERSION, {}, inputs, partition=name)
+    artifact = lake.find(recipe)
+    computed = artifact is None
+    if artifact is None:
+        data = _report_data(settings, lake, model, {name: content})
+
+        def write(folder: Path) -> None:
+            (folder / "report.json").write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+            (folder / "report.html").write_text(build_report(data), encoding="utf-8")
+
+        artifact = lake.publish_folder(recipe, write, run_id=run_id)
+    lake.point(artifact, name, run_id=run_id)
+    rows = [
+        {"strategy": strategy, **{metric: (entry[metric] or {}).get("mean") for metric in METRICS}}
+        for strategy, entry in content["strategies"].items()
+    ]
+    return stage.Outcome(
+        [artifact],
+        int(computed),
+        {
+            "report": dg.MetadataValue.path(str(artifact.path / "report.html")),
+            "rows": stage.preview([{"strategy": "base", **content["base"]}, *rows]),
+            "verdict": dg.MetadataValue.md("\n".join(f"- {one}" for one in verdict_sentences(content))),
+            "comparison": dg.MetadataValue.md(
+                as_markdown_image(strategies_comparison(content["strategies"], content["base"]), "comparison")
+            ),
+        },
+    )
+
+
+def _target_content(
+    settings: Settings, lake: Lake, model: LanguageModel, name: str
+) -> tuple[dict[str, Any], dict[str, Artifact | list[Artifact]]]:
+    """One target's part of report.json, and the artefacts that it shows."""
+    version = feature_version(settings, lake, model)
+    corpus = corpus_version(settings, model)
+    weights = lake.require("target_weights", name, version)
+    pool = lake.require("live_pool", None, corpus)
+    base = lake.require("evaluations", f"base|{name}")
+    notes = weights.notes
+    strategies, shown = {}, [weights, pool, base]
+    for strategy in settings.strategies:
+        entry, artifacts = _strategy_content(settings, lake, name, strategy)
+        strategies[strategy] = entry
+        shown += artifacts
+    rows = lake.read_table(weights, None).to_pylist()
+    eval_rows = lake.require("eval_examples", name, corpus).notes["rows"]
+    directions = [key for key in notes["effective_number_of_targets"]]
+    content = {
+        "kind": notes["kind"],
+        "number_of_targets": notes["number_of_targets"],
+        "number_of_eval": eval_rows,
+        "pool": {
+            "rows": sum(lake.read_table(pool, ["rows"])["rows"].to_pylist()),
+            "canonical": pool.notes["canonical_rows"],
+            "sources": pool.notes["sources"],
+        },
+        "direction": {
+            **{key: notes[key] for key in ("effective_number_of_targets", "temperature", "log_z", "checkpoints")},
+            "weight_rank_agreement": notes["weight_rank_agreement"],
+            "first_order": notes["first_order"],
+            "weights": [
+                {key: row[key] for key in ("id", "preference", "score", "prompt", *directions)}
+                for row in sorted(rows, key=lambda row: -(row["prism"] or 0))
+            ],
+        },
+        "base": {metric: base.notes[metric] for metric in METRICS},
+        "strategies": strategies,
+    }
+    return content, {"shown": shown}
+
+
+def _strategy_content(
+    settings: Settings, lake: Lake, target: str, strategy: str
+) -> tuple[dict[str, Any], list[Artifact]]:
+    from prism_assets.evaluation.metrics import summarize
+
+    key = join_key(target, strategy)
+    selection = lake.require("selection", key)
+    seeds = [lake.require("evaluations", seed_partition(key, seed)) for seed in settings.seeds]
+    adapters = [lake.require("adapters", seed_partition(key, seed)) for seed in settings.seeds]
+    notes = selection.notes
+    columns = ["rank", "score", "source", "prompt", "completion"]
+    entry = {
+        **{metric: summarize([one.notes[metric] for one in seeds]) for metric in METRICS},
+        "per_seed": [
+            {"seed": seed, **{metric: one.notes[metric] for metric in METRICS}}
+            for seed, one in zip(settings.seeds, seeds, strict=True)
+        ],
+        "selected": str(selection.path),
+        "selected_jsonl": str(json_lines_of(selection)),
+        "adapter": str(adapters[0].path),
+        "rows": notes["rows"],
+        "completion_tokens": notes["completion_tokens"],
+        "steps": adapters[0].notes["steps"],
+        "seconds": sum(one.notes["seconds"] for one in adapters),
+        "composition": notes["composition"],
+        "non_positive_influence": notes["non_positive_influence"],
+        "score_histogram": notes.get("score_histogram"),
+        "examples": lake.read_table(selection, columns).slice(0, 20).to_pylist(),
+        "fingerprint": selection.fingerprint,
+        "run_id": selection.header["run_id"],
+    }
+    return {name: value for name, value in entry.items() if value is not None or name in METRICS}, [
+        selection, *adapters, *seeds
+    ]  # fmt: skip
+
+
+def _report_data(
+    settings: Settings, lake: Lake, model: LanguageModel, targets: Mapping[str, Any]
+) -> dict[str, Any]:
+    """report.json around the targets' parts."""
+    corpus = corpus_version(settings, model)
+    pool = lake.require("live_pool", None, corpus)
+    warmup = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
+    rejects: list[dict[str, Any]] = []
+    for shard in lake.read_table(pool, ["shard"])["shard"].to_pylist():
+        refused = lake.head("rejects", shard, corpus)
+        if refused is not None:
+            rejects += [{"shard": shard, **row} for row in lake.read_table(refused).to_pylist()]
+    return {
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": {"name": settings.model.name, "fingerprint": model.identify().fingerprint},
+        "settings": settings.model_dump(mode="json"),
+        "lineage": {
+            one.table: {"fingerprint": one.fingerprint, "content_hash": one.content_hash, "run_id": one.header["run_id"]}
+            for one in (pool, warmup)
+        },
+        "feature_version": feature_version(settings, lake, model),
+        "rejects": rejects,
+        "contamination": pool.notes["contaminated"],
+        "duplicates": pool.notes["duplicates"],
+        "targets": dict(targets),
+    }
+
+
+def write_combined_report(settings: Settings, lake: Lake, model: LanguageModel) -> Path:
+    """The report over all targets that have one, renamed into place at `storage.report`; returns the page's path."""
+    from prism_assets.evaluation.report import build_report
+
+    found = {name: lake.head("report", name) for name in settings.targets}
+    parts: dict[str, Any] = {}
+    for name, artifact in found.items():
+        if artifact is not None:
+            parts |= json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))["targets"]
+    data = _report_data(settings, lake, model, parts)
+    folder = settings.storage.report
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("report.json", json.dumps(data, indent=1, ensure_ascii=False)),
+        ("report.html", build_report(data)),
+    ):
+        draft = folder / f".{name}.{os.getpid()}"
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, folder / name)
+    return folder / "report.html"

@@ -1,0 +1,604 @@
+"""Per-example gradients of the mean log-probability with respect to the LoRA parameters, for less than a training step.
+
+For an example with supervised tokens t in C (the completion, EOS included), n of them,
+
+    s = (1/n) sum_{t in C} log p(x_t | x_<t)          g = grad s, with respect to every LoRA A and B
+
+One backward pass of the sum over a batch gives every example's g separately (see `lora`). It does less than a training
+pass over the same batch: logits and loss exist at supervised positions only (`head`), no weight gradient is asked of
+autograd, nothing below the lowest adapted layer is recorded, and each layer's gradients go through preconditioner and
+sketch while the backward pass is at that layer, so that no two layers' gradients are ever held together.
+
+Gradients are formed in float32 whatever the model's precision (float64 for a float64 model).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prism_assets.features.batching import (
+    Batch,
+    Example,
+    build_batch,
+    check_examples,
+    context_length,
+    plan_batches,
+)
+from prism_assets.features.head import (
+    LogitTransform,
+    log_probs_of_logits,
+    ramp_logits,
+    token_log_probs,
+)
+from prism_assets.features.lora import (
+    AdaptedLinear,
+    UnsupportedModelError,
+    find_adapted_layers,
+    is_plain_linear,
+    tapped,
+)
+from prism_assets.features.preconditioner import Preconditioner
+from prism_assets.features.sketch import Projection
+
+# Below this norm a gradient is rounding noise of float32 log-probabilities; its direction means nothing.
+NORM_FLOOR = 1e-7
+TOKEN_BUDGET_CPU = 768  # small enough that a layer's activations stay in the cache
+TOKEN_BUDGET_GPU = 32768
+
+Progress = Callable[[int, int], None]
+"""Called after each batch with (examples done, examples in all)."""
+
+Result = TypeVar("Result")
+
+
+class FeatureRows(NamedTuple):
+    """What a gradient pass leaves of n examples, in the order given. Gamma is the preconditioned gradient."""
+
+    rows: np.ndarray  # float32 [n, K] sketched Gamma, not normalised; zeros where refused
+    norms: np.ndarray  # float64 [n] the norm of Gamma before the sketch
+    mean_log_probs: np.ndarray  # float64 [n] s
+    gradient_norms: np.ndarray  # float64 [n] the norm of g
+    refused: list[str | None]  # [n] why a row must not be used, None where it may be
+
+
+class WeightedGradient(NamedTuple):
+    """The gradient of sum_j w_j s_j, and the s_j."""
+
+    gradient: dict[str, Tensor]  # parameter name -> float32 (float64) of the parameter's shape
+    mean_log_probs: np.ndarray  # float64 [n]
+
+
+class GradientEngine:
+    """Runs gradient passes of a causal language model with one LoRA adapter. The model is used, not changed.
+
+    token_budget: padded tokens in a batch; by default a figure for the kind of device. A batch that does not fit the
+    memory is halved until it does, and later batches keep to the size that fitted.
+    gradient_checkpointing: recompute each decoder layer in the backward pass instead of keeping its activations.
+
+    Raises UnsupportedModelError, naming the module, for what it cannot do: DoRA and other variants, adapted embeddings,
+    convolutions or stacked experts, routed experts, modules_to_save, trained biases, quantised or offloaded weights,
+    several active adapters.
+    """
+
+    def __init__(
+        self, model: PeftModel, *, token_budget: int | None = None, gradient_checkpointing: bool = False
+    ) -> None:
+        self.model = model
+        self.layers = find_adapted_layers(model)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for layer in self.layers:
+            self.parameters[layer.name_a] = layer.factor_a
+            self.parameters[layer.name_b] = layer.factor_b
+        self.parameter_names = list(self.parameters)
+        self.parameter_shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
+        self.num_parameters = sum(value.numel() for value in self.parameters.values())
+        self.device = self.layers[0].weight.device
+        default = TOKEN_BUDGET_GPU if self.device.type == "cuda" else TOKEN_BUDGET_CPU
+        self.token_budget = default if token_budget is None else int(token_budget)
+        if self.token_budget < 1:
+            raise ValueError(f"token_budget must be positive, not {token_budget}")
+        self.gradient_checkpointing = gradient_checkpointing
+        self._config = model.config.get_text_config()
+        self._head = _output_embeddings(model)
+        self._head_layer = next((layer for layer in self.layers if layer.module is self._head), None)
+        self._fits_tokens: int | None = None  # lowered by running out of memory
+        with self._prepared():
+            self._transform = self._probe()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of gradients and rows: float32, or float64 for a float64 model."""
+        return torch.float64 if self.layers[0].weight.dtype == torch.float64 else torch.float32
+
+    def mean_log_probs(self, examples: Sequence[Example]) -> np.ndarray:
+        """s of each example, float64 [n], by forward passes alone."""
+        self._check(examples)
+        result = np.empty(len(examples))
+        for batch, sums in self._run(examples, lambda batch: self._log_prob_sums(batch)):
+            result[batch.positions] = (sums / batch.counts).cpu().numpy()
+        return result
+
+    def feature_rows(
+        self,
+        examples: Sequence[Example],
+        *,
+        sketch: Projection,
+        preconditioner: Preconditioner | None = None,
+        progress: Progress | None = None,
+    ) -> FeatureRows:
+        """Sketched, preconditioned per-example gradients with their exact norms.
+
+        Rows that are not finite, or whose ‖g‖ or ‖Gamma‖ is below `NORM_FLOOR`, are set to zero and given a reason in
+        `refused`. Raises ValueError where the sketch has more dimensions than the adapter has parameters, or the
+        preconditioner lacks moments.
+        """
+        preconditioner = preconditioner or Preconditioner.build("sgd")
+        preconditioner.check(self.parameter_shapes)
+        if sketch.dim > self.num_parameters:
+            raise ValueError(
+                f"a sketch of {sketch.dim} dimensions is larger than the adapter's {self.num_parameters} parameters: "
+                "lower sketch_dim, or use exact features"
+            )
+        self._check(examples)
+
+        def run_batch(batch: Batch) -> tuple[Tensor, Tensor]:
+            collector = _SketchingCollector(batch, self, sketch, preconditioner)
+            sums = self._backward(batch, collector)
+            norms, gradient_norms = collector.squared_norms.sqrt(), collector.squared_gradient_norms.sqrt()
+            return collector.rows.float(), torch.stack([norms, sums / batch.counts, gradient_norms], dim=1)
+
+        count = len(examples)
+        rows = np.empty((count, sketch.dim), dtype=np.float32)
+        figures = np.empty((count, 3))
+        done = 0
+        for batch, (batch_rows, batch_figures) in self._run(examples, run_batch):
+            rows[batch.positions] = batch_rows.cpu().numpy()
+            figures[batch.positions] = batch_figures.cpu().numpy()
+            done += len(batch.positions)
+            if progress is not None:
+                progress(done, count)
+        norms, log_probs, gradient_norms = figures.T.copy()
+        finite = np.isfinite(rows).all(axis=1)
+        refused = [_refusal(*figures[i], finite[i]) for i in range(count)]
+        rows[[reason is not None for reason in refused]] = 0
+        return FeatureRows(rows, norms, log_probs, gradient_norms, refused)
+
+    def per_example_gradients(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Yields, batch by batch, the examples' positions [b] and g as parameter name -> [b, *shape].
+
+        Holds a whole batch's gradients: for small numbers of examples.
+        """
+        self._check(examples)
+
+        def run_batch(batch: Batch) -> dict[str, Tensor]:
+            collector = _StackingCollector(batch, self)
+            self._backward(batch, collector)
+            return {name: collector.gradients[name] for name in self.parameter_names}
+
+        for batch, gradients in self._run(examples, run_batch):
+            yield batch.positions, gradients
+
+    def weighted_gradient(self, examples: Sequence[Example], weights: Sequence[float]) -> WeightedGradient:
+        """The gradient of sum_j w_j s_j, summed over the examples inside the matrix products of the backward pass."""
+        weights = np.asarray(weights, dtype=np.float64)
+        if weights.shape != (len(examples),) or not np.isfinite(weights).all():
+            raise ValueError(f"{len(examples)} examples need as many finite weights, not {weights.shape}")
+        self._check(examples)
+        # Tiny weights would underflow in a half-precision backward pass: the largest is scaled to one.
+        scale = float(np.abs(weights).max(initial=0.0)) or 1.0
+        total = {
+            name: torch.zeros(shape, dtype=self.dtype, device=self.device)
+            for name, shape in self.parameter_shapes.items()
+        }
+
+        def run_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            collector = _SummingCollector(batch, self)
+            token_weights = torch.from_numpy(weights[batch.positions] / scale).to(self.device) / batch.counts
+            sums = self._backward(batch, collector, token_weights)
+            return sums, collector.gradients
+
+        mean_log_probs = np.empty(len(examples))
+        for batch, (sums, gradients) in self._run(examples, run_batch):
+            mean_log_probs[batch.positions] = (sums / batch.counts).cpu().numpy()
+            for name, gradient in gradients.items():
+                total[name] += gradient
+        return WeightedGradient({name: value * scale for name, value in total.items()}, mean_log_probs)
+
+    def directional_derivatives(
+        self, examples: Sequence[Example], direction: Mapping[str, Tensor], epsilon: float = 1e-2
+    ) -> np.ndarray:
+        """The derivative of each s along the *given* direction d (not its unit vector): <g, d>, float64 [n].
+
+        By a central difference of two forward passes at theta ± epsilon u, u = d / ‖d‖, times ‖d‖; the error is
+        O(epsilon²). The passes run in float32 (a half-precision model is widened meanwhile, and narrowed back to the
+        same bits). `direction` maps parameter names to tensors; a missing parameter counts as zero.
+        """
+        norm = _norm(direction)
+        if not np.isfinite(norm) or norm == 0:
+            raise ValueError(f"the direction must be finite and not zero; its norm is {norm}")
+        with self._single_precision():
+            with self.step(direction, epsilon / norm):
+                above = self.mean_log_probs(examples)
+            with self.step(direction, -epsilon / norm):
+                below = self.mean_log_probs(examples)
+        return (above - below) / (2 * epsilon) * norm
+
+    @contextmanager
+    def step(self, direction: Mapping[str, Tensor], size: float) -> Iterator[None]:
+        """Within the context the LoRA parameters are theta + size * direction; on exit they have their former bits."""
+        if unknown := sorted(set(direction) - set(self.parameters)):
+            raise ValueError(f"the direction names {unknown[0]}, which is no LoRA parameter of this model")
+        saved = {name: self.parameters[name].detach().clone() for name in direction}
+        try:
+            with torch.no_grad():
+                for name, change in direction.items():
+                    parameter = self.parameters[name]
+                    exact = parameter.double() + size * change.to(parameter.device).double()
+                    parameter.copy_(exact)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in saved.items():
+                    self.parameters[name].copy_(value)
+
+    # One batch
+
+    def _log_prob_sums(self, batch: Batch) -> Tensor:
+        """n * s of each example of the batch, float64 [b]."""
+        with torch.no_grad():
+            return _sum_by_example(self._token_log_probs(batch), batch)
+
+    def _backward(self, batch: Batch, collector: _Collector, weights: Tensor | None = None) -> Tensor:
+        """Runs the batch forward and backward with weight w_b on each of an example's token log-probabilities.
+
+        weights: float64 [b], ones by default (the gradient is then n_b times g_b, which keeps half-precision
+        gradients far from underflow). Returns n * s, float64 [b].
+        """
+        for layer in self.layers:
+            layer.collector = collector
+        with torch.enable_grad():
+            log_probs = self._token_log_probs(batch)
+        values = log_probs.detach()
+        upstream = torch.ones_like(values) if weights is None else weights[batch.rows].to(values.dtype)
+        torch.autograd.backward(log_probs, upstream)
+        return _sum_by_example(values, batch)
+
+    def _token_log_probs(self, batch: Batch) -> Tensor:
+        """log p of every supervised token, float32 [N] (float64 of a float64 model)."""
+        gathered: list[Tensor] = []
+
+        def take(hidden: Tensor) -> Tensor:
+            # [b, T, H] -> [N, H]: the head sees supervised positions only.
+            gathered.append(_Gather.apply(hidden, batch.source))
+            if self._transform is not None:
+                # The log-probabilities come from `token_log_probs`; the rest of the model's forward gets a stand-in.
+                return hidden.new_zeros(1, 1, 1)
+            return head_forward(gathered[0][None])  # [1, N, V], then the model's own steps
+
+        head_forward = self._head.forward
+        with _replaced_forward(self._head, take):
+            logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
+        if self._transform is not None:
+            return token_log_probs(gathered[0], batch.targets, self._head, self._transform)
+        return log_probs_of_logits(logits[0], batch.targets)
+
+    # Many batches
+
+    def _check(self, examples: Sequence[Example]) -> None:
+        longest = getattr(self._config, "max_position_embeddings", None)
+        check_examples(examples, self.model.get_input_embeddings().num_embeddings, longest)
+
+    def _run(
+        self, examples: Sequence[Example], run_batch: Callable[[Batch], Result]
+    ) -> Iterator[tuple[Batch, Result]]:
+        """Plans the batches and runs them, one ahead of what is yielded, so that a GPU computes while rows are copied."""
+        pending = list(reversed(plan_batches([context_length(example) for example in examples], self.token_budget)))
+        previous: tuple[Batch, Result] | None = None
+        while pending:
+            positions = pending.pop()
+            width = context_length(examples[positions[0]])
+            if self._fits_tokens is not None and len(positions) > 1 and len(positions) * width > self._fits_tokens:
+                pending += _halves(positions)
+                continue
+            batch = build_batch(examples, positions, self.device)
+            try:
+                with self._prepared():  # a batch at a time: between batches the model is the caller's
+                    result = run_batch(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                result = None
+            if result is None:
+                if len(positions) == 1:
+                    raise MemoryError(
+                        f"example {positions[0]} alone ({width} tokens) does not fit the memory of {self.device}: "
+                        "turn gradient checkpointing on, or lower the maximal length"
+                    )
+                self._fits_tokens = len(positions) * width // 2
+                pending += _halves(positions)
+                _release_memory(self.device)
+                continue
+            if previous is not None:
+                yield previous
+            previous = (batch, result)
+        if previous is not None:
+            yield previous
+
+    # The model's state
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Evaluation mode, no parameter requires grad, adapted layers tapped; all as before on exit."""
+        training = [module for module in self.model.modules() if module.training]
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with ExitStack() as stack:
+            stack.callback(lambda: [setattr(module, "training", True) for module in training])
+            stack.callback(lambda: [parameter.requires_grad_(True) for parameter in trainable])
+            self.model.eval()
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            stack.enter_context(tapped(self.layers))
+            if self.gradient_checkpointing:
+                stack.enter_context(_checkpointed(self.model))
+            yield
+
+    @contextmanager
+    def _single_precision(self) -> Iterator[None]:
+        """Half-precision parameters and buffers as float32 for a while; the way there and back keeps every bit."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        narrow = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
+        for tensor, _ in narrow:
+            tensor.data = tensor.data.float()
+        try:
+            yield
+        finally:
+            for tensor, dtype in narrow:
+                tensor.data = tensor.data.to(dtype)
+
+    @torch.no_grad()
+    def _probe(self) -> LogitTransform | None:
+        """One small forward pass that shows what the model does around its layers and its output embeddings.
+
+        Refuses models whose adapted layers do not see each token of each example once (routed or shared layers).
+        Returns what happens to the logits, or None where only the model's own code can say (then no chunking).
+        """
+        calls: dict[str, int] = dict.fromkeys((layer.name for layer in self.layers), 0)
+        shape = (2, 3)
+        hooks = [layer.module.register_forward_pre_hook(_recorder(layer, calls, shape)) for layer in self.layers]
+        heads = 0
+        ramp = ramp_logits(self._head_weight().shape[0], self.device, self._head_weight().dtype)
+
+        def show_ramp(hidden: Tensor) -> Tensor:
+            nonlocal heads
+            heads += 1
+            if tuple(hidden.shape[:2]) != shape:
+                raise UnsupportedModelError(f"the output embeddings get inputs of shape {tuple(hidden.shape)}")
+            return ramp
+
+        try:
+            with _replaced_forward(self._head, show_ramp):
+                ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+                transformed = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if heads != 1:
+            raise UnsupportedModelError(f"the model uses its output embeddings {heads} times in a forward pass, not once")
+        for name, count in calls.items():
+            if count != 1:
+                raise UnsupportedModelError(
+                    f"{name} runs {count} times in a forward pass, not once: shared layers and routed experts are not "
+                    "supported; leave them out of target_modules"
+                )
+        if self._head_layer is not None or not is_plain_linear(self._head) or transformed.shape != ramp.shape:
+            return None
+        return LogitTransform.identify(ramp, transformed, self._config)
+
+    def _head_weight(self) -> Tensor:
+        return self._head.weight if self._head_layer is None else self._head_layer.weight
+
+
+class _Collector:
+    """Forms a layer's gradients from what the backward pass reports, and hands them to `receive`."""
+
+    def __init__(self, batch: Batch, engine: GradientEngine) -> None:
+        self.batch = batch
+        self.dtype = engine.dtype
+        self.inverse_counts = batch.counts.reciprocal().to(self.dtype)[:, None, None]
+        self.head_layer = engine._head_layer
+
+    def collect(self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor) -> None:
+        if layer is self.head_layer:
+            inputs, down, output_gradient, up = map(self._pad, (inputs, down, output_gradient, up))
+        self.receive(layer.name_a, self.outer(up, inputs))
+        # Formed transposed because a product with few rows is faster than one with few columns.
+        self.receive(layer.name_b, self.outer(down, output_gradient).transpose(1, 2))
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """sum_t left_bt right_bt^T: [b, T, p], [b, T, q] -> [b, p, q], accumulated in the engine's dtype."""
+        return _batched_product(left.transpose(1, 2), right, self.dtype)
+
+    def receive(self, name: str, gradients: Tensor) -> None:
+        raise NotImplementedError
+
+    def _pad(self, values: Tensor) -> Tensor:
+        """[1, N, d] at the supervised positions -> [b, most, d], an example a row, zeros after its last."""
+        batch = self.batch
+        padded = values.new_zeros(len(batch.positions), int(batch.counts.max()), values.shape[-1])
+        padded[batch.rows, batch.columns] = values[0]
+        return padded
+
+
+class _SketchingCollector(_Collector):
+    """Preconditions and sketches each parameter's gradients as they come, and sums their squared norms."""
+
+    def __init__(self, batch: Batch, engine: GradientEngine, sketch: Projection, preconditioner: Preconditioner):
+        super().__init__(batch, engine)
+        self.sketch, self.preconditioner = sketch, preconditioner
+        size = len(batch.positions)
+        self.rows = torch.zeros(size, sketch.dim, dtype=self.dtype, device=engine.device)
+        self.squared_norms = torch.zeros(size, dtype=torch.float64, device=engine.device)
+        self.squared_gradient_norms = torch.zeros_like(self.squared_norms)
+
+    def receive(self, name: str, gradients: Tensor) -> None:
+        gradients = gradients.contiguous().mul_(self.inverse_counts)  # g, no longer n * g
+        features = self.preconditioner.apply(name, gradients)
+        squared = _squared_norms(gradients)
+        self.squared_gradient_norms += squared
+        self.squared_norms += squared if features is gradients else _squared_norms(features)
+        self.sketch.add_(self.rows, name, features)
+
+
+class _StackingCollector(_Collector):
+    """Keeps every parameter's gradients, divided by the examples' token counts."""
+
+    def __init__(self, batch: Batch, engine: GradientEngine) -> None:
+        super().__init__(batch, engine)
+        self.gradients: dict[str, Tensor] = {}
+
+    def receive(self, name: str, gradients: Tensor) -> None:
+        self.gradients[name] = gradients.mul_(self.inverse_counts)
+
+
+class _SummingCollector(_Collector):
+    """Keeps the sum over the batch: one product over all tokens a parameter."""
+
+    def __init__(self, batch: Batch, engine: GradientEngine) -> None:
+        super().__init__(batch, engine)
+        self.gradients: dict[str, Tensor] = {}
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        return _batched_product(left.flatten(0, 1).t()[None], right.flatten(0, 1)[None], self.dtype)
+
+    def receive(self, name: str, gradients: Tensor) -> None:
+        self.gradients[name] = gradients[0]
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a flattened tensor; the backward pass copies them back, which needs no atomic additions."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, source: Tensor) -> Tensor:
+        ctx.shape = hidden.shape
+        ctx.save_for_backward(source)
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (source,) = ctx.saved_tensors
+        full = gradient.new_zeros(ctx.shape[0] * ctx.shape[1], ctx.shape[2])
+        return full.index_copy_(0, source, gradient).view(ctx.shape), None
+
+
+def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """[b, p, T] @ [b, T, q] -> [b, p, q] in `dtype`, whatever the factors' precision."""
+    if left.dtype == right.dtype == dtype:
+        return torch.bmm(left, right)
+    if left.dtype == right.dtype and left.is_cuda and dtype == torch.float32:
+        return torch.bmm(left, right, out_dtype=dtype)  # half-precision factors, float32 sums
+    return torch.bmm(left.to(dtype), right.to(dtype))
+
+
+def _squared_norms(gradients: Tensor) -> Tensor:
+    """[b, *shape] -> float64 [b]."""
+    return torch.linalg.vector_norm(gradients.flatten(1), dim=1).double().square()
+
+
+def _sum_by_example(log_probs: Tensor, batch: Batch) -> Tensor:
+    """[N] -> float64 [b], in a fixed order on every device."""
+    padded = torch.zeros(
+        len(batch.positions), batch.input_ids.shape[1], dtype=torch.float64, device=log_probs.device
+    )
+    padded[batch.rows, batch.columns] = log_probs.double()
+    return padded.sum(1)
+
+
+def _refusal(norm: float, mean_log_prob: float, gradient_norm: float, finite_row: bool) -> str | None:
+    if not np.isfinite(mean_log_prob):
+        return "log-probability is not finite"
+    if not (np.isfinite(gradient_norm) and np.isfinite(norm) and finite_row):
+        return "gradient is not finite"
+    if gradient_norm < NORM_FLOOR or norm < NORM_FLOOR:
+        return f"gradient norm is below {NORM_FLOOR:g}"
+    return None
+
+
+def _norm(vector: Mapping[str, Tensor]) -> float:
+    return float(sum(float(value.double().square().sum()) for value in vector.values())) ** 0.5
+
+
+def _output_embeddings(model: PeftModel) -> nn.Module:
+    head = model.get_base_model().get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{type(model.get_base_model()).__name__} has no output embeddings: no causal LM?")
+    return head
+
+
+def _recorder(layer: AdaptedLinear, calls: dict[str, int], shape: tuple[int, int]):
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls[layer.name] += 1
+        if tuple(inputs[0].shape[:-1]) != shape:
+            raise UnsupportedModelError(
+                f"{layer.name} gets inputs of shape {tuple(inputs[0].shape)}, not [batch, tokens, features]: routed "
+                "experts are not supported; leave them out of target_modules"
+            )
+
+    return record
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    saved = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if saved is None:
+            del module.forward
+        else:
+            module.forward = saved
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Decoder layers recompute their activations in the backward pass (transformers itself does so in training only)."""
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                stack.enter_context(_replaced_forward(layer, _recomputing(layer.forward)))
+        yield
+
+
+def _recomputing(forward: Callable) -> Callable:
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
+
+
+def _halves(positions: list[int]) -> list[list[int]]:
+    """Two halves, the first one last (it is popped next)."""
+    middle = (len(positions) + 1) // 2
+    return [positions[middle:], positions[:middle]]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+
+
+def _release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

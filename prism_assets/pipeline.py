@@ -1,0 +1,182 @@
+"""`prism run`: the whole graph in its order, run by run, on the Dagster instance that the UI shows."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prism_assets.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import dagster as dg
+
+
+class PipelineError(Exception):
+    """A run failed; the message carries the step's own reason."""
+
+
+class Step(NamedTuple):
+    """One Dagster run: assets of one partitions definition."""
+
+    title: str
+    assets: tuple[str, ...]
+    partitions: str | None  # "shard", "target", "target_strategy" or None
+
+
+STEPS: tuple[Step, ...] = (
+    Step("Base model", ("base_model",), None),
+    Step("Candidates", ("candidates",), "shard"),
+    Step("Targets", ("targets",), "target"),
+    Step("Live pool and warm-up", ("live_pool", "warmup_sample", "warmup_checkpoints"), None),
+    Step("Candidate features", ("candidate_features",), "shard"),
+    Step("Index", ("candidate_index",), None),
+    Step("Target directions", ("target_features", "target_direction"), "target"),
+    Step("Selection, fine-tuning, evaluation", ("selection", "adapter", "evaluation"), "target_strategy"),
+    Step("Report", ("report",), "target"),
+)
+
+
+class StepResult(NamedTuple):
+    """What one step came to."""
+
+    step: Step
+    run_ids: list[str]
+    computed: int  # artefacts made; 0 where everything was found
+    seconds: float
+
+
+def dagster_home(settings: Settings) -> Path:
+    """DAGSTER_HOME where it is set, else a folder in the lake; made, with the project's dagster.yaml, when missing."""
+    given = os.environ.get("DAGSTER_HOME")
+    home = Path(given) if given else settings.storage.root / "dagster"
+    home.mkdir(parents=True, exist_ok=True)
+    instance_file = home / "dagster.yaml"
+    if not instance_file.exists():
+        shutil.copyfile(project_file("dagster.yaml"), instance_file)
+    return home
+
+
+def project_file(name: str) -> Path:
+    """A file at the top of the project: definitions.py, workspace.yaml, dagster.yaml."""
+    return Path(__file__).resolve().parent.parent / name
+
+
+@contextmanager
+def instance_of(settings: Settings) -> "Iterator[dg.DagsterInstance]":
+    """The Dagster instance of these settings."""
+    import dagster as dg
+
+    with dg.DagsterInstance.from_config(str(dagster_home(settings))) as instance:
+        yield instance
+
+
+def run_pipeline(
+    settings: Settings,
+    definitions: "dg.Definitions",
+    instance: "dg.DagsterInstance",
+    *,
+    on_step: Callable[[Step], None] = lambda step: None,
+    on_result: Callable[[StepResult], None] = lambda result: None,
+    targets: Sequence[str] | None = None,
+) -> list[StepResult]:
+    """Look at the inbox, then materialise every asset in order; what exists is found, not computed.
+
+    Raises PipelineError at the first run that fails.
+    """
+    from prism_assets.corpus.inbox import scan
+    from prism_assets.partitions import reconcile_shards
+
+    lake = definitions.resources["lake"]
+    inbox = settings.candidates.inbox
+    if not inbox.is_dir():
+        raise PipelineError(f"candidates.inbox: there is no folder {inbox}. Make it and put JSON Lines or Parquet there.")
+    found = scan(inbox, lake.cache / "inbox.json", at_rest_seconds=0)
+    if not found.files:
+        ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
+        raise PipelineError(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
+    reconcile_shards(instance, [file.key for file in found.files])
+    results = []
+    for step in STEPS:
+        on_step(step)
+        started = time.monotonic()
+        runs = [
+            _execute(definitions, instance, step, tags)
+            for tags in _partition_tags(settings, instance, step, targets or list(settings.targets))
+        ]
+        computed = sum(count for _, count in runs)
+        results.append(StepResult(step, [run for run, _ in runs], computed, time.monotonic() - started))
+        on_result(results[-1])
+    lake.rebuild_catalog()
+    return results
+
+
+def _partition_tags(
+    settings: Settings, instance: "dg.DagsterInstance", step: Step, targets: Sequence[str]
+) -> Iterable[dict[str, str]]:
+    """Run tags that make one run of a contiguous range of partitions."""
+    if step.partitions is None:
+        return [{}]
+    if step.partitions == "shard":
+        return [_range(instance.get_dynamic_partitions("shard"))]
+    if list(targets) == list(settings.targets):
+        if step.partitions == "target":
+            return [_range(targets)]
+        first, last = (settings.strategies[0], targets[0]), (settings.strategies[-1], targets[-1])
+        return [_range([f"{strategy}|{target}" for strategy, target in (first, last)])]
+    if step.partitions == "target":
+        return [{"dagster/partition": target} for target in targets]
+    return [
+        {"dagster/partition": f"{strategy}|{target}"} for target in targets for strategy in settings.strategies
+    ]
+
+
+def _range(keys: Sequence[str]) -> dict[str, str]:
+    if len(set(keys)) == 1:
+        return {"dagster/partition": keys[0]}
+    return {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+
+
+def _execute(
+    definitions: "dg.Definitions", instance: "dg.DagsterInstance", step: Step, tags: dict[str, str]
+) -> tuple[str, int]:
+    import dagster as dg
+
+    job = definitions.resolve_implicit_global_asset_job_def()
+    selection = [dg.AssetKey(name) for name in step.assets]
+    partition = tags.get("dagster/partition")
+    result = job.execute_in_process(
+        instance=instance,
+        asset_selection=selection,
+        partition_key=partition,
+        tags={**tags, "prism/step": step.title},
+        raise_on_error=False,
+    )
+    if not result.success:
+        raise PipelineError(_reason(step, result))
+    return result.run_id, _computed(result)
+
+
+def _reason(step: Step, result: Any) -> str:
+    """The innermost reason of a failed run, without the traceback that the UI shows."""
+    for event in result.all_events:
+        if event.is_step_failure:
+            error = event.step_failure_data.error
+            while error is not None and error.cause is not None:
+                error = error.cause
+            message = error.message.strip() if error else "no reason was given"
+            return f"{step.title}: {event.step_key} failed: {message}\n(run {result.run_id})"
+    return f"{step.title}: the run {result.run_id} failed."
+
+
+def _computed(result: Any) -> int:
+    total = 0
+    for event in result.all_events:
+        if event.is_step_materialization:
+            entry = event.step_materialization_data.materialization.metadata.get("computed")
+            total += int(entry.value) if entry is not None else 0
+    return total

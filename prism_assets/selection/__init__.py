@@ -1,0 +1,1 @@
+"""From target gradients to a selection: preference weights, target direction, ranking, budget."""

@@ -1,0 +1,101 @@
+"""The target direction: target gradients added up, as the query that the index answers."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from prism_assets.features.gradients import GradientEngine
+
+Vector = Mapping[str, "torch.Tensor"]  # canonical LoRA parameter name -> tensor of the parameter's shape
+
+
+class TargetSet(NamedTuple):
+    """Targets as single examples with signs: a pair is its chosen completion minus its rejected one."""
+
+    examples: list  # TokenizedExample [m] or [2m]: all chosen, then all rejected
+    size: int  # m
+    pairs: bool
+
+    def expand(self, weights: np.ndarray) -> np.ndarray:
+        """Coefficients of the single examples [m or 2m] for weights of the targets [m]."""
+        return np.concatenate([weights, -weights]) if self.pairs else weights
+
+    def scores(self, mean_log_probs: np.ndarray) -> np.ndarray:
+        """Preference scores [m] from the mean log-probabilities of the single examples [m or 2m]."""
+        if not self.pairs:
+            return mean_log_probs
+        return mean_log_probs[: self.size] - mean_log_probs[self.size :]
+
+    def target(self, position: int) -> "TargetSet":
+        """The set that holds one target."""
+        rows = [position, self.size + position] if self.pairs else [position]
+        return TargetSet([self.examples[row] for row in rows], 1, self.pairs)
+
+
+def target_vector(engine: "GradientEngine", targets: TargetSet, weights: np.ndarray) -> "dict[str, torch.Tensor]":
+    """t = Σ_j w_j ∇s_j at the engine's parameters, unsketched, fp32, by one weighted backward (weights [m])."""
+    return engine.weighted_gradient(targets.examples, targets.expand(weights)).gradient
+
+
+def norm(vector: Vector) -> float:
+    """Euclidean norm over all parameters, accumulated in float64."""
+    return float(sum(float(tensor.double().square().sum()) for tensor in vector.values()) ** 0.5)
+
+
+def inner(left: Vector, right: Vector) -> float:
+    """Inner product over all parameters, accumulated in float64."""
+    return float(sum(float((left[name].double() * right[name].double()).sum()) for name in left))
+
+
+def query_vector(
+    sketches: Sequence[np.ndarray], norms: Sequence[float], learning_rates: Sequence[float]
+) -> np.ndarray:
+    """The index query: blocks η̄_k S t_k / ‖t_k‖, concatenated; float32 [C·K].
+
+    `sketches` holds S t_k [K] of each of C checkpoints, `norms` the exact ‖t_k‖. The η̄_k are scaled to sum to 1, so
+    a score is a mean cosine. Raises ValueError where a norm is zero or not finite: no direction can be followed.
+    """
+    total = float(sum(learning_rates))
+    for checkpoint, length in enumerate(norms):
+        if not np.isfinite(length) or length <= 0:
+            raise ValueError(f"the target vector of checkpoint {checkpoint} has norm {length}: it has no direction")
+    return np.concatenate(
+        [
+            (rate / total) * np.asarray(sketch, np.float64) / length
+            for sketch, length, rate in zip(sketches, norms, learning_rates, strict=True)
+        ]
+    ).astype(np.float32)
+
+
+class FirstOrderGain(NamedTuple):
+    """What a small step does, predicted to first order and measured."""
+
+    predicted: float  # change of J
+    measured: float  # change of J
+    held_out_mean_log_prob: float  # measured change of the held-out examples' mean log-probability
+
+
+def first_order_gain(
+    engine: "GradientEngine",
+    along: Vector,
+    gradient: Vector,
+    size: float,
+    objective: "object",
+    targets: TargetSet,
+    held_out: Sequence,
+    before: tuple[float, float],
+) -> FirstOrderGain:
+    """Take the step θ + size·u with u = along/‖along‖ and measure.
+
+    `gradient` is ∇J; `objective(scores [m]) -> J`; `before` holds J and the held-out mean log-probability at θ.
+    """
+    length = norm(along)
+    unit = {name: tensor / length for name, tensor in along.items()}
+    with engine.step(unit, size):
+        after = objective(targets.scores(engine.mean_log_probs(targets.examples)))
+        held_out_after = float(np.mean(engine.mean_log_probs(held_out)))
+    return FirstOrderGain(size * inner(gradient, unit), after - before[0], held_out_after - before[1])

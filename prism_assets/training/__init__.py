@@ -1,0 +1,1 @@
+"""Fine-tuning on a selection: a LoRA adapter from tokenised examples."""

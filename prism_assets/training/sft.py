@@ -1,0 +1,420 @@
+"""Supervised fine-tuning of LoRA parameters on completion tokens, with the transformers Trainer.
+
+The warm-up and the fine-tunings are this one function. What the Trainer would write to disk (checkpoints,
+pickled optimiser states) is captured in memory instead, by parameter name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+IGNORED = -100  # label of a token that is not supervised
+Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last step)
+
+
+class Example(Protocol):
+    """What training needs of an example (`corpus.tokenization.TokenizedExample`)."""
+
+    input_ids: np.ndarray  # int [T]
+    loss_mask: np.ndarray  # bool [T], True where the token is supervised; never at position 0
+
+
+class Checkpoint(NamedTuple):
+    """The trained parameters and AdamW's moments after a step; tensors on the CPU, keyed by canonical name
+    (the key of PEFT's `get_peft_model_state_dict`, adapter name removed).
+    """
+
+    step: int  # optimiser steps done
+    mean_learning_rate: float  # over the steps since the previous checkpoint
+    lora_state: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]  # first moment m of the *loss* gradient, not bias-corrected
+    exp_avg_sq: dict[str, Tensor]  # second moment v, not bias-corrected
+    optimizer_step: int  # t of the bias corrections 1 - beta^t
+    betas: tuple[float, float]
+    eps: float
+
+
+class TrainingResult(NamedTuple):
+    steps: int
+    losses: list[float]  # per step: mean negative log-probability of its supervised tokens
+    learning_rates: list[float]  # per step, the one that the step used
+    checkpoints: list[Checkpoint]  # in order of steps; the last one is the end of training
+    completion_tokens: int  # supervised tokens trained on, counted each time that they were
+    seconds: float
+
+
+def fine_tune(
+    model: PeftModel,
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    pad_token_id: int,
+    epochs: float = 3.0,
+    max_steps: int | None = None,
+    batch_size: int = 16,
+    learning_rate: float = 2e-4,
+    warmup_ratio: float = 0.03,
+    scheduler: str = "linear",
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    gradient_accumulation: int = 1,
+    checkpoints: int = 1,
+    bf16: bool = False,
+    report_to: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Train the LoRA parameters of `model` in place, on the device that it is on, with AdamW.
+
+    A step's loss is the mean over all supervised tokens of its `batch_size * gradient_accumulation`
+    examples, so neither padding nor accumulation changes it. The order of the data is a function of `seed`
+    and of the order of `examples` (`epoch_order`). `max_steps` overrides `epochs`. `bf16` computes the
+    forward pass in bfloat16 autocast. The model's train/eval mode and its `use_cache` are as before when
+    this returns.
+
+    Raises ValueError for examples or settings that cannot be trained on, FloatingPointError, naming the
+    step, for a loss or parameters that are not finite.
+    """
+    _check_examples(examples)
+    names = trainable_lora_names(model)
+    steps = number_of_steps(len(examples), epochs, max_steps, batch_size, gradient_accumulation)
+    recorder = _Recorder(model, names, checkpoint_steps(steps, checkpoints), progress)
+    loss_of_batch = _TokenLoss()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, _training_state(model):
+        arguments = TrainingArguments(
+            output_dir=folder,
+            save_strategy="no",
+            eval_strategy="no",
+            disable_tqdm=True,
+            log_level="error",
+            report_to=list(report_to) or "none",
+            logging_strategy="steps" if report_to else "no",
+            logging_steps=1,
+            seed=seed,
+            data_seed=seed,
+            max_steps=steps,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation,
+            optim="adamw_torch",
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            lr_scheduler_type=scheduler,
+            warmup_steps=math.ceil(warmup_ratio * steps),
+            use_cpu=_device(model).type == "cpu",
+            dataloader_pin_memory=_device(model).type != "cpu",
+            remove_unused_columns=False,
+            average_tokens_across_devices=False,
+        )
+        arguments._n_gpu = min(
+            arguments.n_gpu, 1
+        )  # one process, one device: no DataParallel over what is visible
+        trainer = _SftTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(examples),
+            compute_loss_func=loss_of_batch,
+            data_collator=lambda batch: collate(batch, pad_token_id),
+            callbacks=[recorder],
+        )
+        trainer.prepare(recorder, seed=seed, bf16=bf16)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return TrainingResult(
+        recorder.step,
+        recorder.losses,
+        recorder.learning_rates,
+        recorder.checkpoints,
+        loss_of_batch.tokens,
+        time.perf_counter() - started,
+    )
+
+
+def save_adapter(
+    model: PeftModel, folder: Path, card: dict[str, Any] | None = None, *, base_model: str | None = None
+) -> None:
+    """Write the adapter as PEFT does (`adapter_model.safetensors`, `adapter_config.json`), with the same
+    bytes for the same parameters, and `card` as a README.md of one `key: value` line each.
+
+    `base_model` is what `base_model_name_or_path` shall say; by default what the adapter's configuration
+    says.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config[model.active_adapter].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config |= {"inference_mode": True} | (
+        {} if base_model is None else {"base_model_name_or_path": base_model}
+    )
+    text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    if card is not None:
+        front = f"---\nbase_model: {json.dumps(config['base_model_name_or_path'])}\nlibrary_name: peft\n---\n"
+        lines = "".join(
+            f"- {key}: {value if isinstance(value, str) else json.dumps(value, default=_plain)}\n"
+            for key, value in card.items()
+        )
+        (folder / "README.md").write_text(front + lines, encoding="utf-8")
+
+
+def collate(batch: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad on the right: `input_ids`, `attention_mask` and `labels`, each int64 [batch, longest]."""
+    shape = (len(batch), max(len(example.input_ids) for example in batch))
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED)
+    for row, example in enumerate(batch):
+        length = len(example.input_ids)
+        tokens = torch.from_numpy(np.asarray(example.input_ids, dtype=np.int64))
+        supervised = torch.from_numpy(np.asarray(example.loss_mask, dtype=bool))
+        input_ids[row, :length] = tokens
+        attention_mask[row, :length] = 1
+        labels[row, :length] = torch.where(supervised, tokens, IGNORED)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def epoch_order(number: int, seed: int, epoch: int) -> list[int]:
+    """The order in which epoch `epoch` (from 0) visits the examples: a permutation keyed by (seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(number).tolist()
+
+
+def number_of_steps(
+    number: int, epochs: float, max_steps: int | None, batch_size: int, gradient_accumulation: int
+) -> int:
+    """Optimiser steps of `epochs` over `number` examples; the last step of an epoch may be a smaller one."""
+    if batch_size < 1 or gradient_accumulation < 1:
+        raise ValueError(
+            f"batch_size ({batch_size}) and gradient_accumulation ({gradient_accumulation}) must be "
+            "at least 1"
+        )
+    per_epoch = math.ceil(math.ceil(number / batch_size) / gradient_accumulation)
+    steps = math.ceil(epochs * per_epoch) if max_steps is None else max_steps
+    if steps < 1:
+        raise ValueError(f"nothing to train: {epochs} epochs, max_steps {max_steps} give {steps} steps")
+    return steps
+
+
+def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
+    """`checkpoints` evenly spaced positions among the steps 1..steps, the last step included."""
+    if not 1 <= checkpoints <= steps:
+        raise ValueError(
+            f"{checkpoints} checkpoints of {steps} training steps: ask for 1 to {steps}, or train longer "
+            "(more epochs, more examples or a smaller batch)"
+        )
+    return [-(-i * steps // checkpoints) for i in range(1, checkpoints + 1)]
+
+
+def trainable_lora_names(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Canonical name -> trainable parameter, in the order of PEFT's state dict.
+
+    Raises ValueError where the model trains something that is no LoRA weight, or nothing at all.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"fine-tuning needs a model with LoRA (peft.PeftModel), not {type(model).__name__}")
+    adapter = model.active_adapter
+    names = {
+        name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}"): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if foreign := sorted(set(names) - set(saved)) or sorted(name for name in names if ".lora_" not in name):
+        raise ValueError(
+            f"the model trains parameters that are no LoRA weights: {', '.join(foreign[:5])}; "
+            "remove modules_to_save and biases from the LoRA settings"
+        )
+    if frozen := sorted(set(saved) - set(names)):
+        raise ValueError(
+            f"LoRA weights are frozen: {', '.join(frozen[:5])}; load the adapter with is_trainable=True"
+        )
+    if not names:
+        raise ValueError("the model has no LoRA weights to train")
+    return {name: names[name] for name in saved}
+
+
+class _TokenLoss:
+    """Sum of the supervised tokens' negative log-probabilities over the supervised tokens of the whole
+    step.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        targets = labels[:, 1:]  # [b, T - 1]: the logits at t predict token t + 1
+        supervised = targets != IGNORED
+        self.tokens += int(supervised.sum())
+        # [n, vocabulary]: only supervised positions are brought to float32
+        logits = outputs.logits[:, :-1][supervised].float()
+        return F.cross_entropy(logits, targets[supervised], reduction="sum") / num_items_in_batch
+
+
+class _SftTrainer(Trainer):
+    """The Trainer with our order of data, our autocast, and a loss that is looked at."""
+
+    def prepare(self, recorder: _Recorder, *, seed: int, bf16: bool) -> None:
+        self._recorder, self._seed, self._bf16 = recorder, seed, bf16
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> _EpochSampler:
+        return _EpochSampler(len(self.train_dataset), self._seed)
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+        # not TrainingArguments(bf16=True): accelerate would leave the model's forward wrapped afterwards
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._recorder.add_loss(float(loss))
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # the count walks over all parameters at every step, and nobody reads it
+
+
+class _EpochSampler(torch.utils.data.Sampler[int]):
+    """`epoch_order`, one epoch after another."""
+
+    def __init__(self, number: int, seed: int):
+        self._number, self._seed, self._epoch = number, seed, 0
+
+    def __len__(self) -> int:
+        return self._number
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        yield from epoch_order(self._number, self._seed, self._epoch)
+
+
+class _Recorder(TrainerCallback):
+    """Losses and learning rates of every step, checkpoints at some, all in memory."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        names: dict[str, torch.nn.Parameter],
+        at_steps: Sequence[int],
+        progress: Progress | None,
+    ):
+        self._model, self._names, self._at_steps, self._progress = model, names, at_steps, progress
+        self._loss = 0.0
+        self.step = 0
+        self.losses: list[float] = []
+        self.learning_rates: list[float] = []
+        self.checkpoints: list[Checkpoint] = []
+
+    def add_loss(self, loss: float) -> None:
+        """A micro-batch's share of the step's loss."""
+        if not math.isfinite(loss):
+            rate = (
+                f" after a step with learning rate {self.learning_rates[-1]:g}" if self.learning_rates else ""
+            )
+            raise FloatingPointError(
+                f"the loss of step {self.step + 1} of {self._at_steps[-1]} is {loss}{rate}: lower "
+                "the learning rate, or look for examples or weights that are not finite"
+            )
+        self._loss += loss
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self.learning_rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self.step = state.global_step
+        self.losses.append(self._loss)
+        self._loss = 0.0
+        if self.step in self._at_steps:
+            self.checkpoints.append(self._checkpoint(getattr(optimizer, "optimizer", optimizer)))
+        if self._progress is not None:
+            self._progress(self.step, self._at_steps[-1], self.losses[-1])
+
+    def _checkpoint(self, optimizer: torch.optim.Optimizer) -> Checkpoint:
+        for name, parameter in self._names.items():
+            if not torch.isfinite(parameter).all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.step} of {self._at_steps[-1]}: lower "
+                    "the learning rate"
+                )
+        since = self.checkpoints[-1].step if self.checkpoints else 0
+        rates = self.learning_rates[since:]
+        states = {name: optimizer.state[parameter] for name, parameter in self._names.items()}
+        group = optimizer.param_groups[0]
+        return Checkpoint(
+            step=self.step,
+            mean_learning_rate=math.fsum(rates) / len(rates),
+            lora_state=_copies(self._names),
+            exp_avg=_copies({name: state["exp_avg"] for name, state in states.items()}),
+            exp_avg_sq=_copies({name: state["exp_avg_sq"] for name, state in states.items()}),
+            optimizer_step=int(next(iter(states.values()))["step"]),
+            betas=tuple(group["betas"]),
+            eps=float(group["eps"]),
+        )
+
+
+@contextlib.contextmanager
+def _training_state(model: PeftModel) -> Iterator[None]:
+    """Train without a key-value cache; afterwards the model is in the mode that it was in.
+
+    The Trainer starts with a full garbage collection: 0.3 s with torch and transformers loaded, more than
+    all the rest of its start. What exists already is put out of the collector's sight meanwhile.
+    """
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    if use_cache is not None:
+        model.config.use_cache = False
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        model.train(training)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+
+
+def _check_examples(examples: Sequence[Example]) -> None:
+    if len(examples) == 0:
+        raise ValueError("no examples to train on")
+    for position, example in enumerate(examples):
+        mask = np.asarray(example.loss_mask)
+        if len(mask) != len(example.input_ids):
+            raise ValueError(
+                f"example {position}: {len(example.input_ids)} tokens but {len(mask)} in its loss mask"
+            )
+        if not mask.any():
+            raise ValueError(f"example {position} has no supervised token; reject it before training")
+        if mask[0]:
+            raise ValueError(f"example {position}: its first token is supervised, but nothing predicts it")
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _device(model: PeftModel) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _plain(value: Any) -> Any:
+    return (
+        sorted(value) if isinstance(value, set | frozenset) else getattr(value, "value", None) or str(value)
+    )

@@ -1,0 +1,288 @@
+"""Vector store: exact against numpy in float64, whatever the segments, threads, batch or storage; damage is
+named.
+"""
+
+import numpy as np
+import pytest
+
+from resources import vector_store
+from resources.vector_store import DamagedSegment, VectorStore
+
+TOLERANCE = 1e-5
+
+
+def unit_rows(number: int, dim: int, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).standard_normal((number, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def write(folder, rows, cuts=(), storage="float16"):
+    """`rows` cut into segments; returns the store and the paths."""
+    store = VectorStore(device="cpu", storage=storage)
+    paths = []
+    for i, part in enumerate(np.split(rows, cuts)):
+        paths.append(folder / f"segment-{storage}-{len(cuts)}-{i}.faiss")
+        store.write_segment(paths[-1], part)
+    return store, paths
+
+
+def positions(top, sizes):
+    return np.concatenate([[0], np.cumsum(sizes)])[top.segment] + top.row
+
+
+def check_exact(top, sizes, stored, query, k, allowed=None):
+    """Scores within the tolerance of float64 products of the stored values; nothing better left out;
+    sorted.
+    """
+    products = stored.astype(np.float64) @ query.astype(np.float64)
+    found = positions(top, sizes)
+    assert len(found) == len(set(found.tolist())) == k
+    np.testing.assert_allclose(top.scores, products[found], atol=TOLERANCE, rtol=0)
+    left_out = np.ones(len(stored), bool) if allowed is None else allowed.copy()
+    assert left_out[found].all()
+    left_out[found] = False
+    assert products[left_out].max(initial=-np.inf) <= top.scores[-1] + TOLERANCE
+    order = np.lexsort((top.row, top.segment, -top.scores))
+    np.testing.assert_array_equal(order, np.arange(k))
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32"])
+@pytest.mark.parametrize("dim", [7, 64, 200])
+def test_top_k_equals_a_float64_ranking_of_the_stored_values(tmp_path, storage, dim):
+    rows, queries = unit_rows(3000, dim), unit_rows(9, dim, seed=1)
+    store, paths = write(tmp_path, rows, [0, 17, 1500, 2990], storage)  # an empty segment, too
+    index, stored = store.open(paths), rows.astype(storage)
+    assert (index.sizes, index.total, index.dim) == ([0, 17, 1483, 1490, 10], 3000, dim)
+    for k in (1, 150, 2999, 3000):
+        check_exact(index.top_k(queries[0], k), index.sizes, stored, queries[0], k)
+        for query, top in zip(queries, index.top_k_many(queries, k), strict=True):
+            check_exact(top, index.sizes, stored, query, k)
+    assert len(index.top_k(queries[0], 10_000).scores) == 3000
+    assert len(index.top_k(queries[0], 0).scores) == 0
+    np.testing.assert_allclose(
+        np.concatenate(index.scores(queries[0])), stored.astype(np.float64) @ queries[0], atol=TOLERANCE
+    )
+    assert [len(scores) for scores in index.scores(queries[0])] == index.sizes
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32"])
+def test_segments_threads_and_batches_change_no_bit(tmp_path, monkeypatch, storage):
+    rows, queries = unit_rows(5000, 96), unit_rows(40, 96, seed=1)
+    answers = []
+    for cuts in ([], [1, 2, 700, 701, 3333]):
+        store, paths = write(tmp_path, rows, cuts, storage)
+        for threads in (1, 3):
+            monkeypatch.setattr(vector_store, "_threads", lambda threads=threads: threads)
+            index = store.open(paths)
+            singles = [index.top_k(query, 400) for query in queries]
+            for tops in (singles, index.top_k_many(queries, 400)):
+                answers.append([(positions(top, index.sizes), top.scores) for top in tops])
+    for answer in answers[1:]:
+        for (rows_one, scores_one), (rows_other, scores_other) in zip(answers[0], answer, strict=True):
+            np.testing.assert_array_equal(rows_one, rows_other)
+            np.testing.assert_array_equal(scores_one, scores_other)
+
+
+def test_masks_restrict_what_may_be_returned(tmp_path):
+    rows, queries = unit_rows(2000, 32), unit_rows(6, 32, seed=1)
+    store, paths = write(tmp_path, rows, [600, 1300])
+    index, stored = store.open(paths), rows.astype(np.float16)
+    best = index.top_k(queries[0], 2000)
+    allowed = np.ones(2000, bool)
+    allowed[positions(best, index.sizes)[:50]] = False
+    allowed[600:1300] = True
+    masks = [allowed[:600], None, allowed[1300:]]
+    check_exact(index.top_k(queries[0], 300, masks), index.sizes, stored, queries[0], 300, allowed)
+    for query, top in zip(queries, index.top_k_many(queries, 300, masks), strict=True):
+        check_exact(top, index.sizes, stored, query, 300, allowed)
+    few = [np.zeros(600, bool), np.zeros(700, bool), np.arange(700) < 3]
+    for top in (index.top_k(queries[0], 300, few), *index.top_k_many(queries, 300, few)):
+        assert sorted(top.row.tolist()) == [0, 1, 2] and set(top.segment.tolist()) == {2}
+    nothing = [np.zeros(size, bool) for size in index.sizes]
+    assert len(index.top_k(queries[0], 5, nothing).row) == 0
+    with pytest.raises(ValueError, match="2 masks for 3 segments"):
+        index.top_k(queries[0], 5, few[:2])
+    with pytest.raises(ValueError, match=r"mask 1 .*segment-float16-2-1.faiss needs bool of shape \[700\]"):
+        index.top_k(queries[0], 5, [None, few[0], None])
+
+
+def test_equal_scores_are_in_order_and_can_be_returned_beyond_k(tmp_path):
+    rows = np.repeat(unit_rows(4, 16), 5, axis=0)  # every row five times, side by side
+    store, paths = write(tmp_path, rows, [7])
+    index, query = store.open(paths), rows[5].astype(np.float32)
+    for top in (index.top_k(query, 3), index.top_k_many(np.stack([query] * 8), 3)[7]):
+        assert list(zip(top.segment.tolist(), top.row.tolist())) == [(0, 5), (0, 6), (1, 0)]
+    for top in (
+        index.top_k(query, 3, with_ties=True),
+        index.top_k_many(query[None].repeat(8, 0), 3, with_ties=True)[7],
+    ):
+        assert positions(top, index.sizes).tolist() == [5, 6, 7, 8, 9]
+
+
+def test_large_scores_do_not_outrun_the_bound_that_narrows_a_batch(tmp_path):
+    """Rows far from unit size: the product's rounding error grows with them, and the candidates must
+    follow.
+    """
+    rows = 1000 * unit_rows(2000, 256)
+    rows[1000:] = rows[:1000] + np.random.default_rng(3).choice([-0.5, 0.5], (1000, 256)).astype(
+        np.float32
+    )  # near ties
+    store, paths = write(tmp_path, rows, [512])
+    index, queries = store.open(paths), 100 * unit_rows(8, 256, seed=1)
+    for query, top in zip(queries, index.top_k_many(queries, 700), strict=True):
+        single = index.top_k(query, 700)
+        np.testing.assert_array_equal(single.scores, top.scores)
+        np.testing.assert_array_equal(single.row, top.row)
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32"])
+def test_compaction_changes_no_answer(tmp_path, storage):
+    rows, queries = unit_rows(900, 24), unit_rows(7, 24, seed=1)
+    store, paths = write(tmp_path, rows, [10, 10, 400], storage)
+    before = store.open(paths)
+    offsets = store.compact(paths, tmp_path / "compacted.faiss")
+    assert offsets == [0, 10, 10, 400]
+    after = store.open([tmp_path / "compacted.faiss"])
+    for old, new in zip(before.top_k_many(queries, 100), after.top_k_many(queries, 100), strict=True):
+        np.testing.assert_array_equal(np.array(offsets)[old.segment] + old.row, new.row)
+        np.testing.assert_array_equal(old.scores, new.scores)
+    store.write_segment(tmp_path / "whole.faiss", rows)
+    assert (tmp_path / "whole.faiss").read_bytes() == (tmp_path / "compacted.faiss").read_bytes()
+    write(tmp_path, rows, [], "float32")
+    write(tmp_path, rows, [], "float16")
+    with pytest.raises(ValueError, match="different storage"):
+        store.compact(
+            [tmp_path / f"segment-{kind}-0-0.faiss" for kind in ("float16", "float32")], tmp_path / "x"
+        )
+
+
+def test_a_half_precision_segment_has_half_the_bytes_and_is_not_read_before_it_is_asked(tmp_path):
+    rows = unit_rows(20_000, 256)
+    sizes = {
+        storage: write(tmp_path, rows, [], storage)[1][0].stat().st_size for storage in ("float16", "float32")
+    }
+    assert sizes["float16"] < 0.51 * sizes["float32"]
+    index = VectorStore(device="cpu").open([tmp_path / "segment-float16-0-0.faiss"])
+    mapped = [line for line in open("/proc/self/maps") if "segment-float16-0-0.faiss" in line]
+    assert mapped, "the codes are not memory-mapped"
+    assert not index._segments[0].values.flags.writeable or not index._segments[0].index.codes.is_owned
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32"])
+def test_a_truncated_file_is_named_wherever_it_ends(tmp_path, storage):
+    store, (path,) = write(tmp_path, unit_rows(50, 12), [], storage)
+    whole = path.read_bytes()
+    lengths = [*range(0, 140), len(whole) // 2, len(whole) - 1]
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedSegment, match="materialise the index again") as caught:
+            store.open([path])
+        assert caught.value.path == path and str(path) in str(caught.value)
+    path.write_bytes(whole)
+    assert store.open([path]).total == 50
+
+
+def test_foreign_files_are_named(tmp_path):
+    import faiss
+
+    store = VectorStore(device="cpu")
+    text = tmp_path / "notes.txt"
+    text.write_text("not an index")
+    with pytest.raises(DamagedSegment, match="notes.txt: is no segment: it starts with b'not '"):
+        store.open([text])
+    with pytest.raises(DamagedSegment, match="missing.faiss: cannot be read .No such file"):
+        store.open([tmp_path / "missing.faiss"])
+    for name, index in [
+        ("euclidean", faiss.IndexScalarQuantizer(8, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2)),
+        (
+            "bytes",
+            faiss.IndexScalarQuantizer(8, faiss.ScalarQuantizer.QT_8bit_direct, faiss.METRIC_INNER_PRODUCT),
+        ),
+        ("flat", faiss.IndexFlatL2(8)),
+    ]:
+        index.add(unit_rows(5, 8))
+        faiss.write_index(index, str(tmp_path / name))
+        with pytest.raises(DamagedSegment, match=f"{name}: is"):
+            store.open([tmp_path / name])
+
+
+def test_segments_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    store = VectorStore(device="cpu")
+
+    def full_disk(index, path):
+        with open(path, "wb") as file:
+            file.write(b"IxSQ")
+        raise RuntimeError("write error: No space left on device")
+
+    monkeypatch.setattr("faiss.write_index", full_disk)
+    with pytest.raises(
+        OSError, match="segment.faiss: the segment of 5 rows .80 bytes. could not be written: .*No space"
+    ):
+        store.write_segment(tmp_path / "segment.faiss", unit_rows(5, 8))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "storage, value, cause",
+    [
+        ("float16", np.nan, "not finite"),
+        ("float32", np.inf, "not finite"),
+        ("float16", 1e6, "exceeds the range of float16"),
+    ],
+)
+def test_rows_that_are_not_finite_are_refused_by_number(tmp_path, storage, value, cause):
+    rows = unit_rows(9, 8)
+    rows[[4, 6], 3] = value
+    with pytest.raises(ValueError, match=f"row 4 .*{cause} .2 such rows of 9"):
+        VectorStore(device="cpu", storage=storage).write_segment(tmp_path / "segment.faiss", rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_input_of_the_wrong_shape_or_kind_is_refused(tmp_path):
+    store, (path, *_) = write(tmp_path, unit_rows(20, 8), [5])
+    index = store.open([path])
+    with pytest.raises(ValueError, match=r"\[q, d\]"):
+        index.top_k_many(np.ones(8), 3)
+    with pytest.raises(ValueError, match="shape .9. do not fit an index of d = 8"):
+        index.top_k(np.ones(9), 3)
+    with pytest.raises(ValueError, match="query 1 has a value that is not finite"):
+        index.top_k_many(np.array([[1.0] * 8, [np.nan] * 8]), 3)
+    with pytest.raises(ValueError, match="k is -1"):
+        index.top_k(np.ones(8), -1)
+    with pytest.raises(ValueError, match="int64 of shape"):
+        store.write_segment(tmp_path / "x", np.ones((3, 8), np.int64))
+    store.write_segment(tmp_path / "other.faiss", unit_rows(3, 9))
+    with pytest.raises(ValueError, match="different dimensions.*other.faiss has 9"):
+        store.open([path, tmp_path / "other.faiss"])
+    with pytest.raises(ValueError, match="storage is 'int8'"):
+        VectorStore(storage="int8").write_segment(tmp_path / "x", unit_rows(3, 8))
+
+
+def test_no_segments_at_all():
+    index = VectorStore(device="cpu").open([])
+    assert (index.total, index.dim, index.scores(np.ones(4))) == (0, None, [])
+    assert len(index.top_k(np.ones(4), 5).row) == 0 and len(index.top_k_many(np.ones((2, 4)), 5)) == 2
+
+
+def test_asking_for_cuda_where_there_is_none_is_an_error(monkeypatch):
+    monkeypatch.setattr(vector_store, "_cuda_found", lambda: False)
+    with pytest.raises(
+        RuntimeError, match="device is cuda, but torch finds no CUDA device here; set device: cpu"
+    ):
+        VectorStore(device="cuda").open([])
+    assert VectorStore(device="auto").open([])._device == "cpu"
+    with pytest.raises(ValueError, match="device is 'tpu'"):
+        VectorStore(device="tpu").open([])
+
+
+def test_settings_of_torch_survive_a_batch(tmp_path):
+    import torch
+
+    store, paths = write(tmp_path, unit_rows(3000, 16), [1000])
+    before = torch.get_num_threads()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        store.open(paths).top_k_many(unit_rows(8, 16, seed=1), 10)
+        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (before, "medium")
+    finally:
+        torch.set_float32_matmul_precision("highest")
