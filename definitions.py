@@ -1,9 +1,13 @@
 """The roof: every asset, job, schedule and sensor of the code location, wired from `prism.yaml`."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
+
+# Backfill policies and pools are marked beta; a screenful of warnings at every load tells users nothing.
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 from prism_assets import automation
 from prism_assets.corpus.assets import build_targets, candidates, live_pool

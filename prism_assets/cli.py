@@ -130,17 +130,13 @@ def run(
 
 
 def _run(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
-    import logging
-
     from rich.console import Console
 
     from prism_assets import pipeline
 
     console = Console(stderr=True)
     os.environ["DAGSTER_HOME"] = str(pipeline.dagster_home(settings))
-    logging.getLogger("dagster").setLevel(logging.WARNING)
     definitions = _definitions()
-    logging.getLogger("dagster").setLevel(logging.WARNING)
 
     def on_result(result: "pipeline.StepResult") -> None:
         done = f"{result.computed} computed" if result.computed else "up to date"

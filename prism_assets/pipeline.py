@@ -153,6 +153,8 @@ def _execute(
         instance=instance,
         asset_selection=selection,
         partition_key=partition,
+        # The terminal shows progress of its own; the whole log is in the instance, for the UI.
+        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         tags={**tags, "prism/step": step.title},
         raise_on_error=False,
     )

@@ -1,7 +1,8 @@
 """The demo's data and settings: an inbox of string skills in several formats, targets, held-out examples.
 
-Every target file is heterogeneous: half of its examples are of the skill it is named for, half are noise. What is
-held out for it is the skill alone. Nothing held out is a target or a candidate, and no target is a candidate.
+Every target file is heterogeneous: half of its examples are of the skill it is named for, half are noise.
+What is held out for it is the skill alone. Nothing held out is a target or a candidate, and no target is a
+candidate.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from prism_assets.demo.skills import NOISE, SKILLS, Example, draw
 
 MODEL = Path(__file__).parent / "model"
-SETTINGS_FILE = "prism.yaml"
 INBOX = "inbox"
 
 TARGET_SKILLS = ("reverse", "sort")
@@ -35,9 +34,9 @@ DUPLICATES = 6
 def write_demo_data(folder: Path | str, seed: int = 0) -> None:
     """Writes `inbox/` (four shards) and `targets/<name>/{target,eval}.jsonl` under `folder`.
 
-    The same seed gives the same bytes (for one pyarrow version). The inbox holds 3,000 different candidates and,
-    on purpose, a few records that are refused (broken JSON, no completion, an empty one), some that stand twice
-    in one shard, and some that stand in two.
+    The same seed gives the same bytes (for one pyarrow version). The inbox holds 3,000 different candidates,
+    and on purpose a few records that are refused (broken JSON, no completion, an empty one), some that stand
+    twice in one shard, and some that stand in two.
     """
     folder = Path(folder)
     rng = Random(seed)
@@ -61,7 +60,7 @@ def write_demo_data(folder: Path | str, seed: int = 0) -> None:
 
 
 def draw_fresh(source: str, number: int, rng: Random, used: set[str]) -> list[Example]:
-    """`number` examples of a source whose prompts are not among the `used` ones; adds their prompts to these."""
+    """`number` examples of a source whose prompts are not yet in `used`; adds them to it."""
     drawn: list[Example] = []
     while len(drawn) < number:
         example = draw(source, rng)
@@ -96,18 +95,6 @@ def demo_settings(folder: Path | str) -> dict[str, Any]:
     }
 
 
-def write_demo_settings(folder: Path | str) -> Path:
-    """Writes the demo's `prism.yaml` into `folder`; returns its path."""
-    path = Path(folder) / SETTINGS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = (
-        "# The demo: an embedded character model and generated string skills.\n"
-        "# `prism init` writes a commented file for your own data.\n"
-    )
-    path.write_text(header + yaml.safe_dump(demo_settings(folder), sort_keys=False), encoding="utf-8")
-    return path
-
-
 def _write_inbox(inbox: Path, pool: Sequence[Example]) -> None:
     """The pool in four shards of four formats; the first and the last hold what an inbox must put up with."""
     inbox.mkdir(parents=True, exist_ok=True)
@@ -116,7 +103,10 @@ def _write_inbox(inbox: Path, pool: Sequence[Example]) -> None:
 
     records = [{"id": f"row-{number}", **_record(row)} for number, row in enumerate(first)]
     records += records[:DUPLICATES]
-    refused = [{"prompt": "copy: abcd=", "source": "copy"}, {"prompt": "last: abcd=", "completion": "", "source": "last"}]
+    refused = [
+        {"prompt": "copy: abcd=", "source": "copy"},
+        {"prompt": "last: abcd=", "completion": "", "source": "last"},
+    ]
     broken = '{"prompt": "reverse: abcd=", "completion": "dc'
     (inbox / "strings-1.jsonl").write_text(_lines([*records, *refused]) + broken + "\n", encoding="utf-8")
 

@@ -1,9 +1,9 @@
 """Trains the demo's model from scratch: `python -m prism_assets.demo.make_model OUT`.
 
-A Llama of 0.8M parameters over single characters, trained on a mixture of generated skills in which some skills
-are common, some are rare and often answered wrongly, and one does not occur. So the model knows some well, some
-in part, and one not at all, which is the state in which the choice of fine-tuning data matters. A few minutes on
-two cores. The result is seeded; its last bits depend on the library versions and the number of threads.
+A Llama of 0.8M parameters over single characters, trained on a mixture of generated skills in which most are
+answered rightly, some often wrongly, and one does not occur. So the model knows most well, some in part, and
+one not at all: the state in which the choice of fine-tuning data matters. It takes a few minutes on two cores.
+The result is seeded; its last bits depend on the library versions and the number of threads.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Exposure(NamedTuple):
     mistakes: float = 0.0
 
 
-# Common skills with right answers become known; the three with mistakes are known in part, as skills are that a
-# model has met in careless text. Addition is missing: the model never sees it.
+# Skills with right answers become known. The three with mistakes are known in part, or hidden behind wrong
+# answers, as skills are that a model has met in careless text. Addition is missing: the model never sees it.
 EXPOSURE: dict[str, Exposure] = {
     "copy": Exposure(1.0),
     "duplicate": Exposure(1.0),
@@ -96,7 +96,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both [examples, longest]; the labels cover the completion and the EOS token."""
     ids, labels = [], []
     for example in examples:
@@ -135,7 +137,8 @@ def train(
         optimizer.step()
         schedule.step()
         if step % 250 == 0 or step == steps:
-            print(f"step {step}/{steps}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
+            seconds = time.monotonic() - started
+            print(f"step {step}/{steps}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
 
 
 def training_example(name: str, rng: Random) -> Example:
@@ -154,7 +157,8 @@ def exact_match(
 ) -> float:
     """The share of examples whose completion greedy generation gives exactly."""
     model.eval()
-    prompts = tokenizer([example.prompt for example in examples], padding=True, padding_side="left", return_tensors="pt")
+    texts = [example.prompt for example in examples]
+    prompts = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
     output = model.generate(
         input_ids=prompts["input_ids"],
         attention_mask=prompts["attention_mask"],
