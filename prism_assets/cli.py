@@ -178,6 +178,8 @@ def demo(
     with _expected_failures():
         import yaml
 
+        # The demo's matrices are so small that a second thread costs more than it brings.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         from prism_assets.demo.data import demo_settings, write_demo_data
 
         folder = folder.resolve()

@@ -60,11 +60,11 @@ def each_partition(
         ) from next(iter(failures.values()))
     for key, outcome in outcomes.items():
         if key is not None and len(keys) > 1:
-            context.add_asset_metadata({**_standard(outcome), **outcome.metadata}, partition_key=key)
+            context.add_asset_metadata({**outcome.metadata, **_standard(outcome)}, partition_key=key)
     only = next(iter(outcomes.values())) if len(outcomes) == 1 else None
     version = only.version if only else digest({str(key): one.version for key, one in outcomes.items()})
     return dg.MaterializeResult(
-        metadata={**_standard(only), **only.metadata} if only else {"partitions": len(outcomes)},
+        metadata={**only.metadata, **_standard(only)} if only else {},
         data_version=dg.DataVersion(version),
         check_results=list(_checks(outcomes, severities or {})),
     )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,12 +163,14 @@ class LanguageModel(dg.ConfigurableResource):
     def base(self) -> "PreTrainedModel":
         """The base model on its device, frozen, in evaluation mode. It is shared: leave it as you found it."""
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
         identity = self.identify()
         key = ("model", identity.weights, str(self.torch_dtype()), str(self.torch_device()))
         if key not in _loaded:
             for other in [k for k in _loaded if k[0] == "model"]:
                 del _loaded[other]  # one model a process: two rarely fit
+            disable_progress_bar()  # a bar over the weights in the middle of a step's own progress
             try:
                 model = AutoModelForCausalLM.from_pretrained(
                     identity.folder,
@@ -201,7 +204,8 @@ class LanguageModel(dg.ConfigurableResource):
         from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
         base = self.base()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT asks by the old name
             torch.manual_seed(seed)
             try:
                 if self.adapter:

@@ -2,8 +2,8 @@
 
 A Llama of 0.8M parameters over single characters, trained on a mixture of generated skills in which most are
 answered rightly, some often wrongly, and one does not occur. So the model knows most well, some in part, and
-one not at all: the state in which the choice of fine-tuning data matters. It takes a few minutes on two cores.
-The result is seeded; its last bits depend on the library versions and the number of threads.
+one not at all: the state in which the choice of fine-tuning data matters. A few minutes on two cores. The
+result is seeded; its last bits depend on the library versions and the number of threads.
 """
 
 from __future__ import annotations

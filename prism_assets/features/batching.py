@@ -1,7 +1,7 @@
 """Batches of examples sorted by length under a token budget, and where their supervised tokens lie.
 
-Padding stands on the right, so under causal attention no real token ever sees it: batches need no attention mask, and
-no result depends on what else is in the batch (up to the rounding of larger matrix products).
+Padding stands on the right, so under causal attention no real token ever sees it: batches need no attention
+mask, and no result depends on what else is in the batch (up to the rounding of larger matrix products).
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ def check_examples(examples: Sequence[Example], vocabulary: int, longest: int | 
     for index, example in enumerate(examples):
         ids, mask = np.asarray(example.input_ids), np.asarray(example.loss_mask, dtype=bool)
         if ids.ndim != 1 or ids.shape != mask.shape:
-            raise ValueError(f"example {index}: input_ids {ids.shape} and loss_mask {mask.shape} must be one length")
+            raise ValueError(
+                f"example {index}: input_ids {ids.shape} and loss_mask {mask.shape} must be one length"
+            )
         if not mask.any():
-            raise ValueError(f"example {index} has no supervised token: its completion is empty or wholly truncated")
+            raise ValueError(
+                f"example {index} has no supervised token: its completion is empty or wholly truncated"
+            )
         if mask[0]:
             raise ValueError(f"example {index}: its first token is supervised, but nothing precedes it")
         if ids.min() < 0 or ids.max() >= vocabulary:

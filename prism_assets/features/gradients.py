@@ -1,13 +1,14 @@
-"""Per-example gradients of the mean log-probability with respect to the LoRA parameters, for less than a training step.
+"""Per-example gradients of the mean log-probability by the LoRA parameters, for less than a training step.
 
 For an example with supervised tokens t in C (the completion, EOS included), n of them,
 
     s = (1/n) sum_{t in C} log p(x_t | x_<t)          g = grad s, with respect to every LoRA A and B
 
-One backward pass of the sum over a batch gives every example's g separately (see `lora`). It does less than a training
-pass over the same batch: logits and loss exist at supervised positions only (`head`), no weight gradient is asked of
-autograd, nothing below the lowest adapted layer is recorded, and each layer's gradients go through preconditioner and
-sketch while the backward pass is at that layer, so that no two layers' gradients are ever held together.
+One backward pass of the sum over a batch gives every example's g separately (see `lora`). It does less than a
+training pass over the same batch: logits and loss exist at supervised positions only (`head`), no weight
+gradient is asked of autograd, nothing below the lowest adapted layer is recorded, and each layer's gradients
+go through preconditioner and sketch while the backward pass is at that layer, so that no two layers'
+gradients are ever held together.
 
 Gradients are formed in float32 whatever the model's precision (float64 for a float64 model).
 """
@@ -33,6 +34,12 @@ from prism_assets.features.batching import (
     check_examples,
     context_length,
     plan_batches,
+)
+from prism_assets.features.collectors import (
+    Collector,
+    SketchingCollector,
+    StackingCollector,
+    SummingCollector,
 )
 from prism_assets.features.head import (
     LogitTransform,
@@ -81,13 +88,14 @@ class WeightedGradient(NamedTuple):
 class GradientEngine:
     """Runs gradient passes of a causal language model with one LoRA adapter. The model is used, not changed.
 
-    token_budget: padded tokens in a batch; by default a figure for the kind of device. A batch that does not fit the
-    memory is halved until it does, and later batches keep to the size that fitted.
-    gradient_checkpointing: recompute each decoder layer in the backward pass instead of keeping its activations.
+    token_budget: padded tokens in a batch; by default a figure for the kind of device. A batch that does not
+    fit the memory is halved until it does, and later batches keep to the size that fitted.
+    gradient_checkpointing: recompute each decoder layer in the backward pass instead of keeping its
+    activations.
 
-    Raises UnsupportedModelError, naming the module, for what it cannot do: DoRA and other variants, adapted embeddings,
-    convolutions or stacked experts, routed experts, modules_to_save, trained biases, quantised or offloaded weights,
-    several active adapters.
+    Raises UnsupportedModelError, naming the module, for what it cannot do: DoRA and other variants, adapted
+    embeddings, convolutions or stacked experts, routed experts, modules_to_save, trained biases, quantised or
+    offloaded weights, several active adapters.
     """
 
     def __init__(
@@ -108,6 +116,7 @@ class GradientEngine:
         if self.token_budget < 1:
             raise ValueError(f"token_budget must be positive, not {token_budget}")
         self.gradient_checkpointing = gradient_checkpointing
+        self._modules, self._all_parameters = list(model.modules()), list(model.parameters())
         self._config = model.config.get_text_config()
         self._head = _output_embeddings(model)
         self._head_layer = next((layer for layer in self.layers if layer.module is self._head), None)
@@ -138,21 +147,21 @@ class GradientEngine:
     ) -> FeatureRows:
         """Sketched, preconditioned per-example gradients with their exact norms.
 
-        Rows that are not finite, or whose ‖g‖ or ‖Gamma‖ is below `NORM_FLOOR`, are set to zero and given a reason in
-        `refused`. Raises ValueError where the sketch has more dimensions than the adapter has parameters, or the
-        preconditioner lacks moments.
+        Rows that are not finite, or whose ‖g‖ or ‖Gamma‖ is below `NORM_FLOOR`, are set to zero and given a
+        reason in `refused`. Raises ValueError where the sketch has more dimensions than the adapter has
+        parameters, or the preconditioner lacks moments.
         """
         preconditioner = preconditioner or Preconditioner.build("sgd")
         preconditioner.check(self.parameter_shapes)
         if sketch.dim > self.num_parameters:
             raise ValueError(
-                f"a sketch of {sketch.dim} dimensions is larger than the adapter's {self.num_parameters} parameters: "
-                "lower sketch_dim, or use exact features"
+                f"a sketch of {sketch.dim} dimensions is larger than the adapter's {self.num_parameters} "
+                "parameters: lower sketch_dim, or use exact features"
             )
         self._check(examples)
 
         def run_batch(batch: Batch) -> tuple[Tensor, Tensor]:
-            collector = _SketchingCollector(batch, self, sketch, preconditioner)
+            collector = SketchingCollector(batch, self.dtype, self._head_layer, sketch, preconditioner)
             sums = self._backward(batch, collector)
             norms, gradient_norms = collector.squared_norms.sqrt(), collector.squared_gradient_norms.sqrt()
             return collector.rows.float(), torch.stack([norms, sums / batch.counts, gradient_norms], dim=1)
@@ -173,7 +182,9 @@ class GradientEngine:
         rows[[reason is not None for reason in refused]] = 0
         return FeatureRows(rows, norms, log_probs, gradient_norms, refused)
 
-    def per_example_gradients(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    def per_example_gradients(
+        self, examples: Sequence[Example]
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Yields, batch by batch, the examples' positions [b] and g as parameter name -> [b, *shape].
 
         Holds a whole batch's gradients: for small numbers of examples.
@@ -181,7 +192,7 @@ class GradientEngine:
         self._check(examples)
 
         def run_batch(batch: Batch) -> dict[str, Tensor]:
-            collector = _StackingCollector(batch, self)
+            collector = StackingCollector(batch, self.dtype, self._head_layer)
             self._backward(batch, collector)
             return {name: collector.gradients[name] for name in self.parameter_names}
 
@@ -189,7 +200,8 @@ class GradientEngine:
             yield batch.positions, gradients
 
     def weighted_gradient(self, examples: Sequence[Example], weights: Sequence[float]) -> WeightedGradient:
-        """The gradient of sum_j w_j s_j, summed over the examples inside the matrix products of the backward pass."""
+        """The gradient of sum_j w_j s_j, summed over the examples inside the matrix products of the backward
+        pass."""
         weights = np.asarray(weights, dtype=np.float64)
         if weights.shape != (len(examples),) or not np.isfinite(weights).all():
             raise ValueError(f"{len(examples)} examples need as many finite weights, not {weights.shape}")
@@ -202,7 +214,7 @@ class GradientEngine:
         }
 
         def run_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            collector = _SummingCollector(batch, self)
+            collector = SummingCollector(batch, self.dtype, self._head_layer)
             token_weights = torch.from_numpy(weights[batch.positions] / scale).to(self.device) / batch.counts
             sums = self._backward(batch, collector, token_weights)
             return sums, collector.gradients
@@ -219,9 +231,10 @@ class GradientEngine:
     ) -> np.ndarray:
         """The derivative of each s along the *given* direction d (not its unit vector): <g, d>, float64 [n].
 
-        By a central difference of two forward passes at theta ± epsilon u, u = d / ‖d‖, times ‖d‖; the error is
-        O(epsilon²). The passes run in float32 (a half-precision model is widened meanwhile, and narrowed back to the
-        same bits). `direction` maps parameter names to tensors; a missing parameter counts as zero.
+        By a central difference of two forward passes at theta ± epsilon u, u = d / ‖d‖, times ‖d‖; the error
+        is O(epsilon²). The passes run in float32 (a half-precision model is widened meanwhile, and narrowed
+        back to the same bits). `direction` maps parameter names to tensors; a missing parameter counts as
+        zero.
         """
         norm = _norm(direction)
         if not np.isfinite(norm) or norm == 0:
@@ -235,7 +248,8 @@ class GradientEngine:
 
     @contextmanager
     def step(self, direction: Mapping[str, Tensor], size: float) -> Iterator[None]:
-        """Within the context the LoRA parameters are theta + size * direction; on exit they have their former bits."""
+        """Within the context the LoRA parameters are theta + size * direction; on exit they have their former
+        bits."""
         if unknown := sorted(set(direction) - set(self.parameters)):
             raise ValueError(f"the direction names {unknown[0]}, which is no LoRA parameter of this model")
         saved = {name: self.parameters[name].detach().clone() for name in direction}
@@ -258,8 +272,8 @@ class GradientEngine:
         with torch.no_grad():
             return _sum_by_example(self._token_log_probs(batch), batch)
 
-    def _backward(self, batch: Batch, collector: _Collector, weights: Tensor | None = None) -> Tensor:
-        """Runs the batch forward and backward with weight w_b on each of an example's token log-probabilities.
+    def _backward(self, batch: Batch, collector: Collector, weights: Tensor | None = None) -> Tensor:
+        """Runs the batch forward and backward with weight w_b on each token log-probability of example b.
 
         weights: float64 [b], ones by default (the gradient is then n_b times g_b, which keeps half-precision
         gradients far from underflow). Returns n * s, float64 [b].
@@ -281,7 +295,7 @@ class GradientEngine:
             # [b, T, H] -> [N, H]: the head sees supervised positions only.
             gathered.append(_Gather.apply(hidden, batch.source))
             if self._transform is not None:
-                # The log-probabilities come from `token_log_probs`; the rest of the model's forward gets a stand-in.
+                # The log-probabilities come from `token_log_probs`; the rest of the forward gets a stand-in.
                 return hidden.new_zeros(1, 1, 1)
             return head_forward(gathered[0][None])  # [1, N, V], then the model's own steps
 
@@ -301,13 +315,20 @@ class GradientEngine:
     def _run(
         self, examples: Sequence[Example], run_batch: Callable[[Batch], Result]
     ) -> Iterator[tuple[Batch, Result]]:
-        """Plans the batches and runs them, one ahead of what is yielded, so that a GPU computes while rows are copied."""
-        pending = list(reversed(plan_batches([context_length(example) for example in examples], self.token_budget)))
+        """Plans the batches and runs them, one ahead of what is yielded, so that a GPU computes while rows
+        are copied."""
+        pending = list(
+            reversed(plan_batches([context_length(example) for example in examples], self.token_budget))
+        )
         previous: tuple[Batch, Result] | None = None
         while pending:
             positions = pending.pop()
             width = context_length(examples[positions[0]])
-            if self._fits_tokens is not None and len(positions) > 1 and len(positions) * width > self._fits_tokens:
+            if (
+                self._fits_tokens is not None
+                and len(positions) > 1
+                and len(positions) * width > self._fits_tokens
+            ):
                 pending += _halves(positions)
                 continue
             batch = build_batch(examples, positions, self.device)
@@ -321,8 +342,8 @@ class GradientEngine:
             if result is None:
                 if len(positions) == 1:
                     raise MemoryError(
-                        f"example {positions[0]} alone ({width} tokens) does not fit the memory of {self.device}: "
-                        "turn gradient checkpointing on, or lower the maximal length"
+                        f"example {positions[0]} alone ({width} tokens) does not fit the memory of "
+                        f"{self.device}: turn gradient checkpointing on, or lower the maximal length"
                     )
                 self._fits_tokens = len(positions) * width // 2
                 pending += _halves(positions)
@@ -339,24 +360,28 @@ class GradientEngine:
     @contextmanager
     def _prepared(self) -> Iterator[None]:
         """Evaluation mode, no parameter requires grad, adapted layers tapped; all as before on exit."""
-        training = [module for module in self.model.modules() if module.training]
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        training = [module for module in self._modules if module.training]
+        trainable = [parameter for parameter in self._all_parameters if parameter.requires_grad]
         with ExitStack() as stack:
             stack.callback(lambda: [setattr(module, "training", True) for module in training])
             stack.callback(lambda: [parameter.requires_grad_(True) for parameter in trainable])
-            self.model.eval()
+            for module in training:  # not model.eval(), which costs more than a small model's batch
+                module.training = False
             for parameter in trainable:
                 parameter.requires_grad_(False)
             stack.enter_context(tapped(self.layers))
             if self.gradient_checkpointing:
-                stack.enter_context(_checkpointed(self.model))
+                stack.enter_context(_checkpointed(self._modules))
             yield
 
     @contextmanager
     def _single_precision(self) -> Iterator[None]:
-        """Half-precision parameters and buffers as float32 for a while; the way there and back keeps every bit."""
+        """Half-precision parameters and buffers as float32 for a while; the way there and back keeps every
+        bit."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        narrow = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
+        narrow = [
+            (tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)
+        ]
         for tensor, _ in narrow:
             tensor.data = tensor.data.float()
         try:
@@ -369,12 +394,15 @@ class GradientEngine:
     def _probe(self) -> LogitTransform | None:
         """One small forward pass that shows what the model does around its layers and its output embeddings.
 
-        Refuses models whose adapted layers do not see each token of each example once (routed or shared layers).
-        Returns what happens to the logits, or None where only the model's own code can say (then no chunking).
+        Refuses models whose adapted layers do not see each token of each example once (routed or shared
+        layers). Returns what happens to the logits, or None where only the model's own code can say (then no
+        chunking).
         """
         calls: dict[str, int] = dict.fromkeys((layer.name for layer in self.layers), 0)
         shape = (2, 3)
-        hooks = [layer.module.register_forward_pre_hook(_recorder(layer, calls, shape)) for layer in self.layers]
+        hooks = [
+            layer.module.register_forward_pre_hook(_recorder(layer, calls, shape)) for layer in self.layers
+        ]
         heads = 0
         ramp = ramp_logits(self._head_weight().shape[0], self.device, self._head_weight().dtype)
 
@@ -382,7 +410,9 @@ class GradientEngine:
             nonlocal heads
             heads += 1
             if tuple(hidden.shape[:2]) != shape:
-                raise UnsupportedModelError(f"the output embeddings get inputs of shape {tuple(hidden.shape)}")
+                raise UnsupportedModelError(
+                    f"the output embeddings get inputs of shape {tuple(hidden.shape)}"
+                )
             return ramp
 
         try:
@@ -393,12 +423,14 @@ class GradientEngine:
             for hook in hooks:
                 hook.remove()
         if heads != 1:
-            raise UnsupportedModelError(f"the model uses its output embeddings {heads} times in a forward pass, not once")
+            raise UnsupportedModelError(
+                f"the model uses its output embeddings {heads} times in a forward pass, not once"
+            )
         for name, count in calls.items():
             if count != 1:
                 raise UnsupportedModelError(
-                    f"{name} runs {count} times in a forward pass, not once: shared layers and routed experts are not "
-                    "supported; leave them out of target_modules"
+                    f"{name} runs {count} times in a forward pass, not once: shared layers and routed "
+                    "experts are not supported; leave them out of target_modules"
                 )
         if self._head_layer is not None or not is_plain_linear(self._head) or transformed.shape != ramp.shape:
             return None
@@ -406,82 +438,6 @@ class GradientEngine:
 
     def _head_weight(self) -> Tensor:
         return self._head.weight if self._head_layer is None else self._head_layer.weight
-
-
-class _Collector:
-    """Forms a layer's gradients from what the backward pass reports, and hands them to `receive`."""
-
-    def __init__(self, batch: Batch, engine: GradientEngine) -> None:
-        self.batch = batch
-        self.dtype = engine.dtype
-        self.inverse_counts = batch.counts.reciprocal().to(self.dtype)[:, None, None]
-        self.head_layer = engine._head_layer
-
-    def collect(self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor) -> None:
-        if layer is self.head_layer:
-            inputs, down, output_gradient, up = map(self._pad, (inputs, down, output_gradient, up))
-        self.receive(layer.name_a, self.outer(up, inputs))
-        # Formed transposed because a product with few rows is faster than one with few columns.
-        self.receive(layer.name_b, self.outer(down, output_gradient).transpose(1, 2))
-
-    def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """sum_t left_bt right_bt^T: [b, T, p], [b, T, q] -> [b, p, q], accumulated in the engine's dtype."""
-        return _batched_product(left.transpose(1, 2), right, self.dtype)
-
-    def receive(self, name: str, gradients: Tensor) -> None:
-        raise NotImplementedError
-
-    def _pad(self, values: Tensor) -> Tensor:
-        """[1, N, d] at the supervised positions -> [b, most, d], an example a row, zeros after its last."""
-        batch = self.batch
-        padded = values.new_zeros(len(batch.positions), int(batch.counts.max()), values.shape[-1])
-        padded[batch.rows, batch.columns] = values[0]
-        return padded
-
-
-class _SketchingCollector(_Collector):
-    """Preconditions and sketches each parameter's gradients as they come, and sums their squared norms."""
-
-    def __init__(self, batch: Batch, engine: GradientEngine, sketch: Projection, preconditioner: Preconditioner):
-        super().__init__(batch, engine)
-        self.sketch, self.preconditioner = sketch, preconditioner
-        size = len(batch.positions)
-        self.rows = torch.zeros(size, sketch.dim, dtype=self.dtype, device=engine.device)
-        self.squared_norms = torch.zeros(size, dtype=torch.float64, device=engine.device)
-        self.squared_gradient_norms = torch.zeros_like(self.squared_norms)
-
-    def receive(self, name: str, gradients: Tensor) -> None:
-        gradients = gradients.contiguous().mul_(self.inverse_counts)  # g, no longer n * g
-        features = self.preconditioner.apply(name, gradients)
-        squared = _squared_norms(gradients)
-        self.squared_gradient_norms += squared
-        self.squared_norms += squared if features is gradients else _squared_norms(features)
-        self.sketch.add_(self.rows, name, features)
-
-
-class _StackingCollector(_Collector):
-    """Keeps every parameter's gradients, divided by the examples' token counts."""
-
-    def __init__(self, batch: Batch, engine: GradientEngine) -> None:
-        super().__init__(batch, engine)
-        self.gradients: dict[str, Tensor] = {}
-
-    def receive(self, name: str, gradients: Tensor) -> None:
-        self.gradients[name] = gradients.mul_(self.inverse_counts)
-
-
-class _SummingCollector(_Collector):
-    """Keeps the sum over the batch: one product over all tokens a parameter."""
-
-    def __init__(self, batch: Batch, engine: GradientEngine) -> None:
-        super().__init__(batch, engine)
-        self.gradients: dict[str, Tensor] = {}
-
-    def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        return _batched_product(left.flatten(0, 1).t()[None], right.flatten(0, 1)[None], self.dtype)
-
-    def receive(self, name: str, gradients: Tensor) -> None:
-        self.gradients[name] = gradients[0]
 
 
 class _Gather(torch.autograd.Function):
@@ -498,20 +454,6 @@ class _Gather(torch.autograd.Function):
         (source,) = ctx.saved_tensors
         full = gradient.new_zeros(ctx.shape[0] * ctx.shape[1], ctx.shape[2])
         return full.index_copy_(0, source, gradient).view(ctx.shape), None
-
-
-def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """[b, p, T] @ [b, T, q] -> [b, p, q] in `dtype`, whatever the factors' precision."""
-    if left.dtype == right.dtype == dtype:
-        return torch.bmm(left, right)
-    if left.dtype == right.dtype and left.is_cuda and dtype == torch.float32:
-        return torch.bmm(left, right, out_dtype=dtype)  # half-precision factors, float32 sums
-    return torch.bmm(left.to(dtype), right.to(dtype))
-
-
-def _squared_norms(gradients: Tensor) -> Tensor:
-    """[b, *shape] -> float64 [b]."""
-    return torch.linalg.vector_norm(gradients.flatten(1), dim=1).double().square()
 
 
 def _sum_by_example(log_probs: Tensor, batch: Batch) -> Tensor:
@@ -540,7 +482,9 @@ def _norm(vector: Mapping[str, Tensor]) -> float:
 def _output_embeddings(model: PeftModel) -> nn.Module:
     head = model.get_base_model().get_output_embeddings()
     if head is None:
-        raise UnsupportedModelError(f"{type(model.get_base_model()).__name__} has no output embeddings: no causal LM?")
+        raise UnsupportedModelError(
+            f"{type(model.get_base_model()).__name__} has no output embeddings: no causal LM?"
+        )
     return head
 
 
@@ -549,8 +493,8 @@ def _recorder(layer: AdaptedLinear, calls: dict[str, int], shape: tuple[int, int
         calls[layer.name] += 1
         if tuple(inputs[0].shape[:-1]) != shape:
             raise UnsupportedModelError(
-                f"{layer.name} gets inputs of shape {tuple(inputs[0].shape)}, not [batch, tokens, features]: routed "
-                "experts are not supported; leave them out of target_modules"
+                f"{layer.name} gets inputs of shape {tuple(inputs[0].shape)}, not [batch, tokens, features]: "
+                "routed experts are not supported; leave them out of target_modules"
             )
 
     return record
@@ -570,10 +514,11 @@ def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
 
 
 @contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Decoder layers recompute their activations in the backward pass (transformers itself does so in training only)."""
+def _checkpointed(modules: list[nn.Module]) -> Iterator[None]:
+    """Decoder layers recompute their activations in the backward pass (transformers itself does so in
+    training only)."""
     with ExitStack() as stack:
-        for layer in model.modules():
+        for layer in modules:
             if isinstance(layer, GradientCheckpointingLayer):
                 stack.enter_context(_replaced_forward(layer, _recomputing(layer.forward)))
         yield

@@ -1,13 +1,13 @@
 """Log-probabilities of the supervised tokens, without logits anywhere else and without all logits at once.
 
-The hidden states in front of the output embeddings (`lm_head`) are gathered at the N supervised positions, and the
-logits are formed a chunk of positions at a time. The gradient of each token's log-probability with respect to its own
-hidden state,
+The hidden states in front of the output embeddings (`lm_head`) are gathered at the N supervised positions,
+and the logits are formed a chunk of positions at a time. The gradient of each token's log-probability with
+respect to its own hidden state,
 
     d log p(y) / dh = (e_y - softmax(z)) dz/dh,     z = cap * tanh(scale * (W h + c) / cap)
 
-is formed in the same loop (scale: Cohere, Granite; cap: Gemma's soft-capping; both absent elsewhere), so the backward
-pass is one multiplication by the tokens' weights and no logit outlives its chunk.
+is formed in the same loop (scale: Cohere, Granite; cap: Gemma's soft-capping; both absent elsewhere), so the
+backward pass is one multiplication by the tokens' weights and no logit outlives its chunk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ CHUNK_ELEMENTS_GPU = 2**27
 
 
 class LogitTransform(NamedTuple):
-    """What a model does to W h + c: z = cap * tanh(scale * (W h + c) / cap), or only the scale where cap is None."""
+    """What a model does to W h + c: z = cap * tanh(scale * (W h + c) / cap), or only the scale where cap is
+    None."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -39,10 +40,13 @@ class LogitTransform(NamedTuple):
     def identify(cls, ramp: Tensor, transformed: Tensor, config) -> LogitTransform | None:
         """The transform that turned `ramp` into `transformed`, or None if it is none of these.
 
-        ramp: known logits, shape [..., V], that include values near zero and far from it; config: the text model's.
+        ramp: known logits, shape [..., V], that include values near zero and far from it; config: the text
+        model's.
         """
         ramp, transformed = ramp.double(), transformed.double()
-        tolerance = 0.02 if transformed.abs().max() > 1e3 else 1e-3  # logits in half precision are coarse when large
+        tolerance = (
+            0.02 if transformed.abs().max() > 1e3 else 1e-3
+        )  # logits in half precision are coarse when large
         cap = getattr(config, "final_logit_softcapping", None) or None
         small = (ramp.abs() > 0) & (ramp.abs() < 1)
         scale = float((transformed[small] / ramp[small]).median()) if cap is None else 1.0
@@ -56,14 +60,15 @@ class LogitTransform(NamedTuple):
 def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform) -> Tensor:
     """log p(target) at each position, differentiable in `hidden`.
 
-    hidden: [N, H]; targets: int64 [N]; head: a linear layer with weight [V, H]. Returns float32 [N] (float64 for a
-    float64 model).
+    hidden: [N, H]; targets: int64 [N]; head: a linear layer with weight [V, H]. Returns float32 [N] (float64
+    for a float64 model).
     """
     return _TokenLogProbs.apply(hidden, targets, head.weight, head.bias, transform)
 
 
 def log_probs_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits [N, V], targets [N] -> log p(target) [N] in float32 (float64 of float64), by autograd's own operations."""
+    """logits [N, V], targets [N] -> log p(target) [N] in float32 (float64 of float64), by autograd's own
+    operations."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
 
@@ -98,7 +103,8 @@ class _TokenLogProbs(torch.autograd.Function):
 def _hidden_gradient(
     log_probs: Tensor, logits: Tensor, targets: Tensor, weight: Tensor, transform: LogitTransform
 ) -> Tensor:
-    """d log p(target) / dh [n, H] from all log-probabilities [n, V] (overwritten) and transformed logits [n, V]."""
+    """d log p(target) / dh [n, H] from all log-probabilities [n, V] (overwritten) and transformed logits [n,
+    V]."""
     probabilities = log_probs.exp_()
     if transform.cap is None:
         # (e_y - p) W = W_y - p W: the target's row is looked up instead of being written into p.

@@ -1,11 +1,14 @@
-"""The adapted linear layers of a PEFT model: found, checked by name, and run with their per-example gradients tapped.
+"""The adapted linear layers of a PEFT model: found, checked by name, run with per-example gradients tapped.
 
-A LoRA layer computes y = W x + c + s B A x, with W [out, in] frozen, A [r, in], B [out, r], s the scaling. With the
-gradient dY [b, T, out] of a sum over examples with respect to its output, and no example touching another's positions,
+A LoRA layer computes y = W x + c + s B A x, with W [out, in] frozen, A [r, in], B [out, r], s the scaling.
+With the gradient dY [b, T, out] of a sum over examples with respect to its output, and no example touching
+another's positions,
 
-    U = s dY B  [b, T, r]     dA_b = U_b^T X_b  [r, in]     dB_b = dY_b^T (s X_b A^T)  [out, r]     dX = dY W + U A
+    U = s dY B  [b, T, r]    dA_b = U_b^T X_b  [r, in]    dB_b = dY_b^T (s X_b A^T)  [out, r]
+    dX = dY W + U A
 
-so the gradients of every example separately cost what the summed ones would, and no gradient of W is ever formed.
+so the gradients of every example separately cost what the summed ones would, and no gradient of W is ever
+formed.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ class UnsupportedModelError(ValueError):
 class GradientCollector(Protocol):
     """Receives one layer's quantities during the backward pass, in the order in which layers are left."""
 
-    def collect(self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor) -> None:
+    def collect(
+        self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor
+    ) -> None:
         """inputs [b, T, in]; down = s X A^T [b, T, r]; output_gradient [b, T, out]; up = s dY B [b, T, r]."""
 
 
@@ -83,8 +88,8 @@ class AdaptedLinear:
 class _TappedLinear(torch.autograd.Function):
     """An adapted layer whose backward pass reports what the gradients of A and B are made of.
 
-    `anchor` is a scalar that requires grad. Where it is given the output requires grad although no weight does, so
-    autograd starts at the lowest adapted layer and records nothing below it.
+    `anchor` is a scalar that requires grad. Where it is given the output requires grad although no weight
+    does, so autograd starts at the lowest adapted layer and records nothing below it.
     """
 
     @staticmethod
@@ -132,7 +137,8 @@ def tapped(layers: list[AdaptedLinear]) -> Iterator[None]:
 
 
 def find_adapted_layers(model: PeftModel) -> list[AdaptedLinear]:
-    """The adapted layers in the model's order. Raises UnsupportedModelError, naming the first part not supported."""
+    """The adapted layers in the model's order. Raises UnsupportedModelError, naming the first part not
+    supported."""
     adapter = _check_configuration(model)
     layers = []
     for name, module in model.named_modules():
@@ -147,9 +153,10 @@ def find_adapted_layers(model: PeftModel) -> list[AdaptedLinear]:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module computes F.linear(x, weight, bias) (weight transposed for Conv1D) on a real-valued weight.
+    """Whether the module computes F.linear(x, weight, bias), the weight transposed for Conv1D, unquantised.
 
-    A subclass with a forward of its own (Falcon has one) counts if it gives the same result on a random input.
+    A subclass with a forward of its own (Falcon has one) counts if it gives the same result on a random
+    input.
     """
     if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
         return False
@@ -172,12 +179,16 @@ def _check_configuration(model: PeftModel) -> str:
         raise UnsupportedModelError(f"the gradient engine needs a PeftModel, not {type(model).__name__}")
     active = model.active_adapters if isinstance(model.active_adapters, list) else [model.active_adapters]
     if len(active) != 1:
-        raise UnsupportedModelError(f"exactly one adapter must be active, not {len(active)}: {', '.join(active)}")
+        raise UnsupportedModelError(
+            f"exactly one adapter must be active, not {len(active)}: {', '.join(active)}"
+        )
     adapter, config = active[0], model.peft_config[active[0]]
     if config.peft_type != PeftType.LORA:
         raise UnsupportedModelError(f"adapter {adapter!r} is {config.peft_type}, only LORA is supported")
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{type(model.get_base_model()).__name__} is an encoder-decoder, not a causal LM")
+        raise UnsupportedModelError(
+            f"{type(model.get_base_model()).__name__} is an encoder-decoder, not a causal LM"
+        )
     refused = {
         "use_dora": "DoRA",
         "modules_to_save": "modules_to_save (fully trained modules)",
@@ -191,7 +202,9 @@ def _check_configuration(model: PeftModel) -> str:
         if getattr(config, field, None):
             raise UnsupportedModelError(f"adapter {adapter!r} uses {label}, which is not supported")
     if config.bias != "none":
-        raise UnsupportedModelError(f"adapter {adapter!r} trains biases (bias={config.bias!r}), which is not supported")
+        raise UnsupportedModelError(
+            f"adapter {adapter!r} trains biases (bias={config.bias!r}), which is not supported"
+        )
     return adapter
 
 
@@ -204,35 +217,44 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear | 
     base = module.get_base_layer()
     if type(module) is not PeftLoraLinear:
         raise UnsupportedModelError(
-            f"{name}: LoRA on {type(base).__name__} (PEFT layer {kind}) is not supported: only linear layers that are "
-            "neither quantised nor stacked experts, embeddings or convolutions"
+            f"{name}: LoRA on {type(base).__name__} (PEFT layer {kind}) is not supported: only linear "
+            "layers that are neither quantised nor stacked experts, embeddings or convolutions"
         )
     if module.merged or module.disable_adapters:
         raise UnsupportedModelError(f"{name}: the adapter is merged or disabled; unmerge or enable it first")
     if adapter in module.lora_variant or module.use_dora.get(adapter):
         variant = type(module.lora_variant.get(adapter)).__name__
-        raise UnsupportedModelError(f"{name}: the LoRA variant {variant} is not supported, only plain LoRA and rsLoRA")
+        raise UnsupportedModelError(
+            f"{name}: the LoRA variant {variant} is not supported, only plain LoRA and rsLoRA"
+        )
     if module.lora_bias.get(adapter):
         raise UnsupportedModelError(f"{name}: lora_bias is not supported")
     if not is_plain_linear(base):
         raise UnsupportedModelError(
-            f"{name}: base layer {type(base).__name__} with weights of {base.weight.dtype} is no plain linear layer "
-            "(quantised bases are not supported: load the model in bfloat16 or float32)"
+            f"{name}: base layer {type(base).__name__} with weights of {base.weight.dtype} is no plain "
+            "linear layer (quantised bases are not supported: load the model in bfloat16 or float32)"
         )
     return AdaptedLinear(name, module, adapter)
 
 
 def _check_parameters(model: PeftModel, layers: list[AdaptedLinear], adapter: str) -> None:
-    """Refuses adapter parameters outside the layers found, shared factors, and models that are not wholly loaded."""
+    """Refuses adapter parameters outside the layers found, shared factors, and models that are not wholly
+    loaded."""
     factors = [factor for layer in layers for factor in (layer.factor_a, layer.factor_b)]
     if len({id(factor) for factor in factors}) != len(factors):
-        raise UnsupportedModelError(f"adapter {adapter!r} shares a LoRA factor between layers, which is not supported")
+        raise UnsupportedModelError(
+            f"adapter {adapter!r} shares a LoRA factor between layers, which is not supported"
+        )
     known = {id(factor) for factor in factors}
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
-            raise UnsupportedModelError(f"{name} is offloaded (meta device); load the whole model on one device")
+            raise UnsupportedModelError(
+                f"{name} is offloaded (meta device); load the whole model on one device"
+            )
         if f".{adapter}" in name and "lora_" in name and id(parameter) not in known:
             raise UnsupportedModelError(f"{name}: this adapter parameter is not supported")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
-        raise UnsupportedModelError(f"the model is spread over {len(devices)} devices; the engine needs it on one")
+        raise UnsupportedModelError(
+            f"the model is spread over {len(devices)} devices; the engine needs it on one"
+        )

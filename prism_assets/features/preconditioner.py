@@ -1,8 +1,8 @@
 """What an optimiser does to a gradient before it steps: the diagonal that turns g into a candidate row.
 
-Signs: everywhere in this project g is the gradient of a *log-probability* (ascent). Optimisers see the loss, whose
-gradient is -g, and their first moments carry the loss's sign. Every kind here returns the direction in which a step
-would move the parameters (up to the learning rate), so it agrees with g in sign:
+Signs: everywhere in this project g is the gradient of a *log-probability* (ascent). Optimisers see the loss,
+whose gradient is -g, and their first moments carry the loss's sign. Every kind here returns the direction in
+which a step would move the parameters (up to the learning rate), so it agrees with g in sign:
 
     sgd        Gamma = g
     adam       Gamma = g / (sqrt(v / (1 - beta2^T)) + eps)                                 frozen diagonal
@@ -10,9 +10,10 @@ would move the parameters (up to the learning rate), so it agrees with g in sign
     adam_less  Gamma = -m' / sqrt(v' + 1e-8), m' and v' after one more step with -g, no bias correction
 
 with T the number of optimiser steps behind the moments. `adam_step` is AdamW's next step without weight decay
-(Kingma & Ba, 2015; Loshchilov & Hutter, 2019); `adam_less` is the form in LESS's published code (Xia et al., 2024).
-The first two are linear in g: `diagonal` gives their factor. The last two are not, so inner products with their rows
-are no directional derivatives.
+(Kingma & Ba, 2015; Loshchilov & Hutter, 2019); `adam_less` is the form in LESS's published code (Xia et al.,
+2024).
+The first two are linear in g: `diagonal` gives their factor. The last two are not, so inner products with
+their rows are no directional derivatives.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LESS_EPS = 1e-8
 
 
 class Moments(NamedTuple):
-    """Adam's two accumulators for one parameter, as the optimiser holds them: loss sign, no bias correction."""
+    """Adam's two accumulators for a parameter, in the optimiser's form: loss sign, no bias correction."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -48,7 +49,9 @@ class OptimizerMoments(NamedTuple):
 class Preconditioner:
     """Applies one of `KINDS` to per-example gradients, parameter by parameter. Make it with `build`."""
 
-    def __init__(self, kind: str, moments: Mapping[str, Moments], step: int, betas: tuple[float, float], eps: float):
+    def __init__(
+        self, kind: str, moments: Mapping[str, Moments], step: int, betas: tuple[float, float], eps: float
+    ):
         self.kind = kind
         self.step = step
         self.betas = betas
@@ -66,7 +69,7 @@ class Preconditioner:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> Preconditioner:
-        """kind: one of `KINDS`; moments: by canonical parameter name, not needed for `sgd`; step: optimiser steps taken.
+        """kind: one of `KINDS`; moments: by canonical name (none for `sgd`); step: optimiser steps taken.
 
         Raises ValueError where the kind is unknown, moments are missing or not finite, or no step was taken.
         """
@@ -75,16 +78,26 @@ class Preconditioner:
         if kind == "sgd":
             return cls(kind, {}, step, betas, eps)
         if not moments:
-            raise ValueError(f"preconditioner {kind!r} needs the optimiser's moments; use 'sgd' where there are none")
+            raise ValueError(
+                f"preconditioner {kind!r} needs the optimiser's moments; use 'sgd' where there are none"
+            )
         if step < 1:
-            raise ValueError(f"preconditioner {kind!r} needs moments of at least one optimiser step, not {step}")
+            raise ValueError(
+                f"preconditioner {kind!r} needs moments of at least one optimiser step, not {step}"
+            )
         for name, pair in moments.items():
             if pair.exp_avg.shape != pair.exp_avg_sq.shape:
-                raise ValueError(f"moments of {name} differ in shape: {pair.exp_avg.shape}, {pair.exp_avg_sq.shape}")
+                raise ValueError(
+                    f"moments of {name} differ in shape: {pair.exp_avg.shape}, {pair.exp_avg_sq.shape}"
+                )
             if not (torch.isfinite(pair.exp_avg).all() and torch.isfinite(pair.exp_avg_sq).all()):
-                raise ValueError(f"moments of {name} are not finite; repeat the warm-up with a lower learning rate")
+                raise ValueError(
+                    f"moments of {name} are not finite; repeat the warm-up with a lower learning rate"
+                )
             if (pair.exp_avg_sq < 0).any():
-                raise ValueError(f"second moment of {name} is negative: exp_avg and exp_avg_sq may be swapped")
+                raise ValueError(
+                    f"second moment of {name} is negative: exp_avg and exp_avg_sq may be swapped"
+                )
         return cls(kind, moments, step, (float(betas[0]), float(betas[1])), float(eps))
 
     @property
@@ -124,7 +137,9 @@ class Preconditioner:
         if self.kind == "sgd":
             return 1.0
         if not self.is_linear:
-            raise ValueError(f"preconditioner {self.kind!r} is not linear in the gradient: it has no frozen diagonal")
+            raise ValueError(
+                f"preconditioner {self.kind!r} is not linear in the gradient: it has no frozen diagonal"
+            )
         second = self._moments[name].exp_avg_sq
         dtype = torch.float64 if second.dtype == torch.float64 else torch.float32
         return self._diagonal(name, second.device, dtype)
@@ -153,11 +168,14 @@ def moments_to_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
 
 
 def moments_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Moments]:
-    """The inverse of `moments_to_tensors`; other keys are ignored. Raises ValueError where one of a pair is missing."""
+    """The inverse of `moments_to_tensors`; other keys are ignored. Raises ValueError where one of a pair is
+    missing."""
     first = {k.removeprefix("exp_avg."): v for k, v in tensors.items() if k.startswith("exp_avg.")}
     second = {k.removeprefix("exp_avg_sq."): v for k, v in tensors.items() if k.startswith("exp_avg_sq.")}
     if alone := sorted(first.keys() ^ second.keys()):
-        raise ValueError(f"moments of {alone[0]} are incomplete: both exp_avg.NAME and exp_avg_sq.NAME are needed")
+        raise ValueError(
+            f"moments of {alone[0]} are incomplete: both exp_avg.NAME and exp_avg_sq.NAME are needed"
+        )
     return {name: Moments(first[name], second[name]) for name in first}
 
 
@@ -166,11 +184,11 @@ def moments_from_optimizer_state(
 ) -> OptimizerMoments:
     """Reads the `state_dict()` of a torch Adam or AdamW optimiser.
 
-    parameter_shapes: the LoRA parameters by canonical name, in the model's order. names: the name of each of the
-    optimiser's parameters in its own order (adapter names may be left in, as `named_parameters` gives them); by
-    default the names that the state dict carries (`param_names`), else the model's order.
-    Raises ValueError where names, number or shapes disagree: moments are never assigned to the wrong parameter of
-    another shape.
+    parameter_shapes: the LoRA parameters by canonical name, in the model's order. names: the name of each of
+    the optimiser's parameters in its own order (adapter names may be left in, as `named_parameters` gives
+    them); by default the names that the state dict carries (`param_names`), else the model's order.
+    Raises ValueError where names, number or shapes disagree: moments are never assigned to the wrong
+    parameter of another shape.
     """
     groups = state["param_groups"]
     indices = [index for group in groups for index in group["params"]]
@@ -188,7 +206,9 @@ def moments_from_optimizer_state(
     for index, name in zip(indices, names, strict=True):
         entry = state["state"].get(index)
         if entry is None or "exp_avg" not in entry or "exp_avg_sq" not in entry:
-            raise ValueError(f"the optimiser has no Adam moments for {name} (has it taken a step? is it Adam or AdamW?)")
+            raise ValueError(
+                f"the optimiser has no Adam moments for {name} (has it taken a step? is it Adam or AdamW?)"
+            )
         shape = tuple(parameter_shapes[name])
         for moment in ("exp_avg", "exp_avg_sq"):
             if tuple(entry[moment].shape) != shape:
@@ -203,18 +223,18 @@ def moments_from_optimizer_state(
     settings = {(tuple(group["betas"]), group["eps"]) for group in groups if group["params"]}
     if len(settings) != 1:
         raise ValueError("the optimiser's parameter groups differ in betas or eps")
-    (betas, eps) = settings.pop()
+    betas, eps = settings.pop()
     return OptimizerMoments(moments, steps.pop(), (float(betas[0]), float(betas[1])), float(eps))
 
 
 def moments_from_trainer_checkpoint(
     folder: str | Path, parameter_shapes: Mapping[str, tuple[int, ...]], names: Sequence[str] | None = None
 ) -> OptimizerMoments:
-    """Reads `optimizer.pt` of a Hugging Face Trainer checkpoint (tensors and plain values only: `weights_only`).
+    """Reads `optimizer.pt` of a Hugging Face Trainer checkpoint (`weights_only`: tensors and plain values).
 
-    The file holds no parameter names. The Trainer orders trainable parameters as the model does, those with weight
-    decay first; LoRA matrices all have it, so the model's order is right unless something else was trained too.
-    Raises FileNotFoundError and ValueError, as `moments_from_optimizer_state`.
+    The file holds no parameter names. The Trainer orders trainable parameters as the model does, those with
+    weight decay first; LoRA matrices all have it, so the model's order is right unless something else was
+    trained too. Raises FileNotFoundError and ValueError, as `moments_from_optimizer_state`.
     """
     path = Path(folder) / "optimizer.pt"
     if not path.is_file():
@@ -224,7 +244,7 @@ def moments_from_trainer_checkpoint(
 
 
 def canonical_name(name: str) -> str:
-    """`...q_proj.lora_A.default.weight` -> `...q_proj.lora_A.weight`; a canonical name is returned as it is."""
+    """`...lora_A.default.weight` -> `...lora_A.weight`; a canonical name is returned as it is."""
     head, dot, tail = name.rpartition(".lora_")
     parts = tail.split(".")
     if not dot or len(parts) <= 2:

@@ -1,19 +1,19 @@
-"""Random projections of gradients that keep inner products: a sparse Johnson-Lindenstrauss sketch, and none at all.
+"""Projections of gradients that keep inner products: a sparse Johnson-Lindenstrauss sketch, and none at all.
 
-The sketch of a gradient vector g with D coordinates is S g with S of shape [K, D], one entry of +1 or -1 in each
-column. S is never formed. Each parameter tensor is flattened and cut into blocks of K coordinates; a block goes
-through its own random permutation of K places and its own random signs, and the blocks are summed in order. Two
-coordinates of one block never meet, two of different blocks (or tensors) meet with probability 1/K, and the signs are
-independent, so
+The sketch of a gradient vector g with D coordinates is S g with S of shape [K, D], one entry of +1 or -1 in
+each column. S is never formed. Each parameter tensor is flattened and cut into blocks of K coordinates; a
+block goes through its own random permutation of K places and its own random signs, and the blocks are summed
+in order. Two coordinates of one block never meet, two of different blocks (or tensors) meet with probability
+1/K, and the signs are independent, so
 
     E <Sx, Sy> = <x, y>        Var <Sx, Sy> <= (|x|^2 |y|^2 + <x, y>^2) / K
 
-(Kane & Nelson, "Sparser Johnson-Lindenstrauss transforms", 2014, with one non-zero a column; the same second moments
-as feature hashing, Weinberger et al., 2009). A permutation is applied by a gather, so nothing is added atomically and
-the order of every sum is fixed.
+(Kane & Nelson, "Sparser Johnson-Lindenstrauss transforms", 2014, with one non-zero a column; the same second
+moments as feature hashing, Weinberger et al., 2009). A permutation is applied by a gather, so nothing is
+added atomically and the order of every sum is fixed.
 
-Permutation and signs of a tensor come from a counter-based generator (Philox) keyed by SHA-256 of (seed, dim, name):
-they depend neither on the shard, the batch, the device nor on which other tensors exist.
+Permutation and signs of a tensor come from a counter-based generator (Philox) keyed by SHA-256 of (seed, dim,
+name): they depend neither on the shard, the batch, the device nor on which other tensors exist.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ class Projection(Protocol):
 
 
 class _Plan(NamedTuple):
-    """Where the coordinates of one flattened tensor go. n coordinates, m = n // K whole blocks, rest = n % K."""
+    """Where the n coordinates of one flattened tensor go: m = n // K whole blocks, rest = n % K."""
 
     source: Tensor  # int32 [m*K]: output place k of block j reads coordinate source[j*K + k]
     signs: Tensor  # float [m, K], in the order of the output places
-    rest_target: Tensor  # int64 [rest], distinct: the output place of each coordinate after the last whole block
+    rest_target: (
+        Tensor  # int64 [rest], distinct: the output place of each coordinate after the last whole block
+    )
     rest_signs: Tensor  # float [rest]
 
 
 class Sketch:
     """Sparse Johnson-Lindenstrauss sketch to `dim` dimensions.
 
-    Use it where the gradient has (many) more than `dim` coordinates; below that, `ExactFeatures` is smaller and exact.
+    Use it where the gradient has (many) more than `dim` coordinates; below that, `ExactFeatures` is smaller
+    and exact.
     """
 
     def __init__(self, dim: int, seed: int) -> None:
@@ -97,7 +100,7 @@ class Sketch:
 
 
 class ExactFeatures:
-    """No sketch: the parameters' gradients side by side, in the order given. `dim` is the number of parameters.
+    """No sketch: the parameters' gradients side by side in the order given; `dim` is their number.
 
     For small models, where a few hundred thousand coordinates a row are affordable.
     """
@@ -116,7 +119,8 @@ class ExactFeatures:
         out[:, self._slices[name]] += gradients.flatten(1)
 
     def sketch_vector(self, vector: Mapping[str, Tensor]) -> Tensor:
-        """One vector, given as parameter name -> tensor, as a flat tensor [dim]; a missing parameter counts as zero."""
+        """One vector, given as parameter name -> tensor, as a flat tensor [dim]; a missing parameter counts
+        as zero."""
         first = next(iter(vector.values()))
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         out = torch.zeros(1, self.dim, dtype=dtype, device=first.device)
@@ -128,8 +132,9 @@ class ExactFeatures:
 def _draw_plan(seed: int, dim: int, name: str, size: int) -> _Plan:
     """Draws the permutations and signs of one tensor, on the CPU.
 
-    Uses raw generator words only (their sequence is fixed by the Philox algorithm, while numpy may change how it turns
-    words into permutations): a block's permutation is the order of its K words, its signs are their lowest bits.
+    Uses raw generator words only (their sequence is fixed by the Philox algorithm, while numpy may change how
+    it turns words into permutations): a block's permutation is the order of its K words, its signs are their
+    lowest bits.
     """
     digest = hashlib.sha256(f"{seed}\n{dim}\n{name}".encode()).digest()
     generator = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))

@@ -1,4 +1,4 @@
-"""The gradient engine against plain autograd, one example at a time, on tiny random models of many families."""
+"""The gradient engine against plain autograd, one example at a time, on tiny random models."""
 
 import sys
 from typing import NamedTuple
@@ -63,9 +63,18 @@ def make_examples(count=5, seed=0, longest=13):
 
 def llama_like(config_class, **settings):
     common = dict(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return config_class(**(common | settings))
 
 
@@ -84,14 +93,27 @@ FAMILIES = {
     ),
     "gpt_neox": lambda: llama_like(GPTNeoXConfig, num_key_value_heads=4, rotary_pct=0.5),
     "falcon": lambda: FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
-        eos_token_id=2, max_position_embeddings=64,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        max_position_embeddings=64,
     ),
     "falcon_alibi": lambda: FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
-        eos_token_id=2, alibi=True, new_decoder_architecture=False, multi_query=False, parallel_attn=False,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        alibi=True,
+        new_decoder_architecture=False,
+        multi_query=False,
+        parallel_attn=False,
     ),
-}  # fmt: skip
+}
 
 
 def make_model(family="llama", dtype=torch.float32, seed=0, targets="all-linear", **lora):
@@ -115,7 +137,8 @@ def make_model(family="llama", dtype=torch.float32, seed=0, targets="all-linear"
 
 
 class _WideTorch:
-    """torch with float32 meaning float64, for modelling code that casts to float32 inside (RMS norms, rotary angles)."""
+    """torch with float32 meaning float64, for modelling code that casts to float32 inside (RMS norms, rotary
+    angles)."""
 
     float32 = torch.float64
 
@@ -124,7 +147,8 @@ class _WideTorch:
 
 
 def widen_float32_islands(model, monkeypatch):
-    """Makes a float64 model compute in float64 throughout, so that only the engine's own error is left to see."""
+    """Makes a float64 model compute in float64 throughout, so that only the engine's own error is left to
+    see."""
     monkeypatch.setattr(sys.modules[type(model.get_base_model()).__module__], "torch", _WideTorch())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
@@ -142,7 +166,9 @@ def naive_gradient(model, example):
     """g of one example by plain autograd on PEFT's own layers: canonical name -> tensor."""
     model.eval()
     parameters = {
-        name.replace(".default", ""): parameter for name, parameter in model.named_parameters() if "lora_" in name
+        name.replace(".default", ""): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
     }
     with torch.enable_grad():
         gradients = torch.autograd.grad(naive_mean_log_prob(model, example), list(parameters.values()))
@@ -163,7 +189,9 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["fp32", "fp64"]
+)
 def test_per_example_gradients_equal_autograd_module_by_module(family, dtype, bound, monkeypatch):
     model, examples = make_model(family, dtype), make_examples()
     if dtype == torch.float64:
@@ -178,7 +206,9 @@ def test_per_example_gradients_equal_autograd_module_by_module(family, dtype, bo
         for name, gradient in expected.items():
             assert gradient.norm() > 0, name
             assert relative_error(found[index][name], gradient) <= bound, (index, name)
-        assert abs(log_probs[index] - naive_mean_log_prob(model, example).item()) <= (1e-5 if bound > 1e-6 else 1e-10)
+        assert abs(log_probs[index] - naive_mean_log_prob(model, example).item()) <= (
+            1e-5 if bound > 1e-6 else 1e-10
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -186,7 +216,9 @@ def test_logits_in_many_chunks_change_nothing(family, monkeypatch):
     monkeypatch.setattr("prism_assets.features.head.CHUNK_ELEMENTS_CPU", 1)
     examples = make_examples(24)
     model = make_model(family)
-    engine = GradientEngine(model, token_budget=10_000)  # more than 32 supervised tokens, so more than one chunk
+    engine = GradientEngine(
+        model, token_budget=10_000
+    )  # more than 32 supervised tokens, so more than one chunk
     assert sum(e.loss_mask.sum() for e in examples) > 64
     found = engine_gradients(engine, examples)
     for index in (0, 11, 23):
@@ -194,8 +226,16 @@ def test_logits_in_many_chunks_change_nothing(family, monkeypatch):
             assert relative_error(found[index][name], gradient) <= 1e-4
 
 
-@pytest.mark.parametrize("lora", [{"use_rslora": True}, {"target_modules": ["q_proj", "lm_head"]}, {"layers": 1},
-                                  {"rank_pattern": {"q_proj": 5}}], ids=["rslora", "lm_head", "last_layer", "ranks"])  # fmt: skip
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"layers": 1},
+        {"rank_pattern": {"q_proj": 5}},
+    ],
+    ids=["rslora", "lm_head", "last_layer", "ranks"],
+)
 def test_kinds_of_adapter(lora):
     lora = dict(lora)
     targets = lora.pop("target_modules", ["q_proj", "down_proj"])
@@ -222,7 +262,9 @@ def test_nothing_below_the_lowest_adapted_layer_is_recorded():
     recorded = {}
     for name, module in model.named_modules():
         if name.endswith("_proj"):
-            module.register_forward_hook(lambda _, __, out, name=name: recorded.setdefault(name, []).append(out.requires_grad))
+            module.register_forward_hook(
+                lambda _, __, out, name=name: recorded.setdefault(name, []).append(out.requires_grad)
+            )
     GradientEngine(model).feature_rows(make_examples(2), sketch=Sketch(16, 0))
     assert not any(recorded["base_model.model.model.layers.0.mlp.down_proj"])
     assert not any(recorded["base_model.model.model.layers.1.mlp.up_proj"])
@@ -236,12 +278,18 @@ def test_order_padding_and_batch_size_do_not_matter():
     order = np.random.default_rng(5).permutation(len(examples))
     shuffled = engine.feature_rows([examples[i] for i in order], sketch=sketch)
     longer = make_examples(1, seed=9, longest=13)[0]
-    longer = Example(np.tile(longer.input_ids, 4), np.tile(longer.loss_mask, 4) & (np.arange(4 * len(longer.input_ids)) > 0))
+    longer = Example(
+        np.tile(longer.input_ids, 4),
+        np.tile(longer.loss_mask, 4) & (np.arange(4 * len(longer.input_ids)) > 0),
+    )
     variants = {
         "order": (shuffled, order),
         "one at a time": (GradientEngine(model, token_budget=1).feature_rows(examples, sketch=sketch), None),
         "one batch": (GradientEngine(model, token_budget=10**6).feature_rows(examples, sketch=sketch), None),
-        "long neighbour": (GradientEngine(model, token_budget=10**6).feature_rows([*examples, longer], sketch=sketch), None),
+        "long neighbour": (
+            GradientEngine(model, token_budget=10**6).feature_rows([*examples, longer], sketch=sketch),
+            None,
+        ),
     }
     for label, (found, permutation) in variants.items():
         where = np.arange(len(examples)) if permutation is None else np.argsort(permutation)
@@ -250,7 +298,9 @@ def test_order_padding_and_batch_size_do_not_matter():
         expected = reference.rows / reference.norms[:, None]
         assert np.abs(unit - expected).max() <= 1e-5, label
         np.testing.assert_allclose(norms, reference.norms, rtol=1e-5, err_msg=label)
-        np.testing.assert_allclose(found.mean_log_probs[where], reference.mean_log_probs, rtol=1e-5, err_msg=label)
+        np.testing.assert_allclose(
+            found.mean_log_probs[where], reference.mean_log_probs, rtol=1e-5, err_msg=label
+        )
 
 
 def test_shards_featurised_apart_equal_the_whole():
@@ -266,7 +316,9 @@ def test_rows_are_the_preconditioned_gradients_with_exact_norms():
     engine = GradientEngine(model, token_budget=30)
     generator = torch.Generator().manual_seed(0)
     moments = {
-        name: Moments(torch.randn(*shape, generator=generator) * 1e-3, torch.rand(*shape, generator=generator) * 1e-4)
+        name: Moments(
+            torch.randn(*shape, generator=generator) * 1e-3, torch.rand(*shape, generator=generator) * 1e-4
+        )
         for name, shape in engine.parameter_shapes.items()
     }
     exact = ExactFeatures(engine.parameter_shapes)
@@ -300,7 +352,12 @@ def test_weighted_gradient_and_directional_derivatives_equal_autograd():
         assert relative_error(found.gradient[name], expected) <= 1e-4
     np.testing.assert_allclose(found.mean_log_probs, engine.mean_log_probs(examples), rtol=1e-6)
     tiny = engine.weighted_gradient(examples, weights * 1e-30).gradient
-    assert relative_error(tiny[engine.parameter_names[0]].double() * 1e30, found.gradient[engine.parameter_names[0]]) <= 1e-4
+    assert (
+        relative_error(
+            tiny[engine.parameter_names[0]].double() * 1e30, found.gradient[engine.parameter_names[0]]
+        )
+        <= 1e-4
+    )
 
     direction = {name: 7.0 * value for name, value in found.gradient.items()}
     expected = [sum(float((g[name] * direction[name]).sum()) for name in direction) for g in gradients]
@@ -362,7 +419,8 @@ def test_half_precision_base_with_a_float32_adapter():
     found = engine_gradients(GradientEngine(model), examples)
     for index, example in enumerate(examples):
         flat, expected = (
-            torch.cat([v.flatten() for v in g.values()]) for g in (found[index], naive_gradient(model, example))
+            torch.cat([v.flatten() for v in g.values()])
+            for g in (found[index], naive_gradient(model, example))
         )
         assert float(torch.cosine_similarity(flat, expected, dim=0)) > 0.99
 
@@ -377,7 +435,8 @@ def test_directional_derivatives_of_a_bfloat16_model_run_in_float32():
         assert tensor.dtype == bits[name].dtype and torch.equal(tensor, bits[name])
     wide = make_model("llama", torch.bfloat16).float()
     expected = [
-        sum(float((g * direction[n]).sum()) for n, g in naive_gradient(wide, example).items()) for example in examples
+        sum(float((g * direction[n]).sum()) for n, g in naive_gradient(wide, example).items())
+        for example in examples
     ]
     assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
 
@@ -386,7 +445,8 @@ def test_rows_whose_loss_overflows_are_refused_and_counted_not_spread():
     model, examples = make_model("llama", torch.bfloat16), make_examples(6)
     poison = 7
     examples = [
-        Example(np.where(e.input_ids == poison, poison + 1, e.input_ids).astype(np.int32), e.loss_mask) for e in examples
+        Example(np.where(e.input_ids == poison, poison + 1, e.input_ids).astype(np.int32), e.loss_mask)
+        for e in examples
     ]
     clean = GradientEngine(model).feature_rows(examples, sketch=Sketch(64, 0))
     examples[2].input_ids[0] = poison
@@ -437,7 +497,9 @@ def test_progress_is_told_after_every_batch():
     seen = []
     examples = make_examples(7)
     engine = GradientEngine(make_model("llama"), token_budget=26)
-    engine.feature_rows(examples, sketch=Sketch(64, 0), progress=lambda done, total: seen.append((done, total)))
+    engine.feature_rows(
+        examples, sketch=Sketch(64, 0), progress=lambda done, total: seen.append((done, total))
+    )
     assert len(seen) > 1 and seen[-1] == (7, 7) and sorted(seen) == seen
 
 
@@ -483,7 +545,9 @@ def test_several_active_merged_or_missing_adapters_are_refused():
 
 def test_stacked_experts_are_refused_by_name():
     config = llama_like(MixtralConfig, num_local_experts=2, num_experts_per_tok=1)
-    model = make_model(config, targets=["q_proj"], target_parameters=["mlp.experts.down_proj"], lora_dropout=0.0)
+    model = make_model(
+        config, targets=["q_proj"], target_parameters=["mlp.experts.down_proj"], lora_dropout=0.0
+    )
     with pytest.raises(UnsupportedModelError, match="stacked experts"):
         GradientEngine(model)
     GradientEngine(make_model(config, targets=["q_proj"]))  # attention layers of the same model are fine
@@ -494,8 +558,12 @@ def test_routed_linear_layers_are_refused_by_name():
     mlp = model.get_base_model().model.layers[1].mlp
     original = mlp.up_proj.forward
     mlp.up_proj.forward = lambda x: original(x)
-    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x.flatten(0, 1)).view(*x.shape[:2], -1))
-    with pytest.raises(UnsupportedModelError, match=r"layers.1.mlp.up_proj gets inputs of shape \(6, 32\).*routed"):
+    mlp.forward = lambda x: mlp.down_proj(
+        mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x.flatten(0, 1)).view(*x.shape[:2], -1)
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers.1.mlp.up_proj gets inputs of shape \(6, 32\).*routed"
+    ):
         GradientEngine(model)
 
 

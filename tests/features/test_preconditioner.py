@@ -1,4 +1,4 @@
-"""Each preconditioner against the optimiser that it stands for, and moments from each place they are kept in."""
+"""Each preconditioner against the optimiser that it stands for, and moments from wherever they are kept."""
 
 import pytest
 import torch
@@ -20,8 +20,12 @@ SHAPES = {"m.lora_A.weight": (3, 5), "m.lora_B.weight": (4, 3), "n.lora_A.weight
 def trained_optimizer(steps=4, seed=0):
     """AdamW after a few steps on random loss gradients: (parameters by name, optimiser)."""
     generator = torch.Generator().manual_seed(seed)
-    parameters = {n: torch.nn.Parameter(torch.randn(*s, generator=generator).double()) for n, s in SHAPES.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=0.0)
+    parameters = {
+        n: torch.nn.Parameter(torch.randn(*s, generator=generator).double()) for n, s in SHAPES.items()
+    }
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=0.0
+    )
     for _ in range(steps):
         for parameter in parameters.values():
             parameter.grad = torch.randn(parameter.shape, generator=generator).double() * 1e-2
@@ -47,7 +51,9 @@ def test_adam_step_is_the_next_step_of_a_real_adamw():
         parameter.grad = -gradients[name]  # the loss is minus the log-probability
     optimizer.step()
     for name, parameter in parameters.items():
-        torch.testing.assert_close(LEARNING_RATE * rows[name], parameter.detach() - before[name], rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(
+            LEARNING_RATE * rows[name], parameter.detach() - before[name], rtol=1e-9, atol=1e-15
+        )
 
 
 def test_adam_scales_by_the_bias_corrected_root_of_the_second_moment():
@@ -58,7 +64,9 @@ def test_adam_scales_by_the_bias_corrected_root_of_the_second_moment():
     for name, gradient in gradients.items():
         second = loaded.moments[name].exp_avg_sq / (1 - BETAS[1] ** 2)
         expected = gradient / (second**0.5 + EPS)
-        torch.testing.assert_close(preconditioner.apply(name, gradient[None])[0], expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            preconditioner.apply(name, gradient[None])[0], expected, rtol=1e-12, atol=0
+        )
         torch.testing.assert_close(preconditioner.diagonal(name) * gradient, expected, rtol=1e-12, atol=0)
 
 
@@ -71,7 +79,9 @@ def test_adam_less_is_the_published_form_with_the_sign_of_ascent():
         average = BETAS[0] * loaded.moments[name].exp_avg + (1 - BETAS[0]) * loss_gradient
         average_square = BETAS[1] * loaded.moments[name].exp_avg_sq + (1 - BETAS[1]) * loss_gradient**2
         expected = -average / torch.sqrt(average_square + 1e-8)
-        torch.testing.assert_close(preconditioner.apply(name, gradient[None])[0], expected, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            preconditioner.apply(name, gradient[None])[0], expected, rtol=1e-12, atol=1e-15
+        )
 
 
 def test_sgd_leaves_the_gradient_alone():
@@ -106,7 +116,9 @@ def test_moments_survive_their_flat_form():
 
 def test_optimizer_state_is_mapped_by_the_names_it_carries_not_by_position():
     parameters, _ = trained_optimizer()
-    swapped = dict(reversed(parameters.items()))  # m.lora_A and n.lora_A have one shape: position alone would confuse
+    swapped = dict(
+        reversed(parameters.items())
+    )  # m.lora_A and n.lora_A have one shape: position alone would confuse
     names = [(name.replace(".weight", ".default.weight"), parameter) for name, parameter in swapped.items()]
     optimizer = torch.optim.AdamW(names, lr=LEARNING_RATE)
     for parameter in parameters.values():
@@ -139,7 +151,9 @@ def test_an_optimizer_of_another_adapter_is_refused():
     with pytest.raises(ValueError, match=r"exp_avg of m.lora_B.weight has shape \(3, 5\)"):
         moments_from_optimizer_state(state, SHAPES, ["m.lora_B.weight", "m.lora_A.weight", "n.lora_A.weight"])
     with pytest.raises(ValueError, match="no Adam moments for m.lora_A.weight"):
-        moments_from_optimizer_state(torch.optim.AdamW(list(trained_optimizer()[0].values())).state_dict(), SHAPES)
+        moments_from_optimizer_state(
+            torch.optim.AdamW(list(trained_optimizer()[0].values())).state_dict(), SHAPES
+        )
 
 
 def test_unusable_settings_are_refused_with_advice():

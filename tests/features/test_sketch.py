@@ -10,7 +10,7 @@ SHAPES = {"q.lora_A.weight": (4, 200), "q.lora_B.weight": (130, 4), "k.lora_A.we
 
 
 def sketch_matrix(dim, seed, shapes=SHAPES):
-    """S [K, D], read off column by column from unit vectors: D = 1452 coordinates in the order of `shapes`."""
+    """S [K, D], read off column by column from unit vectors; coordinates in the order of `shapes`."""
     columns = []
     for name, shape in shapes.items():
         size = int(np.prod(shape))
@@ -66,11 +66,14 @@ def test_inner_products_are_unbiased_with_error_of_at_most_one_over_root_k(dim):
     assert np.abs(errors.mean()) <= 3 * errors.std() / np.sqrt(len(errors))
     # The exact bound has the factor 1 + <x, y>^2 = 1.09 under the root; 1.1 leaves the estimate some room.
     assert np.sqrt((errors**2).mean()) <= 1.1 / np.sqrt(dim)
-    assert np.sqrt((errors**2).mean()) >= 0.7 / np.sqrt(dim)  # an error far below would mean that nothing is sketched
+    assert np.sqrt((errors**2).mean()) >= 0.7 / np.sqrt(
+        dim
+    )  # an error far below would mean that nothing is sketched
 
 
 def test_the_map_is_pinned_so_that_stored_rows_stay_comparable():
-    """Independent reimplementation of the published recipe: Philox keyed by SHA-256, order and lowest bits of words."""
+    """Independent reimplementation of the published recipe: Philox keyed by SHA-256, order and lowest bits of
+    words."""
     import hashlib
 
     dim, name, size = 8, "layer.lora_A.weight", 20

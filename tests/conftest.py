@@ -1,0 +1,219 @@
+"""What several test files share: a tiny character model, small projects, and the whole graph run on them.
+
+Everything is generated. A project is a folder with a model, an inbox, targets and a prism.yaml, and a Dagster
+instance that lives in memory; `Project.run` is what `prism run` does.
+"""
+
+import importlib.util
+import json
+import random
+import shutil
+import string
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ALPHABET = string.ascii_lowercase + string.digits + " :=,.?"
+# Too short to learn anything, long enough that every stage has something to do.
+TINY_SETTINGS: dict[str, Any] = {
+    "model": {"name": "./model"},
+    "lora": {"rank": 2, "alpha": 4},
+    "tokenization": {"max_length": 48, "separator": ""},
+    "warmup": {"share": 1, "epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
+    "features": {"sketch_dim": 256},
+    "targets": {"plain": {"examples": "plain/target.jsonl", "eval": "plain/eval.jsonl"}},
+    "selection": {"budget": 8},
+    "strategies": ["prism", "uniform", "less", "random"],
+    "training": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3},
+    "evaluation": {"max_new_tokens": 4},
+    "seeds": [0, 1],
+}
+
+
+def save_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """A random Llama over single characters, and its tokenizer, as safetensors and tokenizer.json."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {text: index for index, text in enumerate(["<pad>", "<s>", "</s>", "<unk>", *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+                initializer_range=0.2,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        )
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny causal language model; copy it before changing it."""
+    import torch
+
+    torch.set_num_threads(1)  # tiny products only lose time by being split between threads
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def make_rows(count: int, seed: int, skill: str | None = None) -> list[dict[str, Any]]:
+    """Records that reverse or copy a word."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 6)))
+        kind = skill or rng.choice(["reverse", "copy"])
+        completion = word[::-1] if kind == "reverse" else word
+        rows.append({"prompt": f"{kind}: {word}=", "completion": completion, "source": kind})
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict[str, Any] | str]) -> Path:
+    """JSON Lines; a string is written as the line that it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+_roof: list[ModuleType] = []
+
+
+def roof(config: Path) -> ModuleType:
+    """The module definitions.py, loaded once; it builds the definitions of `config` while it is loaded."""
+    if not _roof:
+        path = Path(__file__).resolve().parent.parent / "definitions.py"
+        spec = importlib.util.spec_from_file_location("prism_definitions_under_test", path)
+        module = importlib.util.module_from_spec(spec)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PRISM_CONFIG", str(config))
+            spec.loader.exec_module(module)
+        _roof.append(module)
+    return _roof[0]
+
+
+@dataclass
+class Project:
+    """A folder with data and a prism.yaml, and a Dagster instance of its own."""
+
+    folder: Path
+    content: dict[str, Any]
+    instance: Any = field(repr=False)
+    results: list[Any] = field(default_factory=list)
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "prism.yaml"
+
+    @property
+    def inbox(self) -> Path:
+        return self.folder / "data" / "candidates"
+
+    @property
+    def settings(self) -> Any:
+        from prism_assets.settings import load_settings
+
+        return load_settings(self.config)
+
+    @property
+    def definitions(self) -> Any:
+        return roof(self.config).build_definitions(self.settings)
+
+    @property
+    def lake(self) -> Any:
+        from resources.lake import Lake
+
+        return Lake(root=str(self.settings.storage.root))
+
+    @property
+    def model(self) -> Any:
+        return self.definitions.resources["language_model"]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return json.loads((self.settings.storage.report / "report.json").read_text(encoding="utf-8"))
+
+    def configure(self, **sections: Any) -> "Project":
+        """Lay `sections` over prism.yaml: a mapping over the section of its name, anything else in its place."""
+        for name, value in sections.items():
+            both = isinstance(value, dict) and isinstance(self.content.get(name), dict) and name != "targets"
+            self.content[name] = {**self.content[name], **value} if both else value
+        self.config.write_text(yaml.safe_dump(self.content, sort_keys=False), encoding="utf-8")
+        return self
+
+    def add(self, name: str, rows: list[dict[str, Any] | str]) -> Path:
+        """Put a JSON Lines file into the inbox."""
+        return write_lines(self.inbox / f"{name}.jsonl", rows)
+
+    def run(self) -> dict[str, int]:
+        """`prism run`: how many artefacts each step made."""
+        from prism_assets.pipeline import run_pipeline
+
+        self.results = run_pipeline(self.settings, self.definitions, self.instance)
+        return {result.step.title: result.computed for result in self.results}
+
+    def selection(self, strategy: str, target: str = "plain") -> Any:
+        """The selection artefact of a strategy."""
+        from prism_assets.selection.assets import join_key
+
+        return self.lake.require("selection", join_key(target, strategy))
+
+    def selected(self, strategy: str, target: str = "plain") -> list[dict[str, Any]]:
+        """The selected rows in ranking order."""
+        return self.lake.read_table(self.selection(strategy, target)).to_pylist()
+
+    def copy(self, folder: Path) -> "Project":
+        """The same project in another folder, its lake included, with a fresh Dagster instance."""
+        import dagster as dg
+
+        shutil.copytree(self.folder, folder)
+        return Project(folder, json.loads(json.dumps(self.content)), dg.DagsterInstance.ephemeral())
+
+
+def build_project(folder: Path, model: Path, **sections: Any) -> Project:
+    """A project with two shards of 20 rows, 6 targets (half reversals, half noise) and 6 held-out records."""
+    import dagster as dg
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(model, folder / "model")
+    project = Project(folder, json.loads(json.dumps(TINY_SETTINGS)), dg.DagsterInstance.ephemeral())
+    project.configure(**sections)
+    for number in range(2):
+        project.add(f"shard{number}", make_rows(20, seed=10 + number))
+    noise = [{"prompt": "copy: abc=", "completion": f"{one}zzqj{one}"} for one in "kvw"]
+    write_lines(folder / "plain" / "target.jsonl", [*make_rows(3, 100, "reverse"), *noise])
+    held_out = [{**row, "answer": row["completion"]} for row in make_rows(6, 200, "reverse")]
+    write_lines(folder / "plain" / "eval.jsonl", held_out)
+    return project
+
+
+@pytest.fixture(scope="session")
+def make_project(tiny_model: Path):
+    """`make_project(folder, **sections of prism.yaml)` builds a `Project` in a new folder."""
+
+    def build(folder: Path, **sections: Any) -> Project:
+        return build_project(folder, tiny_model, **sections)
+
+    return build
