@@ -60,7 +60,7 @@ def build_definitions(settings: Settings, resource_overrides: Mapping[str, Any] 
         build_report_asset(settings),
     ]
     return dg.Definitions(
-        assets=automation.conditioned(assets),
+        assets=automation.conditioned(assets, settings),
         jobs=automation.build_jobs(),
         schedules=automation.build_schedules(),
         sensors=automation.build_sensors(),

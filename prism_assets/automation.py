@@ -7,34 +7,60 @@ import dagster as dg
 
 from prism_assets.partitions import reconcile_shards
 from prism_assets.settings import Settings
-from resources.lake import Lake
+from resources.lake import Lake, digest
 
 C = dg.AutomationCondition
 
-# A partition that has never been made is made once its inputs are there. Not `on_missing`: that ignores what was
-# missing when the daemon first looked.
-_WHEN_MISSING = C.missing() & ~C.any_deps_missing() & ~C.execution_failed()
-# `since(newly_requested)` keeps an update that lands while the asset is being made; `eager` would lose it.
-_WHEN_INPUTS_MOVE = C.any_deps_match(C.newly_updated()).since(C.newly_requested()) & ~C.any_deps_missing()
-_FOLLOW = (_WHEN_MISSING | _WHEN_INPUTS_MOVE) & ~C.in_progress() & ~C.any_deps_in_progress()
+# An input moved: its data version changed, or it is made in the same run. An input that was made again with the same
+# content moves nothing.
+_INPUT_MOVED = C.any_deps_updated().replace(
+    "newly_updated_without_root", C.data_version_changed() & ~C.executed_with_root_target()
+)
+# `since(newly_requested)` keeps a move that comes while the asset is being made; `eager` would lose it.
+_MOVED = (_INPUT_MOVED | C.code_version_changed()).since(C.newly_requested())
+# Not `on_missing`: that ignores what was missing when the daemon first looked. What failed waits for its inputs to
+# move, or for a hand.
+_MISSING = C.missing() & ~C.execution_failed()
+
+_WHEN_MISSING = (_MISSING | C.code_version_changed().since(C.newly_requested())) & ~C.in_progress()
+_FOLLOW = (_MISSING | _MOVED) & ~C.any_deps_missing() & ~C.any_deps_in_progress() & ~C.in_progress()
 # Under steady arrival some shard is always in progress: what reads all shards must not wait for a quiet moment.
-_FOLLOW_ARRIVALS = (C.missing() & ~C.execution_failed() | C.any_deps_match(C.newly_updated()).since(C.newly_requested())) & ~C.in_progress()
+_FOLLOW_ARRIVALS = (_MISSING | _MOVED) & ~C.in_progress()
+_ANY_FEATURES = C.any_deps_match(~C.missing() | C.will_be_requested()).allow(dg.AssetSelection.assets("candidate_features"))
 
 CONDITIONS: dict[str, dg.AutomationCondition] = {
-    "base_model": C.missing() & ~C.in_progress() & ~C.execution_failed(),
-    "candidates": C.missing() & ~C.in_progress() & ~C.execution_failed(),
-    "targets": C.missing() & ~C.in_progress() & ~C.execution_failed(),
-    "live_pool": _FOLLOW_ARRIVALS,
+    "base_model": _WHEN_MISSING,
+    "candidates": _WHEN_MISSING & ~C.any_deps_missing(),
+    "targets": _WHEN_MISSING & ~C.any_deps_missing(),
+    "live_pool": _FOLLOW_ARRIVALS & C.any_deps_match(~C.missing()).allow(dg.AssetSelection.assets("candidates")),
     "warmup_sample": _FOLLOW,
     "warmup_checkpoints": _FOLLOW,
     "candidate_features": _FOLLOW,
-    "candidate_index": _FOLLOW_ARRIVALS,
+    "candidate_index": _FOLLOW_ARRIVALS & _ANY_FEATURES,
     "target_features": _FOLLOW,
     "target_direction": _FOLLOW,
-    "selection": _FOLLOW,
+    # Not held back by inputs in progress: a selection is made from the pool that the index shows, and again later.
+    "selection": _FOLLOW_ARRIVALS & ~C.any_deps_missing(),
     "adapter": _FOLLOW,
     "evaluation": _FOLLOW,
     "report": _FOLLOW,
+}
+
+# The sections of prism.yaml that an asset reads. They are part of its code version, so the UI shows an asset whose
+# settings changed as stale, and automation makes it again.
+SETTINGS_OF: dict[str, tuple[str, ...]] = {
+    "base_model": ("model",),
+    "candidates": ("tokenization",),
+    "targets": ("tokenization",),
+    "warmup_sample": ("warmup", "lora"),
+    "warmup_checkpoints": ("warmup", "lora"),
+    "candidate_features": ("features",),
+    "target_features": ("features",),
+    "target_direction": ("preference", "strategies"),
+    "selection": ("selection",),
+    "adapter": ("training", "seeds"),
+    "evaluation": ("evaluation", "seeds"),
+    "report": ("strategies", "seeds"),
 }
 
 JOBS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -54,12 +80,16 @@ JOBS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def conditioned(assets: Sequence[dg.AssetsDefinition]) -> list[dg.AssetsDefinition]:
-    """The assets with their automation conditions."""
-    return [
-        asset.map_asset_specs(lambda spec: spec.replace_attributes(automation_condition=CONDITIONS[spec.key.path[-1]]))
-        for asset in assets
-    ]
+def conditioned(assets: Sequence[dg.AssetsDefinition], settings: Settings) -> list[dg.AssetsDefinition]:
+    """The assets with their automation conditions, and with the settings they read in their code versions."""
+
+    def finish(spec: dg.AssetSpec) -> dg.AssetSpec:
+        name = spec.key.path[-1]
+        sections = {section: settings.model_dump(mode="json")[section] for section in SETTINGS_OF.get(name, ())}
+        version = f"{spec.code_version}-{digest(sections)[:8]}" if sections else spec.code_version
+        return spec.replace_attributes(automation_condition=CONDITIONS[name], code_version=version)
+
+    return [asset.map_asset_specs(finish) for asset in assets]
 
 
 def build_jobs() -> list[Any]:
@@ -117,6 +147,9 @@ def build_sensors() -> list[dg.SensorDefinition]:
     return [
         inbox_sensor,
         dg.AutomationConditionSensorDefinition(
-            "automation", target=dg.AssetSelection.all(), default_status=dg.DefaultSensorStatus.RUNNING
+            "automation",
+            target=dg.AssetSelection.all(),
+            default_status=dg.DefaultSensorStatus.RUNNING,
+            minimum_interval_seconds=10,
         ),
     ]

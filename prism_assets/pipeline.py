@@ -88,6 +88,7 @@ def run_pipeline(
 
     Raises PipelineError at the first run that fails.
     """
+    from prism_assets import catalog
     from prism_assets.corpus.inbox import scan
     from prism_assets.partitions import reconcile_shards
 
@@ -111,7 +112,7 @@ def run_pipeline(
         computed = sum(count for _, count in runs)
         results.append(StepResult(step, [run for run, _ in runs], computed, time.monotonic() - started))
         on_result(results[-1])
-    lake.rebuild_catalog()
+    catalog.refresh(lake)
     return results
 
 

@@ -23,7 +23,8 @@ class SettingsError(Exception):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Defaults are validated too, so that a default of 32 and a given 32 are the same float in a fingerprint.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSettings(_Section):
@@ -84,7 +85,9 @@ class FeatureSettings(_Section):
     """What is stored of each candidate's gradient."""
 
     optimizer: Literal["sgd", "adam", "adam_step", "adam_less"] = "adam"
-    sketch_dim: int | Literal["exact"] = Field(4096, description="dimensions per checkpoint; exact: no sketch")
+    sketch_dim: Annotated[int, Field(ge=1)] | Literal["exact"] = Field(
+        4096, description="dimensions per checkpoint; exact: no sketch"
+    )
     seed: int = 0
     token_budget: int | None = Field(None, ge=1, description="tokens in a batch; null: found automatically")
 
@@ -127,9 +130,15 @@ class StorageSettings(_Section):
 class Budget(BaseModel):
     """How much is selected: rows, a share of the canonical live rows, or completion tokens."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["rows", "share", "tokens"]
-    amount: float
+    amount: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _at_most_everything(self) -> "Budget":
+        if self.kind == "share" and self.amount > 1:
+            raise ValueError("a share is at most 1")
+        return self
 
     def __str__(self) -> str:
         if self.kind == "share":
@@ -210,12 +219,24 @@ def load_settings(given: str | os.PathLike | None = None) -> Settings:
     if not path.is_file():
         raise SettingsError(f"There is no {path}. `prism init` writes a commented one; --config or PRISM_CONFIG name another.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must hold keys and values at its top, such as `targets:`; it holds {type(content).__name__}.")
     return from_mapping(content, path)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's plain types; a key that stands twice is an error, where PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def from_mapping(content: dict[str, Any], path: Path) -> Settings:
@@ -235,7 +256,10 @@ def _overridden(content: dict[str, Any]) -> dict[str, Any]:
         keys = name.removeprefix("PRISM_").lower().split("__")
         if not name.startswith("PRISM_") or (len(keys) == 1 and keys[0] not in Settings.model_fields):
             continue  # PRISM_CONFIG and other people's variables
-        value: Any = yaml.safe_load(text)
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"The environment variable {name} is not YAML: {error}") from error
         for key in reversed(keys):
             value = {key: value}
         content = _merge(content, value)

@@ -5,14 +5,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 
 from resources.lake import Artifact, digest
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _LOG_EVERY_SECONDS = 15.0
 
@@ -77,7 +74,23 @@ def _standard(outcome: Outcome) -> dict[str, Any]:
         "reused": outcome.computed == 0,
         "fingerprint": fingerprints[0] if len(fingerprints) == 1 else ", ".join(fingerprints),
         "files": dg.MetadataValue.md("\n".join(f"- `{artifact.path}`" for artifact in outcome.artifacts)),
+        **_column_schema(outcome.artifacts),
     }
+
+
+def _column_schema(artifacts: Sequence[Artifact]) -> dict[str, Any]:
+    """The columns of the first artefact that is a table, under the key that the UI knows."""
+    import pyarrow.parquet as pq
+
+    for artifact in artifacts:
+        if artifact.path.suffix == ".parquet":
+            columns = pq.read_schema(artifact.path)
+            return {
+                "dagster/column_schema": dg.TableSchema(
+                    columns=[dg.TableColumn(column.name, str(column.type)) for column in columns]
+                )
+            }
+    return {}
 
 
 def _checks(
@@ -105,11 +118,6 @@ def _jsonable(facts: Mapping[str, Any]) -> dict[str, Any]:
         name: value if isinstance(value, str | int | float | bool | list | dict | type(None)) else str(value)
         for name, value in facts.items()
     }
-
-
-def table_schema(schema: "pa.Schema") -> dg.TableSchema:
-    """The columns of an Arrow schema, as the Dagster UI shows them."""
-    return dg.TableSchema(columns=[dg.TableColumn(column.name, str(column.type)) for column in schema])
 
 
 def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8, width: int = 100) -> dg.MetadataValue:

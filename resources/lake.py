@@ -8,9 +8,10 @@ Layout below `root`:
     cache/                                                    what can be recomputed at no harm (file hashes)
     prism.duckdb                                              views over all of it; delete it at any time
 
-An artefact is published by one atomic rename to a path that names its fingerprint. Whoever loses a race finds the
-winner's artefact in place and discards its own. What an artefact is, and what it was made from, stands in the artefact:
-in the Parquet footer, in the safetensors header, or in `artifact.json` inside a folder.
+An artefact is published by one atomic step (a rename; for a file a hard link, which replaces nothing) to a path that
+names its fingerprint. Whoever loses a race finds the winner's artefact in place and discards its own. What an artefact
+is, and what it was made from, stands in the artefact: in the Parquet footer, in the safetensors header, or in
+`artifact.json` inside a folder.
 """
 
 import errno
@@ -23,8 +24,9 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 import dagster as dg
@@ -38,6 +40,8 @@ HEADER_KEY = "prism"
 SIDECAR = "artifact.json"
 FINGERPRINT_LENGTH = 32
 _SUFFIXES = (".parquet", ".safetensors", "")
+# What os.link says on a file system that has none.
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class LakeError(Exception):
@@ -101,6 +105,24 @@ class Recipe:
                 "inputs": {role: _content_of(value) for role, value in self.inputs.items()},
             }
         )
+
+
+class Reference(NamedTuple):
+    """An input as the header of an artefact names it. Plain hashes (a file, a model) have no table and fingerprint."""
+
+    role: str
+    table: str | None
+    fingerprint: str | None
+    content_hash: str | None
+    defines: bool  # whether it is part of the artefact's identity
+
+
+def references(artifact: Artifact) -> Iterator[Reference]:
+    """Everything that the header of an artefact names as what it was made from."""
+    for defines, key in ((True, "inputs"), (False, "lineage")):
+        for role, value in artifact.header.get(key, {}).items():
+            for one in value if isinstance(value, list) else [value]:
+                yield Reference(role, one.get("table"), one.get("fingerprint"), one.get("content_hash"), defines)
 
 
 class Lake(dg.ConfigurableResource):
@@ -196,7 +218,8 @@ class Lake(dg.ConfigurableResource):
             "run_id": run_id,
             "time": time.time(),
         }
-        _write_text(path, json.dumps(entry, indent=1))
+        with self._disk_errors(f"the head of {artifact.table}"):
+            _write_text(path, json.dumps(entry, indent=1))
         return artifact
 
     def retire(self, table: str, partition: str | None = None, scope: str = "") -> None:
@@ -238,11 +261,13 @@ class Lake(dg.ConfigurableResource):
                 compression=compression,
                 row_group_size=row_group_size,
                 store_schema=True,
+                write_page_checksum=True,
             )
 
-        with self._disk_errors(recipe):
+        with self._disk_errors(recipe.table):
             for suffix, writer in (attachments or {}).items():
-                self._put(target.with_suffix(suffix), writer)
+                if not target.exists():
+                    self._put(target.with_suffix(suffix), writer, os.replace)
             self._put(target, write)
         return self._published(recipe)
 
@@ -260,7 +285,7 @@ class Lake(dg.ConfigurableResource):
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         header = self._header(recipe, hash_tensors(contiguous), run_id, notes)
         target = self._home(recipe.table) / f"{recipe.fingerprint}.safetensors"
-        with self._disk_errors(recipe):
+        with self._disk_errors(recipe.table):
             self._put(target, lambda path: save_file(contiguous, path, metadata={HEADER_KEY: json.dumps(header)}))
         return self._published(recipe)
 
@@ -279,9 +304,10 @@ class Lake(dg.ConfigurableResource):
             folder.mkdir()
             extra = write(folder)
             header = self._header(recipe, hash_folder(folder), run_id, {**(notes or {}), **(extra or {})})
+            header["files"] = _sizes(folder)
             (folder / SIDECAR).write_text(json.dumps(header, indent=1))
 
-        with self._disk_errors(recipe):
+        with self._disk_errors(recipe.table):
             self._put(target, fill)
         return self._published(recipe)
 
@@ -304,8 +330,10 @@ class Lake(dg.ConfigurableResource):
         }
         return json.loads(json.dumps(header, default=_plain))
 
-    def _put(self, target: Path, write: Callable[[Path], None]) -> None:
-        """Write beside, flush, rename. Loses a race silently: the winner's artefact has the same fingerprint."""
+    def _put(
+        self, target: Path, write: Callable[[Path], None], move: "Callable[[Path, Path], None] | None" = None
+    ) -> None:
+        """Write beside, flush, move into place in one step. A draft never outlives the call."""
         target.parent.mkdir(parents=True, exist_ok=True)
         workshop = self.folder / "unpublished"
         workshop.mkdir(parents=True, exist_ok=True)
@@ -313,11 +341,7 @@ class Lake(dg.ConfigurableResource):
         try:
             write(draft)
             _flush(draft)
-            try:
-                os.replace(draft, target)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.exists():
-                    raise
+            (move or _move_unless_there)(draft, target)
         finally:
             _remove(draft)
 
@@ -328,32 +352,35 @@ class Lake(dg.ConfigurableResource):
         return artifact
 
     @contextmanager
-    def _disk_errors(self, recipe: Recipe) -> Iterator[None]:
+    def _disk_errors(self, what: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(self.folder).free / 2**20
-                raise LakeError(
-                    f"The disk of the lake {self.folder} is full ({free:.0f} MiB free): {recipe.table} was not "
-                    "published and nothing half-written is left. Free some space (`prism gc` lists what no kept "
-                    "version needs) and run again: finished work is kept."
-                ) from error
-            raise
+        except Exception as error:
+            if not _says_disk_full(error):
+                raise
+            free = shutil.disk_usage(self.folder).free / 2**20
+            raise LakeError(
+                f"The disk of the lake {self.folder} is full ({free:.0f} MiB free): {what} was not "
+                "published and nothing half-written is left. Free some space (`prism gc` lists what no kept "
+                "version needs) and run again: finished work is kept."
+            ) from error
 
     # -- reading -----------------------------------------------------------------------------------------------
 
     def read_table(self, artifact: Artifact, columns: Sequence[str] | None = None) -> "pa.Table":
-        """The rows of a Parquet artefact, all columns or the named ones, memory-mapped where the format allows.
+        """The rows of a Parquet artefact, all columns or the named ones.
 
-        Raises DamagedArtifact where the file cannot be read.
+        Raises DamagedArtifact where the file cannot be read, or its bytes differ from their checksums.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             return pq.read_table(
-                artifact.path, columns=list(columns) if columns else None, partitioning=None
+                artifact.path,
+                columns=list(columns) if columns else None,
+                partitioning=None,
+                page_checksum_verification=True,
             ).replace_schema_metadata(None)
         except (pa.ArrowInvalid, OSError) as error:
             raise DamagedArtifact(f"{artifact.path} cannot be read: {error}. Delete it and run again.") from error
@@ -366,15 +393,15 @@ class Lake(dg.ConfigurableResource):
 
     # -- the lens ----------------------------------------------------------------------------------------------
 
-    def connect(self) -> "duckdb.DuckDBPyConnection":
+    def connect(self, additions: "CatalogAdditions | None" = None) -> "duckdb.DuckDBPyConnection":
         """An in-memory DuckDB connection with the lake's views; it locks nothing."""
         import duckdb
 
         connection = duckdb.connect(":memory:")
-        self._define_views(connection)
+        self._define_views(connection, additions or CatalogAdditions())
         return connection
 
-    def rebuild_catalog(self) -> Path:
+    def rebuild_catalog(self, additions: "CatalogAdditions | None" = None) -> Path:
         """Write `prism.duckdb` anew and rename it into place, so no reader and no step waits for another."""
         import duckdb
 
@@ -383,91 +410,156 @@ class Lake(dg.ConfigurableResource):
         draft = workshop / f"{uuid.uuid4().hex}.duckdb"
         try:
             with duckdb.connect(str(draft)) as connection:
-                self._define_views(connection)
+                self._define_views(connection, additions or CatalogAdditions())
             os.replace(draft, self.catalog_path)
         finally:
             _remove(draft)
+            _remove(draft.with_name(f"{draft.name}.wal"))
         return self.catalog_path
 
-    def _define_views(self, connection: "duckdb.DuckDBPyConnection") -> None:
-        """`artifacts`, `heads` and `lineage` as tables; one view per Parquet table over its heads' files."""
-        connection.execute(
-            "CREATE TABLE heads(table_name VARCHAR, version VARCHAR, partition VARCHAR, fingerprint VARCHAR, "
-            "content_hash VARCHAR, run_id VARCHAR, materialized TIMESTAMP, file VARCHAR)"
+    def _define_views(self, connection: "duckdb.DuckDBPyConnection", additions: "CatalogAdditions") -> None:
+        """`artifacts`, `heads` and `lineage` as tables; one view per Parquet table over its heads' files.
+
+        The view of a table stands in the schema `raw` and, under the same name, in `main`, where the statements of
+        `additions` may replace it. It carries the partition, version and fingerprint of the head beside each row.
+        """
+        artifacts = list(self.artifacts())
+        files = {(one.table, one.fingerprint): str(one.path.resolve()) for one in artifacts}
+        heads = self.heads()
+        _insert(connection, "artifacts", _ARTIFACT_COLUMNS, [_artifact_row(one) for one in artifacts])
+        _insert(connection, "lineage", _LINEAGE_COLUMNS, [edge for one in artifacts for edge in _edges(one)])
+        _insert(
+            connection,
+            "heads",
+            _HEAD_COLUMNS,
+            [_head_row(entry, files.get((entry["table"], entry["fingerprint"]))) for entry in heads],
         )
-        connection.execute(
-            "CREATE TABLE artifacts(table_name VARCHAR, version VARCHAR, partition VARCHAR, fingerprint VARCHAR, "
-            "content_hash VARCHAR, stage_version INTEGER, run_id VARCHAR, created VARCHAR, settings JSON, notes JSON, "
-            "file VARCHAR)"
+        paths: dict[str, set[str]] = {name: set() for name in additions.columns}
+        for entry in heads:
+            path = files.get((entry["table"], entry["fingerprint"]), "")
+            if path.endswith(".parquet"):
+                paths.setdefault(entry["table"], set()).add(path)
+        connection.execute("CREATE SCHEMA raw")
+        for table, its_paths in paths.items():
+            query = _table_query(table, sorted(its_paths), additions.columns.get(table, {}))
+            connection.execute(f"CREATE VIEW raw.{_identifier(table)} AS {query}")
+            connection.execute(f"CREATE VIEW main.{_identifier(table)} AS FROM raw.{_identifier(table)}")
+        for statement in additions.statements:
+            connection.execute(statement)
+
+
+# -- the catalogue -----------------------------------------------------------------------------------------------
+
+
+class CatalogAdditions(NamedTuple):
+    """What a project adds to the catalogue of its lake."""
+
+    # table -> column -> SQL type. These columns are there also while the table, or a column of it, has no data.
+    columns: Mapping[str, Mapping[str, str]] = {}
+    # SQL run last: views of the project's own over `raw.<table>`, `artifacts`, `heads` and `lineage`.
+    statements: Sequence[str] = ()
+
+
+_ARTIFACT_COLUMNS = {
+    "table_name": "VARCHAR",
+    "version": "VARCHAR",
+    "partition": "VARCHAR",
+    "fingerprint": "VARCHAR",
+    "content_hash": "VARCHAR",
+    "stage_version": "INTEGER",
+    "run_id": "VARCHAR",
+    "created": "VARCHAR",
+    "settings": "JSON",
+    "notes": "JSON",
+    "file": "VARCHAR",
+}
+_HEAD_COLUMNS = {
+    "table_name": "VARCHAR",
+    "version": "VARCHAR",
+    "partition": "VARCHAR",
+    "fingerprint": "VARCHAR",
+    "content_hash": "VARCHAR",
+    "run_id": "VARCHAR",
+    "materialized": "TIMESTAMP",
+    "file": "VARCHAR",
+}
+_LINEAGE_COLUMNS = {
+    "table_name": "VARCHAR",
+    "fingerprint": "VARCHAR",
+    "role": "VARCHAR",
+    "input_table": "VARCHAR",
+    "input_fingerprint": "VARCHAR",
+    "input_content_hash": "VARCHAR",
+    "defines": "BOOLEAN",
+}
+
+
+def _artifact_row(artifact: Artifact) -> tuple[Any, ...]:
+    header = artifact.header
+    return (
+        artifact.table,
+        header.get("version"),
+        header.get("partition"),
+        artifact.fingerprint,
+        artifact.content_hash,
+        header.get("stage_version"),
+        header.get("run_id"),
+        header.get("created"),
+        json.dumps(header.get("settings")),
+        json.dumps(header.get("notes")),
+        str(artifact.path.resolve()),
+    )
+
+
+def _head_row(entry: Mapping[str, Any], file: str | None) -> tuple[Any, ...]:
+    known = [entry[name] for name in ("table", "scope", "partition", "fingerprint", "content_hash", "run_id")]
+    return (*known, datetime.fromtimestamp(entry["time"], UTC).replace(tzinfo=None), file)
+
+
+def _edges(artifact: Artifact) -> Iterator[tuple[Any, ...]]:
+    """One row per input of an artefact, those that define its identity and those that do not."""
+    for reference in references(artifact):
+        yield (
+            artifact.table,
+            artifact.fingerprint,
+            reference.role,
+            reference.table,
+            reference.fingerprint,
+            reference.content_hash,
+            reference.defines,
         )
-        connection.execute(
-            "CREATE TABLE lineage(table_name VARCHAR, fingerprint VARCHAR, role VARCHAR, input_table VARCHAR, "
-            "input_fingerprint VARCHAR, input_content_hash VARCHAR, defines BOOLEAN)"
-        )
-        artifacts, edges = [], []
-        files: dict[tuple[str, str], str] = {}
-        for artifact in self.artifacts():
-            header = artifact.header
-            files[artifact.table, artifact.fingerprint] = str(artifact.path.resolve())
-            artifacts.append(
-                [
-                    artifact.table,
-                    header.get("version"),
-                    header.get("partition"),
-                    artifact.fingerprint,
-                    artifact.content_hash,
-                    header.get("stage_version"),
-                    header.get("run_id"),
-                    header.get("created"),
-                    json.dumps(header.get("settings")),
-                    json.dumps(header.get("notes")),
-                    str(artifact.path.resolve()),
-                ]
-            )
-            for defines, key in ((True, "inputs"), (False, "lineage")):
-                for role, reference in header.get(key, {}).items():
-                    for one in reference if isinstance(reference, list) else [reference]:
-                        edges.append(
-                            [
-                                artifact.table,
-                                artifact.fingerprint,
-                                role,
-                                one.get("table"),
-                                one.get("fingerprint"),
-                                one.get("content_hash"),
-                                defines,
-                            ]
-                        )
-        heads = [
-            [
-                entry["table"],
-                entry["scope"],
-                entry["partition"],
-                entry["fingerprint"],
-                entry["content_hash"],
-                entry["run_id"],
-                entry["time"],
-                files.get((entry["table"], entry["fingerprint"])),
-            ]
-            for entry in self.heads()
-        ]
-        if artifacts:
-            connection.executemany(f"INSERT INTO artifacts VALUES ({', '.join('?' * 11)})", artifacts)
-        if edges:
-            connection.executemany("INSERT INTO lineage VALUES (?, ?, ?, ?, ?, ?, ?)", edges)
-        if heads:
-            connection.executemany("INSERT INTO heads VALUES (?, ?, ?, ?, ?, ?, to_timestamp(?), ?)", heads)
-        by_table: dict[str, list[str]] = {}
-        for head in heads:
-            if head[-1] and head[-1].endswith(".parquet"):
-                by_table.setdefault(head[0], []).append(head[-1])
-        for table, paths in by_table.items():
-            listed = ", ".join(_literal(path) for path in sorted(set(paths)))
-            connection.execute(
-                f"CREATE VIEW {_identifier(table)} AS SELECT h.partition AS \"partition\", h.version AS \"version\", "
-                f"t.* EXCLUDE (filename) FROM read_parquet([{listed}], filename = true, union_by_name = true) t "
-                f"JOIN heads h ON h.file = t.filename AND h.table_name = {_literal(table)}"
-            )
+
+
+def _insert(
+    connection: "duckdb.DuckDBPyConnection", table: str, columns: Mapping[str, str], rows: Sequence[tuple[Any, ...]]
+) -> None:
+    """A new table with these rows, taken over from Arrow in one go: row by row DuckDB takes a second per thousand."""
+    import pyarrow as pa
+
+    described = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+    connection.execute(f"CREATE TABLE {_identifier(table)}({described})")
+    if not rows:
+        return
+    values = [pa.array(column) for column in zip(*rows, strict=True)]
+    connection.register("prism_rows", pa.table(dict(zip(columns, values, strict=True))))
+    connection.execute(f"INSERT INTO {_identifier(table)} FROM prism_rows")
+    connection.unregister("prism_rows")
+
+
+def _table_query(table: str, paths: Sequence[str], columns: Mapping[str, str]) -> str:
+    """The rows of a table's heads, with at least the named columns."""
+    always = {"partition": "VARCHAR", "version": "VARCHAR", "fingerprint": "VARCHAR", **columns}
+    nothing = ", ".join(f"NULL::{kind} AS {_identifier(name)}" for name, kind in always.items())
+    stub = f"SELECT {nothing}, NULL::BIGINT AS file_row_number WHERE false"
+    if not paths:
+        return stub
+    listed = ", ".join(_literal(path) for path in paths)
+    rows = (
+        'SELECT h."partition", h.version, h.fingerprint, t.* EXCLUDE (filename) '
+        f"FROM read_parquet([{listed}], filename = true, file_row_number = true, union_by_name = true) t "
+        f"JOIN heads h ON h.file = t.filename AND h.table_name = {_literal(table)}"
+    )
+    return f"{stub} UNION ALL BY NAME {rows}" if columns else rows
 
 
 # -- content hashes ----------------------------------------------------------------------------------------------
@@ -554,7 +646,11 @@ def _artifact(path: Path) -> Artifact:
 def _read_header(path: Path) -> dict[str, Any]:
     try:
         if path.is_dir():
-            return json.loads((path / SIDECAR).read_text())
+            header = json.loads((path / SIDECAR).read_text())
+            sizes = _sizes(path)
+            if header.get("files", sizes) != sizes:
+                raise DamagedArtifact(f"{path} is damaged (a file is missing, is too many or has another size).")
+            return header
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
@@ -565,6 +661,8 @@ def _read_header(path: Path) -> dict[str, Any]:
             return json.loads(handle.metadata()[HEADER_KEY])
     except FileNotFoundError as error:
         raise DamagedArtifact(f"{path} is incomplete: {error}.") from error
+    except DamagedArtifact:
+        raise
     except Exception as error:  # pyarrow, safetensors and json each have their own for a broken file
         raise DamagedArtifact(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
@@ -585,6 +683,35 @@ def _write_text(path: Path, text: str) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _move_unless_there(draft: Path, target: Path) -> None:
+    """Give a draft its place in one atomic step. Whoever comes second leaves the winner's artefact as it is."""
+    try:
+        if draft.is_dir():
+            os.replace(draft, target)  # fails where a folder with files is in place
+        else:
+            os.link(draft, target)  # a rename would replace the winner's file
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and target.exists():
+            return
+        if draft.is_dir() or error.errno not in _NO_HARD_LINKS:
+            raise
+        os.replace(draft, target)
+
+
+def _says_disk_full(error: Exception) -> bool:
+    """safetensors and FAISS put the operating system's words into exceptions of their own."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in numbers:
+        return True
+    return any(os.strerror(number) in str(error) for number in numbers)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a folder artefact by relative name, the sidecar left out."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIDECAR)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _flush(path: Path) -> None:

@@ -104,7 +104,10 @@ class LanguageModel(dg.ConfigurableResource):
             pickled = [file.name for file in folder.glob("*.bin")]
             advice = f" It has {pickled[0]}: convert it with `save_pretrained`; pickles are not read." if pickled else ""
             raise ModelError(f"model.name: {folder} holds no .safetensors weights.{advice}")
-        config = json.loads((folder / "config.json").read_text())
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.name: {folder} has no readable config.json: {error}") from error
         return ModelIdentity(
             weights=self._hash(folder, weight_files),
             tokenizer=self._hash(folder, _matching(folder, _TOKENIZER_FILES)),
@@ -152,7 +155,7 @@ class LanguageModel(dg.ConfigurableResource):
         from transformers import AutoTokenizer
 
         folder = self.folder()
-        key = ("tokenizer", str(folder))
+        key = ("tokenizer", self._hash(folder, _matching(folder, _TOKENIZER_FILES)))
         if key not in _loaded:
             try:
                 _loaded[key] = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
@@ -168,8 +171,7 @@ class LanguageModel(dg.ConfigurableResource):
         identity = self.identify()
         key = ("model", identity.weights, str(self.torch_dtype()), str(self.torch_device()))
         if key not in _loaded:
-            for other in [k for k in _loaded if k[0] == "model"]:
-                del _loaded[other]  # one model a process: two rarely fit
+            _forget_model()  # one model a process: two rarely fit
             disable_progress_bar()  # a bar over the weights in the middle of a step's own progress
             try:
                 model = AutoModelForCausalLM.from_pretrained(
@@ -178,7 +180,7 @@ class LanguageModel(dg.ConfigurableResource):
                     use_safetensors=True,
                     trust_remote_code=self.trust_remote_code,
                 )
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:  # each library has its own for a broken model
                 raise ModelError(f"model.name: {identity.folder} cannot be loaded as a causal LM: {error}") from error
             _loaded[key] = model.to(self.torch_device()).eval().requires_grad_(False)
         return _loaded[key]
@@ -201,7 +203,14 @@ class LanguageModel(dg.ConfigurableResource):
         Raises ModelError where the adapter does not fit the model.
         """
         import torch
-        from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+        from peft import (
+            LoraConfig,
+            PeftModel,
+            get_peft_model,
+            get_peft_model_state_dict,
+            set_peft_model_state_dict,
+        )
+
 
         base = self.base()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -223,9 +232,11 @@ class LanguageModel(dg.ConfigurableResource):
                     )
                     model = get_peft_model(base, config)
             except (ValueError, RuntimeError, KeyError) as error:
+                _forget_model()  # half an adapter may be in it
                 raise ModelError(f"LoRA cannot be put on {self.name}: {error}") from error
         try:
             if state is not None:
+                _check_fit(get_peft_model_state_dict(model), state)
                 set_peft_model_state_dict(model, dict(state))
             yield model
         finally:
@@ -233,6 +244,24 @@ class LanguageModel(dg.ConfigurableResource):
             for attribute in ("peft_config", "_hf_peft_config_loaded"):
                 base.__dict__.pop(attribute, None)
             base.eval().requires_grad_(False)
+
+
+def _forget_model() -> None:
+    for key in [key for key in _loaded if key[0] == "model"]:
+        del _loaded[key]
+
+
+def _check_fit(own: "Mapping[str, torch.Tensor]", state: "Mapping[str, torch.Tensor]") -> None:
+    """PEFT passes over names that it does not know; what was not loaded would be fresh and look trained."""
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    wrong += [f"{name} is unknown" for name in state if name not in own]
+    wrong += [
+        f"{name} has shape {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if wrong:
+        raise ModelError(f"The LoRA parameters do not fit the model's adapter: {wrong[0]} ({len(wrong)} in all).")
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -10,8 +10,8 @@ POOL.jsonl holds records with `prompt`, `completion` and, for the report only, `
     model/               a byte-level BPE tokenizer and a Llama of about 5M parameters, from scratch
     prism.yaml           the settings, with paths relative to DIR
 
-Tokenizer and model see the pool alone, without the records whose prompt is also that of a target or a held-out
-record. The data stay under their own licences: commit none of DIR.
+Tokenizer and model see the pool alone, without the records whose prompt is also that of a target or a
+held-out record. The data stay under their own licences: commit none of DIR.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class InputError(Exception):
     """A file is missing or is not what it must be; the message says which and why."""
 
 
-# -- data ----------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def write_inbox(pool: Sequence[dict[str, Any]], inbox: Path, shards: int) -> None:
-    """The pool, shuffled with a fixed seed, in `shards` files; `id` and the like give labels away and stay behind."""
+    """The pool, shuffled with a fixed seed, in `shards` files; fields that give labels away stay behind."""
     shutil.rmtree(inbox, ignore_errors=True)
     inbox.mkdir(parents=True)
     order = list(pool)
@@ -85,7 +85,7 @@ def write_inbox(pool: Sequence[dict[str, Any]], inbox: Path, shards: int) -> Non
             json.dumps({field: record[field] for field in KEPT_FIELDS if field in record}, ensure_ascii=False)
             for record in order[part::shards]
         ]
-        (inbox / f"part-{part + 1}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (inbox / f"part-{part + 1}.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def copy_targets(names: Iterable[str], source: Path, out: Path) -> set[str]:
@@ -99,7 +99,7 @@ def copy_targets(names: Iterable[str], source: Path, out: Path) -> set[str]:
     return prompts
 
 
-# -- tokenizer and model -------------------------------------------------------------------------------------------
+# -- tokenizer and model ---------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -149,6 +149,8 @@ def packed(
 
     The pipeline's own encoder writes them, so the model learns the very tokens it will be scored on.
     """
+    # The stream is cut into blocks afterwards: no limit here, and no need for the tokenizer's warning.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     encoder = Encoder(tokenizer, max_length=1 << 30, template="plain", separator=separator)
     ids = []
     for record in records:
@@ -174,8 +176,8 @@ def train(
     minutes: float,
     steps: int | None,
     seed: int,
-    batch_size: int = 8,
-    peak: float = 3e-3,
+    batch_size: int = 4,
+    peak: float = 2e-3,
 ) -> None:
     """Next-token cross-entropy by AdamW; a linear warm-up, then a cosine to zero over the budget.
 
@@ -197,26 +199,25 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        recent = [*recent[-24:], loss.item()]
-        if (step + 1) % 25 == 0:
+        recent = [*recent[-49:], loss.item()]
+        if (step + 1) % 50 == 0:
             tokens = (step + 1) * blocks.shape[1] * batch_size
             print(
-                f"step {step + 1}: loss {sum(recent) / len(recent):.3f} (mean of 25), "
+                f"step {step + 1}: loss {sum(recent) / len(recent):.3f} (mean of 50 steps), "
                 f"{tokens / blocks.numel():.2f} passes, {elapsed:.0f} s, {100 * done:.0f}% of the budget",
                 flush=True,
             )
 
 
-# -- settings ------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 def write_settings(out: Path) -> Path:
     """The example's prism.yaml, comments included, with paths relative to `out`."""
     path = out / "prism.yaml"
     text = SETTINGS.read_text(encoding="utf-8")
-    head, body = text.split("\nmodel:", 1)
-    path.write_text(f"# Written by prepare.py from {SETTINGS.name}; paths are relative to this file.\n"
-                    f"\nmodel:{body.replace(f'{DATA_FOLDER}/', '')}", encoding="utf-8")  # fmt: skip
+    body = text[text.index("\nmodel:") :].replace(f"{DATA_FOLDER}/", "")
+    path.write_text(f"# Written by prepare.py; paths are relative to this file.\n{body}", encoding="utf-8")
     return path
 
 
@@ -228,12 +229,14 @@ def prepare(arguments: argparse.Namespace) -> Path:
     held_out = copy_targets(settings["targets"], arguments.targets, out / "targets")
     write_inbox(pool, out / "inbox", arguments.shards)
     seen = [record for record in pool if record["prompt"].strip() not in held_out]
-    print(f"{len(pool)} records in {arguments.shards} shards; {len(pool) - len(seen)} share a prompt with a target "
-          "or held-out record and are kept from the model")  # fmt: skip
+    left_out = len(pool) - len(seen)
+    print(f"{len(pool)} records in {arguments.shards} shards; kept from tokenizer and model, because a target")
+    print(f"or held-out record has the same prompt: {left_out}")
 
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
-    tokenizer = train_tokenizer((record[field] for record in seen for field in KEPT_FIELDS[:2]), arguments.vocabulary)
+    texts = (record[field] for record in seen for field in ("prompt", "completion"))
+    tokenizer = train_tokenizer(texts, arguments.vocabulary)
     blocks = packed(seen, tokenizer, settings["tokenization"]["separator"], arguments.block)
     model = build_model(tokenizer)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -247,16 +250,17 @@ def prepare(arguments: argparse.Namespace) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pool", type=Path, required=True, help="the candidates, JSON Lines")
-    parser.add_argument("--targets", type=Path, required=True, help="folder with NAME/target.jsonl, NAME/eval.jsonl")
-    parser.add_argument("--out", type=Path, default=HERE / DATA_FOLDER, help="where to write (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=6.0, help="wall time to train the model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="train for so many steps instead of --minutes")
-    parser.add_argument("--shards", type=int, default=4, help="files in the inbox (default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens (default: %(default)s)")
-    parser.add_argument("--block", type=int, default=256, help="tokens in a training sequence (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    option = parser.add_argument
+    option("--pool", type=Path, required=True, help="the candidates, JSON Lines")
+    option("--targets", type=Path, required=True, help="folder with NAME/target.jsonl and NAME/eval.jsonl")
+    option("--out", type=Path, default=HERE / DATA_FOLDER, help="where to write (default: %(default)s)")
+    option("--minutes", type=float, default=6.0, help="wall time of the training (default: %(default)s)")
+    option("--steps", type=int, help="train for so many steps instead of --minutes")
+    option("--shards", type=int, default=4, help="files in the inbox (default: %(default)s)")
+    option("--vocabulary", type=int, default=4096, help="tokens (default: %(default)s)")
+    option("--block", type=int, default=256, help="tokens in a training sequence (default: %(default)s)")
+    option("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    option("--seed", type=int, default=0)
     try:
         settings = prepare(parser.parse_args())
     except InputError as error:

@@ -43,8 +43,8 @@ def preference_weights(scores: np.ndarray, kind: TargetKind, temperature: float)
     Raises ValueError for a score that is not finite or a temperature that is not positive.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    if temperature <= 0:
-        raise ValueError(f"the temperature must be positive, not {temperature}")
+    if not 0 < temperature < np.inf:
+        raise ValueError(f"the temperature must be positive and finite, not {temperature}")
     if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
         raise ValueError("scores must be a non-empty vector of finite numbers")
     scaled = scores / temperature

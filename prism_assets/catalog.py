@@ -1,0 +1,252 @@
+"""`prism sql`: the lake's tables under friendly names, for DuckDB.
+
+Beside the lake's own tables (`raw.<table>`, and `<table>` where no view below has that name), `artifacts`, `heads`
+and `lineage` there are
+
+    candidates          rows of all shards, with what counts them out: shard, row, id, …, status
+    rejects             what was refused, of shards, target files and eval files
+    features            rows of gradient features: shard, row, id, vector, norm, …
+    weights             weight of every target example under each strategy
+    scores              the selected rows of every target and strategy, with rank and score
+    selections          one row per selection, current or earlier
+    evaluations         one row per target, strategy and seed
+    evaluation_records  one row per held-out record of these
+
+All are there, with their columns, also while the lake is empty. Vectors can be multiplied; this ranks the candidates
+by their likeness to one of them in gradient space:
+
+    SELECT other.id, list_dot_product(one.vector, other.vector) AS likeness
+    FROM features one JOIN features other USING (version)
+    WHERE one.id = '…' ORDER BY likeness DESC LIMIT 10
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from resources.lake import CatalogAdditions, Lake
+
+if TYPE_CHECKING:
+    import duckdb
+
+_ROWS = {
+    "id": "VARCHAR",
+    "line": "BIGINT",
+    "record_id": "VARCHAR",
+    "source": "VARCHAR",
+    "prompt": "VARCHAR",
+    "completion": "VARCHAR",
+    "messages": "VARCHAR",
+    "rejected": "VARCHAR",
+    "group": "VARCHAR",
+    "answers": "VARCHAR[]",
+    "input_ids": "INTEGER[]",
+    "loss_mask": "BOOLEAN[]",
+    "tokens": "INTEGER",
+    "completion_tokens": "INTEGER",
+}
+_REJECTS = {"line": "BIGINT", "field": "VARCHAR", "reason": "VARCHAR", "excerpt": "VARCHAR"}
+
+# The columns that the views below read. They exist while a table is empty, and where an older file lacks one.
+TABLES: dict[str, dict[str, str]] = {
+    "candidates": _ROWS,
+    "rejects": _REJECTS,
+    "targets_rejects": _REJECTS,
+    "eval_examples_rejects": _REJECTS,
+    "live_pool": {
+        "shard": "VARCHAR",
+        "candidates_fingerprint": "VARCHAR",
+        "rows": "BIGINT",
+        "canonical_rows": "BIGINT",
+        "completion_tokens": "BIGINT",
+        "excluded_rows": "INTEGER[]",
+        "excluded_reasons": "VARCHAR[]",
+    },
+    "candidate_features": {
+        "block": "VARCHAR",
+        "block_content_hash": "VARCHAR",
+        "rows": "BIGINT",
+        "refused": "BIGINT",
+    },
+    "feature_blocks": {
+        "id": "VARCHAR",
+        "vector": "FLOAT[]",
+        "norm": "DOUBLE[]",
+        "gradient_norm": "DOUBLE[]",
+        "mean_log_prob": "DOUBLE[]",
+        "refused": "VARCHAR",
+    },
+    "target_weights": {
+        "id": "VARCHAR",
+        "group": "VARCHAR",
+        "prompt": "VARCHAR",
+        "completion": "VARCHAR",
+        "score": "DOUBLE",
+        "preference": "DOUBLE",
+        "gradient_norm": "DOUBLE",
+        "prism": "DOUBLE",
+        "uniform": "DOUBLE",
+    },
+    "selection": {
+        "rank": "BIGINT",
+        "score": "FLOAT",
+        "id": "VARCHAR",
+        "shard": "VARCHAR",
+        "row": "BIGINT",
+        "source": "VARCHAR",
+        "record_id": "VARCHAR",
+        "prompt": "VARCHAR",
+        "completion": "VARCHAR",
+        "messages": "VARCHAR",
+        "completion_tokens": "INTEGER",
+        "input_ids": "INTEGER[]",
+        "loss_mask": "BOOLEAN[]",
+    },
+    "evaluations": {
+        "id": "VARCHAR",
+        "mean_log_prob": "DOUBLE",
+        "margin": "DOUBLE",
+        "prediction": "VARCHAR",
+        "exact_match": "BOOLEAN",
+    },
+}
+
+# A partition of target and strategy is written strategy|target, of one seed strategy|target/seed-N.
+_STRATEGY = """split_part({0}, '|', 1)"""
+_TARGET = r"""regexp_extract({0}, '^[^|]*\|(.*?)(/seed-(-?[0-9]+))?$', 1)"""
+_SEED = r"""TRY_CAST(regexp_extract({0}, '/seed-(-?[0-9]+)$', 1) AS INTEGER)"""
+
+
+def _key(column: str, seed: bool = False) -> str:
+    """The columns target, strategy and (where asked for) seed of a partition."""
+    parts = [f"{_TARGET} AS target", f"{_STRATEGY} AS strategy", *([f"{_SEED} AS seed"] if seed else [])]
+    return ", ".join(parts).format(column)
+
+
+VIEWS: dict[str, str] = {
+    "candidates": """
+        WITH excluded AS (
+            SELECT version, shard, unnest(excluded_rows) AS "row", unnest(excluded_reasons) AS reason
+            FROM raw.live_pool
+        )
+        SELECT c."partition" AS shard, c.file_row_number AS "row",
+            c.* EXCLUDE ("partition", version, fingerprint, file_row_number, rejected, answers),
+            CASE WHEN p.shard IS NULL THEN 'retired' ELSE coalesce(e.reason, 'canonical') END AS status,
+            c.version
+        FROM raw.candidates c
+        LEFT JOIN raw.live_pool p ON p.version = c.version AND p.shard = c."partition"
+        LEFT JOIN excluded e
+            ON e.version = c.version AND e.shard = c."partition" AND e."row" = c.file_row_number
+    """,
+    "rejects": """
+        SELECT 'candidates' AS kind, "partition" AS name, line, field, reason, excerpt, version FROM raw.rejects
+        UNION ALL
+        SELECT 'targets', "partition", line, field, reason, excerpt, version FROM raw.targets_rejects
+        UNION ALL
+        SELECT 'eval', "partition", line, field, reason, excerpt, version FROM raw.eval_examples_rejects
+    """,
+    "features": """
+        WITH blocks AS (
+            SELECT "partition" AS shard, version, block, coalesce(sum("rows") OVER (
+                PARTITION BY "partition", version ORDER BY file_row_number
+                ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)::BIGINT AS first_row
+            FROM raw.candidate_features
+        )
+        SELECT s.shard, s.first_row + b.file_row_number AS "row", b.id, b.vector, b.norm, b.gradient_norm,
+            b.mean_log_prob, b.refused, b.version, s.block
+        FROM blocks s JOIN raw.feature_blocks b ON b.fingerprint = s.block AND b.version = s.version
+    """,
+    "weights": """
+        SELECT target, strategy, id, "group", prompt, completion, weight, score, preference, gradient_norm, version
+        FROM (SELECT "partition" AS target, * EXCLUDE ("partition", fingerprint, file_row_number)
+              FROM raw.target_weights)
+        UNPIVOT INCLUDE NULLS (weight FOR strategy IN (COLUMNS(
+            * EXCLUDE (target, id, "group", prompt, completion, score, preference, gradient_norm, version))))
+    """,
+    "scores": f"""
+        SELECT {_key('"partition"')}, "rank", score, id, shard, "row", source, prompt, completion,
+            completion_tokens, fingerprint AS selection
+        FROM raw.selection
+    """,
+    "selections": f"""
+        WITH named AS (
+            SELECT "partition", fingerprint, true AS current FROM heads WHERE table_name = 'selection'
+            UNION ALL
+            SELECT "partition", fingerprint, false FROM artifacts
+            WHERE table_name = 'selection' AND fingerprint NOT IN (
+                SELECT fingerprint FROM heads WHERE table_name = 'selection')
+        )
+        SELECT {_key('n."partition"')}, n.current, (a.notes->>'rows')::BIGINT AS "rows",
+            (a.notes->>'completion_tokens')::BIGINT AS completion_tokens,
+            (a.notes->>'pool_rows')::BIGINT AS pool_rows, (a.notes->>'refused_rows')::BIGINT AS refused_rows,
+            (a.notes->>'non_positive_influence')::BIGINT AS non_positive_influence,
+            a.notes->'composition' AS composition, a.settings->'budget' AS budget, a.version, a.created,
+            a.run_id, a.fingerprint, a.content_hash, a.file
+        FROM named n JOIN artifacts a ON a.table_name = 'selection' AND a.fingerprint = n.fingerprint
+    """,
+    "evaluations": f"""
+        SELECT {_key('h."partition"', seed=True)}, (a.notes->>'target_preference')::DOUBLE AS target_preference,
+            (a.notes->>'mean_log_prob')::DOUBLE AS mean_log_prob, (a.notes->>'exact_match')::DOUBLE AS exact_match,
+            (a.notes->>'records')::BIGINT AS records, a.created, a.run_id, a.fingerprint, a.content_hash
+        FROM heads h JOIN artifacts a ON a.table_name = 'evaluations' AND a.fingerprint = h.fingerprint
+        WHERE h.table_name = 'evaluations'
+    """,
+    "evaluation_records": f"""
+        SELECT {_key('"partition"', seed=True)}, id, mean_log_prob, margin, prediction, exact_match, fingerprint
+        FROM raw.evaluations
+    """,
+}
+
+ADDITIONS = CatalogAdditions(
+    TABLES, [f'CREATE OR REPLACE VIEW main."{name}" AS {" ".join(query.split())}' for name, query in VIEWS.items()]
+)
+
+
+class QueryRefused(Exception):
+    """The SQL does more than read, or DuckDB does not understand it; the message says which."""
+
+
+class Rows(NamedTuple):
+    """An answer."""
+
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+    more: bool  # whether rows beyond the limit were left out
+
+
+def refresh(lake: Lake) -> Path:
+    """Write the catalogue file anew; returns its path."""
+    return lake.rebuild_catalog(ADDITIONS)
+
+
+def connect(lake: Lake) -> "duckdb.DuckDBPyConnection":
+    """The views of today's lake on a connection of its own, in memory; it locks nothing."""
+    return lake.connect(ADDITIONS)
+
+
+def ask(
+    connection: "duckdb.DuckDBPyConnection", query: str, limit: int = 0, parameters: Mapping[str, Any] | None = None
+) -> Rows:
+    """Answer one SELECT (or SHOW, DESCRIBE, SUMMARIZE), at most `limit` rows of it; 0 means all.
+
+    `$name` in the query stands for a value of `parameters`, whatever quotes it holds.
+    Raises QueryRefused for anything that is not one reading statement, and for what DuckDB cannot answer.
+    """
+    import duckdb
+
+    try:
+        statements = connection.extract_statements(query)
+        if len(statements) != 1:
+            raise QueryRefused(f"One statement at a time: this text holds {len(statements)}.")
+        if statements[0].type != duckdb.StatementType.SELECT:
+            raise QueryRefused(
+                f"Only reading is possible here, and this is a statement of type {statements[0].type.name}: artefacts "
+                "are never changed. Write a SELECT, or DESCRIBE a view; `SHOW ALL TABLES` lists them."
+            )
+        answer = connection.execute(statements[0], dict(parameters) if parameters else None)
+        columns = [column[0] for column in answer.description]
+        rows = answer.fetchmany(limit + 1) if limit else answer.fetchall()
+    except duckdb.Error as error:
+        raise QueryRefused(f"DuckDB: {error}") from error
+    shown = rows[:limit] if limit else rows
+    return Rows(columns, shown, len(rows) > len(shown))

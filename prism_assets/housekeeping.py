@@ -1,0 +1,359 @@
+"""`prism gc`: what no head, no chain of a head and no kept feature version needs, listed and then removed."""
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prism_assets.lineage import all_references
+from resources.lake import Artifact, DamagedArtifact, Lake
+
+# Tables whose heads are kept under a feature version (directions: under version/strategy).
+VERSIONED_TABLES = (
+    "candidate_features",
+    "feature_blocks",
+    "candidate_index",
+    "target_features",
+    "target_directions",
+    "target_weights",
+)
+# Tables whose heads are partitioned by shard, and tables whose rows list the shards of one state of the pool.
+_SHARD_TABLES = ("candidates", "rejects", "candidate_features")
+_POOL_TABLES = ("live_pool", "candidate_index")
+DEFAULT_MIN_AGE = 3600.0
+DEFAULT_KEEP = 1
+
+
+class FeatureVersion(NamedTuple):
+    """A feature version that has heads in the lake."""
+
+    name: str
+    used: float  # when a run last pointed one of its heads, seconds since the epoch
+
+
+def feature_versions(lake: Lake) -> list[FeatureVersion]:
+    """The feature versions in the lake, the one used last first."""
+    used: dict[str, float] = {}
+    for table in VERSIONED_TABLES:
+        for head in lake.heads(table):
+            name = _version_of(head)
+            used[name] = max(used.get(name, 0.0), head["time"])
+    return sorted((FeatureVersion(*item) for item in used.items()), key=lambda one: (-one.used, one.name))
+
+
+def _version_of(head: Mapping[str, Any]) -> str:
+    return head["scope"].partition("/")[0]
+
+
+class Removal(NamedTuple):
+    """An artefact that goes, with what lies beside it; or a leftover (table None)."""
+
+    table: str | None
+    fingerprint: str | None
+    paths: tuple[Path, ...]
+    bytes: int
+    partition: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `collect` would remove, and what it spares."""
+
+    kept_versions: Sequence[str]  # the current one first
+    dropped_versions: Sequence[str]
+    heads: Sequence[Mapping[str, Any]]  # heads that go
+    artifacts: Sequence[Removal]
+    leftovers: Sequence[Removal]  # drafts of killed runs, damaged files, attachments without their table
+    spared_for_age: int  # artefacts that nothing needs but that are too young to go
+    spared_since: float  # what was made from then on stays, seconds since the epoch
+
+    @property
+    def bytes(self) -> int:
+        return sum(one.bytes for one in (*self.artifacts, *self.leftovers))
+
+    def by_table(self) -> dict[str, tuple[int, int]]:
+        """Number and bytes of what goes, per table; what is no artefact counts as `leftovers`."""
+        totals: dict[str, tuple[int, int]] = {}
+        for one in (*self.artifacts, *self.leftovers):
+            count, size = totals.get(one.table or "leftovers", (0, 0))
+            totals[one.table or "leftovers"] = (count + 1, size + one.bytes)
+        return dict(sorted(totals.items()))
+
+
+class _Wanted(NamedTuple):
+    """Who says what is kept."""
+
+    versions: Sequence[str]  # feature versions, the current one first
+    scopes: Collection[str]  # of corpus and warm-up; empty: all
+    inbox_shards: Collection[str] | None  # None: every shard counts as live
+    running_since: float | None
+
+
+def plan(
+    lake: Lake,
+    *,
+    current_version: str | None = None,
+    current_scopes: Collection[str] = (),
+    inbox_shards: Collection[str] | None = None,
+    keep: int = DEFAULT_KEEP,
+    min_age: float = DEFAULT_MIN_AGE,
+    running_since: float | None = None,
+    now: float | None = None,
+) -> Plan:
+    """Find what is not needed. Reads headers and small tables; changes nothing.
+
+    Needed is what a kept head shows, every artefact younger than `min_age` seconds or than the start of the oldest
+    run in progress, and what these were made from, also where only rows name it. What an artefact merely looked at
+    (an adapter: the selection that found its rows) is kept itself; what that was made from is not. All heads are
+    kept but these, once they have not moved for `min_age`:
+
+    - of feature versions other than the current one and the `keep` used last beside it; without `current_version`
+      the one used last counts as current;
+    - of scopes of the corpus and the warm-up that nothing needed was made from, other than `current_scopes`;
+    - of retired shards: those in neither `inbox_shards` nor any live pool or index.
+
+    Further kept are, for each older version that stays, the last selection of each target and strategy; the finished
+    blocks of a shard that is not finished in the current version; and, while a run is in progress, every artefact of
+    a table whose heads moved since it began, for the run may work from what they showed before.
+    Raises DamagedArtifact where a kept head shows a file that cannot be read: what that needs is not known.
+    """
+    now = time.time() if now is None else now
+    since = now - min_age if running_since is None else min(now - min_age, running_since)
+    artifacts = {(one.table, one.fingerprint): one for one in lake.artifacts()}
+    heads = lake.heads()
+    versions = _kept_versions(lake, current_version, keep)
+    wanted = _Wanted(versions, current_scopes, inbox_shards, running_since)
+    kept, needed = _needed(lake, artifacts, heads, wanted, since)
+    _, needed_at_any_age = _needed(lake, artifacts, heads, wanted._replace(running_since=None), float("inf"))
+    kept_heads = {_head_id(head) for head in kept}
+    return Plan(
+        kept_versions=versions,
+        dropped_versions=[
+            one.name
+            for one in feature_versions(lake)
+            if not any(head["table"] in VERSIONED_TABLES and _version_of(head) == one.name for head in kept)
+        ],
+        heads=[head for head in heads if _head_id(head) not in kept_heads],
+        artifacts=[_removal(one) for key, one in artifacts.items() if key not in needed],
+        leftovers=list(_leftovers(lake, now - min_age)),
+        spared_for_age=len(needed - needed_at_any_age),
+        spared_since=since,
+    )
+
+
+_Key = tuple[str, str]  # table and fingerprint
+
+
+def _kept_versions(lake: Lake, current: str | None, keep: int) -> list[str]:
+    older = [one.name for one in feature_versions(lake) if one.name != current]
+    if current is None:
+        return older[: keep + 1]
+    return [current, *older[:keep]]
+
+
+def _needed(
+    lake: Lake,
+    artifacts: Mapping[_Key, Artifact],
+    heads: Sequence[Mapping[str, Any]],
+    wanted: _Wanted,
+    since: float,
+) -> tuple[list[Mapping[str, Any]], set[_Key]]:
+    """The heads that are kept, and the artefacts that are needed."""
+    live = _live_shards(lake, artifacts, heads, wanted)
+    kept, by_scope = [], []
+    for head in heads:
+        retired = live is not None and head["table"] in _SHARD_TABLES and head["partition"] not in live
+        if head["time"] >= since:
+            kept.append(head)
+        elif retired or head["table"] == "feature_blocks":  # a block's head follows the block, see below
+            continue
+        elif head["table"] in VERSIONED_TABLES:
+            if _version_of(head) in wanted.versions:
+                kept.append(head)
+        elif not head["scope"] or not wanted.scopes or head["scope"] in wanted.scopes:
+            kept.append(head)
+        else:
+            by_scope.append(head)
+    _refuse_damaged(lake, artifacts, kept)
+    roots = [_key(head) for head in kept]
+    roots += [key for key, one in artifacts.items() if _changed(one.path) >= since]
+    roots += _selections_of(artifacts, wanted.versions[1:])
+    roots += _unfinished_blocks(artifacts, heads, wanted.versions[:1], live)
+    if wanted.running_since is not None:
+        moved = {head["table"] for head in heads if head["time"] >= wanted.running_since}
+        roots += [key for key in artifacts if key[0] in moved]
+    needed: set[_Key] = set()
+    _add_chains(lake, artifacts, roots, needed)
+    # A scope of the corpus or the warm-up stays whole while anything in it is needed.
+    scopes = {head["scope"] for head in by_scope if _key(head) in needed}
+    more = [head for head in by_scope if head["scope"] in scopes]
+    _add_chains(lake, artifacts, [_key(head) for head in more], needed)
+    blocks = [head for head in heads if head["table"] == "feature_blocks" and _key(head) in needed]
+    return [*kept, *more, *blocks], needed
+
+
+def _live_shards(
+    lake: Lake, artifacts: Mapping[_Key, Artifact], heads: Sequence[Mapping[str, Any]], wanted: _Wanted
+) -> set[str] | None:
+    if wanted.inbox_shards is None:
+        return None
+    live = set(wanted.inbox_shards)
+    for head in heads:
+        if head["table"] in _POOL_TABLES and _key(head) in artifacts:
+            live |= set(lake.read_table(artifacts[_key(head)], ["shard"])["shard"].to_pylist())
+    return live
+
+
+def _add_chains(lake: Lake, artifacts: Mapping[_Key, Artifact], roots: Iterable[_Key], needed: set[_Key]) -> None:
+    """Add the roots and all they were made from to `needed`."""
+    only_looked_at = set()
+    waiting = list(roots)
+    while waiting:
+        key = waiting.pop()
+        if key in needed or key not in artifacts:
+            continue
+        needed.add(key)
+        for reference in all_references(lake, artifacts[key]):
+            if reference.table is not None:
+                above = (reference.table, reference.fingerprint)
+                waiting.append(above) if reference.defines else only_looked_at.add(above)
+    needed |= only_looked_at & artifacts.keys()
+
+
+def _selections_of(artifacts: Mapping[_Key, Artifact], versions: Collection[str]) -> list[_Key]:
+    """The last selection of each target and strategy in each of the versions."""
+    last: dict[tuple[str, str | None], Artifact] = {}
+    for (table, _), one in artifacts.items():
+        version = one.header.get("version")
+        if table == "selection" and version in versions:
+            before = last.get((version, one.partition))
+            if before is None or _changed(before.path) < _changed(one.path):
+                last[version, one.partition] = one
+    return [(one.table, one.fingerprint) for one in last.values()]
+
+
+def _unfinished_blocks(
+    artifacts: Mapping[_Key, Artifact],
+    heads: Sequence[Mapping[str, Any]],
+    current: Collection[str],
+    live: Collection[str] | None,
+) -> list[_Key]:
+    """All blocks of the current version where a live shard has no features in it: some may be that shard's."""
+    finished = {h["partition"] for h in heads if h["table"] == "candidate_features" and _version_of(h) in current}
+    shards = {h["partition"] for h in heads if h["table"] == "candidates"} if live is None else set(live)
+    if shards <= finished:
+        return []
+    return [
+        key for key, one in artifacts.items() if key[0] == "feature_blocks" and one.header.get("version") in current
+    ]
+
+
+def _refuse_damaged(lake: Lake, artifacts: Mapping[_Key, Artifact], heads: Iterable[Mapping[str, Any]]) -> None:
+    for head in heads:
+        if _key(head) in artifacts:
+            continue
+        for path in _files_of(lake, *_key(head)):
+            if path.suffix != ".jsonl":
+                raise DamagedArtifact(
+                    f"{path} is damaged, so what it was made from is not known. Run `prism run` first: it sets the "
+                    "file aside and makes it again."
+                )
+
+
+def _key(head: Mapping[str, Any]) -> _Key:
+    return head["table"], head["fingerprint"]
+
+
+def _head_id(head: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    return head["table"], head["scope"], head["partition"]
+
+
+# -- sizes and ages ----------------------------------------------------------------------------------------------
+
+
+def _files_of(lake: Lake, table: str, fingerprint: str) -> tuple[Path, ...]:
+    """The file or folder of an artefact and what lies beside it, the artefact itself first."""
+    home = lake.folder / "artifacts" / table
+    found = [path for path in home.glob(f"{fingerprint}*") if not path.name.endswith(".damaged")]
+    return tuple(sorted(found, key=lambda path: (path.suffix == ".jsonl", path.name)))
+
+
+def _removal(artifact: Artifact) -> Removal:
+    home = artifact.path.parent
+    beside = [path for path in home.glob(f"{artifact.fingerprint}.*") if not path.name.endswith(".damaged")]
+    paths = (artifact.path, *sorted(set(beside) - {artifact.path}))
+    size = sum(_size(path) for path in paths)
+    version = artifact.header.get("version")
+    return Removal(artifact.table, artifact.fingerprint, paths, size, artifact.partition, version)
+
+
+def _leftovers(lake: Lake, before: float) -> Iterator[Removal]:
+    """Drafts of killed runs and attachments without their table, if older than `before`; every damaged file."""
+    for path in sorted((lake.folder / "unpublished").glob("*")):
+        if _changed(path) < before:
+            yield Removal(None, None, (path,), _size(path))
+    for path in sorted((lake.folder / "heads").glob("*/*/.*")):
+        if _changed(path) < before:
+            yield Removal(None, None, (path,), _size(path))
+    for path in sorted((lake.folder / "artifacts").glob("*/*")):
+        alone = path.suffix == ".jsonl" and not path.with_suffix(".parquet").exists()
+        if path.name.endswith(".damaged") or (alone and _changed(path) < before):
+            yield Removal(None, None, (path,), _size(path))
+
+
+def _changed(path: Path) -> float:
+    """When anything at the path was last written; now, where it vanished meanwhile."""
+    with suppress(FileNotFoundError):
+        return max(file.stat().st_mtime for file in (path, *(path.rglob("*") if path.is_dir() else ())))
+    return time.time()
+
+
+def _size(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        return sum(f.stat().st_size for f in ((path,) if path.is_file() else path.rglob("*")) if f.is_file())
+    return 0
+
+
+# -- removing ----------------------------------------------------------------------------------------------------
+
+
+def collect(lake: Lake, plan: Plan) -> dict[str, tuple[int, int]]:
+    """Remove what the plan names; returns number and bytes per table.
+
+    Heads go first. What a head has come to show since the plan was made stays. An artefact leaves by a rename, so
+    nobody sees half of one; a kill in between leaves a draft that the next `prism gc` clears.
+    """
+    now_shown = {_head_id(head): head for head in lake.heads()}
+    for head in plan.heads:
+        if now_shown.get(_head_id(head), {}).get("time") == head["time"]:
+            lake.retire(head["table"], head["partition"], head["scope"])
+    shown = {_key(head) for head in lake.heads()}
+    removed: dict[str, tuple[int, int]] = {}
+    for one in (*plan.artifacts, *plan.leftovers):
+        if (one.table, one.fingerprint) in shown:
+            continue
+        for path in one.paths:
+            _discard(lake, path)
+        count, size = removed.get(one.table or "leftovers", (0, 0))
+        removed[one.table or "leftovers"] = (count + 1, size + one.bytes)
+    return dict(sorted(removed.items()))
+
+
+def _discard(lake: Lake, path: Path) -> None:
+    workshop = lake.folder / "unpublished"
+    workshop.mkdir(parents=True, exist_ok=True)
+    draft = workshop / f"{uuid.uuid4().hex}.removed"
+    try:
+        os.replace(path, draft)
+    except FileNotFoundError:
+        return
+    if draft.is_dir():
+        shutil.rmtree(draft, ignore_errors=True)
+    else:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,303 @@
+"""The language model: what identifies it, what is refused, and that it is given back as it was."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from prism_assets.training.sft import save_adapter
+from resources.language_model import LanguageModel, ModelError
+
+LORA = {"rank": 2, "alpha": 4, "target_modules": "all-linear"}
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A copy of the tiny model that a test may change."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def of(folder, **options):
+    return LanguageModel(name=str(folder), device="cpu", **options)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(4, 14)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory):
+    """A trained-looking adapter of the tiny model: rank 3, non-zero B."""
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
+    with of(tiny_model).adapted(rank=3, alpha=6, target_modules=("q_proj", "v_proj"), seed=5) as model:
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            for name, value in model.named_parameters():
+                if "lora_B" in name:
+                    value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+        save_adapter(model, folder)
+    return folder
+
+
+# -- identity ----------------------------------------------------------------------------------------------------
+
+
+def test_identity_is_that_of_the_bytes_not_of_the_folder(folder, tmp_path):
+    here = of(folder).identify()
+    moved = shutil.copytree(folder, tmp_path / "another name")
+    (moved / "README.md").write_text("words that decide nothing")
+    os.utime(moved / "model.safetensors", (1, 1))
+    assert of(moved).identify().fingerprint == here.fingerprint
+    assert here.architecture == "LlamaForCausalLM"
+    assert here.parameters_on_disk == (folder / "model.safetensors").stat().st_size
+
+
+def test_identity_depends_on_weights_tokenizer_and_adapter(folder, adapter):
+    fingerprints, tokenizers = [], []
+
+    def note(**options):
+        identity = of(folder, **options).identify()
+        fingerprints.append(identity.fingerprint)
+        tokenizers.append(identity.tokenizer)
+
+    note()
+    note(adapter=str(adapter))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    note()
+    edit_json(folder / "config.json", rms_norm_eps=1e-3)
+    note()
+    edit_json(folder / "tokenizer_config.json", unk_token="?")
+    note()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    note()
+    assert len(set(fingerprints)) == 6
+    assert len(set(tokenizers)) == 3 and len(set(tokenizers[:4])) == 1
+
+
+def test_hashes_are_remembered_and_renewed_when_a_file_changes(folder, tmp_path):
+    cached = of(folder, cache=str(tmp_path / "cache"))
+    first = cached.identify()
+    assert first == of(folder).identify() == cached.identify()
+    remembered = json.loads((tmp_path / "cache" / "model-files.json").read_text())
+    assert str(folder / "model.safetensors") in remembered
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert cached.identify() == of(folder).identify() != first
+    (tmp_path / "cache" / "model-files.json").write_text("{half")
+    assert cached.identify() == of(folder).identify()
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pickled_model_is_refused_with_advice(folder):
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    for use in (LanguageModel.identify, LanguageModel.base):
+        with pytest.raises(ModelError, match=r"no \.safetensors weights.*pytorch_model\.bin.*save_pretrained"):
+            use(of(folder))
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"model\.name: there is no folder .*nowhere"):
+        of(tmp_path / "nowhere").identify()
+
+
+def test_a_name_that_is_neither_folder_nor_on_the_hub_is_explained(monkeypatch):
+    import huggingface_hub
+
+    def offline(name, **options):
+        raise ConnectionError("no route to the hub\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelError, match=r"'no/such-model' \(revision main\).*ConnectionError: no route to the hub\)"):
+        LanguageModel(name="no/such-model").identify()
+
+
+@pytest.mark.parametrize("broken", ["weights", "config"])
+def test_a_broken_model_folder_gives_an_error_that_names_it(folder, broken):
+    if broken == "weights":
+        with open(folder / "model.safetensors", "rb+") as handle:
+            handle.truncate(1000)
+    else:
+        (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"model\.name: .*model"):
+        of(folder).base()
+
+
+def test_a_folder_without_tokenizer_is_refused(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="no tokenizer can be loaded from"):
+        of(folder).tokenizer()
+
+
+def test_cuda_without_a_gpu_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match="cuda was asked for, but torch finds no GPU"):
+        LanguageModel(name=str(folder), device="cuda").torch_device()
+    assert LanguageModel(name=str(folder), device="auto").torch_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_starting_adapter_that_lacks_a_file_is_refused(folder, adapter, tmp_path, missing):
+    incomplete = shutil.copytree(adapter, tmp_path / "incomplete")
+    (incomplete / missing).unlink()
+    with pytest.raises(ModelError, match=rf"model\.adapter: .*incomplete has no {missing}"):
+        of(folder, adapter=str(incomplete)).identify()
+
+
+# -- loading -----------------------------------------------------------------------------------------------------
+
+
+def test_dtype_is_as_asked(folder):
+    assert of(folder).torch_dtype() == torch.float32
+    assert next(of(folder, dtype="bfloat16").base().parameters()).dtype == torch.bfloat16
+    assert next(of(folder).base().parameters()).dtype == torch.float32
+
+
+def test_the_base_model_is_loaded_once_and_frozen(folder):
+    model = of(folder).base()
+    assert of(folder).base() is model
+    assert not model.training and not any(value.requires_grad for value in model.parameters())
+
+
+def test_a_tokenizer_that_was_exchanged_in_place_is_loaded_again(folder):
+    before = of(folder).tokenizer()
+    assert of(folder).tokenizer() is before
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    after = of(folder).tokenizer()
+    assert before.convert_tokens_to_ids("a") == after.convert_tokens_to_ids("b")
+    assert before.convert_tokens_to_ids("a") != after.convert_tokens_to_ids("a")
+
+
+def test_weights_that_were_exchanged_in_place_are_loaded_again(folder):
+    before = logits(of(folder).base())
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not torch.equal(logits(of(folder).base()), before)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------
+
+
+def test_the_base_model_comes_back_unchanged_bit_by_bit(folder):
+    model = of(folder)
+    base = model.base()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    before = logits(base)
+    with model.adapted(**LORA) as peft_model:
+        with torch.no_grad():
+            for name, value in peft_model.named_parameters():
+                if "lora_" in name:
+                    value.add_(1)
+        peft_model.train()
+        assert not torch.allclose(logits(peft_model), before)
+    assert torch.equal(logits(base), before)
+    assert list(base.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in base.state_dict().items())
+    assert not base.training and not any(value.requires_grad for value in base.parameters())
+    assert not hasattr(base, "peft_config")
+
+
+def test_the_base_model_comes_back_unchanged_after_an_error(folder, adapter, tmp_path):
+    model = of(folder)
+    before, names = logits(model.base()), list(model.base().state_dict())
+    with pytest.raises(ZeroDivisionError), model.adapted(**LORA):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model.base()), before) and list(model.base().state_dict()) == names
+
+    with pytest.raises(ModelError, match="LoRA cannot be put on .*no_such_layer"), model.adapted(
+        rank=2, alpha=4, target_modules=("no_such_layer",)
+    ):
+        pass
+    assert torch.equal(logits(model.base()), before) and list(model.base().state_dict()) == names
+
+    # An adapter of another model: the layers are there, their shapes are not.
+    foreign = shutil.copytree(adapter, tmp_path / "foreign")
+    tensors = load_file(foreign / "adapter_model.safetensors")
+    save_file({name: value.repeat(1, 2) for name, value in tensors.items()}, foreign / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="LoRA cannot be put on"), of(folder, adapter=str(foreign)).adapted(**LORA):
+        pass
+    assert torch.equal(logits(model.base()), before) and list(model.base().state_dict()) == names
+
+
+def test_a_fresh_adapter_is_seeded_starts_at_zero_and_leaves_the_random_state_alone(folder):
+    model = of(folder)
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(99)
+        with model.adapted(**LORA, seed=seed) as peft_model:
+            assert torch.equal(logits(peft_model), logits(model.base()))
+            states.append({k: v.clone() for k, v in get_peft_model_state_dict(peft_model).items()})
+            drawn = torch.rand(3)
+        torch.manual_seed(99)
+        assert torch.equal(torch.rand(3), drawn)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_a_state_is_laid_over_the_fresh_adapter(folder):
+    model = of(folder)
+    with model.adapted(**LORA, seed=0) as peft_model:
+        state = {
+            name: torch.randn(value.shape) for name, value in get_peft_model_state_dict(peft_model).items()
+        }
+    with model.adapted(**LORA, seed=1, state=state) as peft_model:
+        found = get_peft_model_state_dict(peft_model)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("fault", ["unknown name", "missing name", "wrong shape"])
+def test_a_state_that_does_not_fit_is_refused(folder, fault):
+    model = of(folder)
+    with model.adapted(**LORA) as peft_model:
+        state = {name: value.clone() for name, value in get_peft_model_state_dict(peft_model).items()}
+    before = logits(model.base())
+    name = next(iter(state))
+    if fault == "unknown name":
+        state[name.replace("layers.0", "layers.7")] = state[name]
+    elif fault == "missing name":
+        del state[name]
+    else:
+        state[name] = state[name].repeat(2, 2)
+    with pytest.raises(ModelError, match="do not fit the model's adapter"), model.adapted(**LORA, state=state):
+        pass
+    assert torch.equal(logits(model.base()), before)
+
+
+def test_a_starting_adapter_is_continued_with_its_own_settings(folder, adapter):
+    model = of(folder, adapter=str(adapter))
+    stored = load_file(adapter / "adapter_model.safetensors")
+    with model.adapted(**LORA) as peft_model:
+        found = get_peft_model_state_dict(peft_model)
+        assert found.keys() == stored.keys()
+        assert all(torch.equal(found[name], stored[name]) for name in stored)
+        trainable = {name for name, value in peft_model.named_parameters() if value.requires_grad}
+        assert trainable and all("lora_" in name for name in trainable)
+        with_adapter = logits(peft_model)
+    independent = PeftModel.from_pretrained(of(folder).base(), adapter)
+    expected = logits(independent)
+    independent.unload()
+    np.testing.assert_array_equal(with_adapter, expected)
+    assert not torch.allclose(with_adapter, logits(of(folder).base()))

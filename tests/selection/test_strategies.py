@@ -1,0 +1,140 @@
+"""Strategies: their weights, budgets, ties, and what an arrival does to a random order."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from prism_assets.selection.strategies import STRATEGIES, TargetScores, cut, ranking
+from prism_assets.settings import STRATEGIES as STRATEGY_NAMES
+
+
+@pytest.fixture
+def targets():
+    rng = np.random.default_rng(0)
+    return TargetScores(rng.normal(-1, 1, (2, 5)), rng.uniform(0.1, 3, (2, 5)), "plain", 0.7)
+
+
+def test_the_settings_know_exactly_the_strategies_there_are():
+    assert set(STRATEGY_NAMES) == set(STRATEGIES)
+    for name, strategy in STRATEGIES.items():
+        assert strategy.name == name and strategy.description
+        assert (strategy.weigh is None) != (strategy.order is None)
+        assert strategy.needs_direction == (name in ("prism", "uniform", "less"))
+
+
+def test_prism_weights_are_a_softmax_per_checkpoint(targets):
+    expected = np.exp(targets.scores / 0.7)
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(STRATEGIES["prism"].weigh(targets), expected, rtol=1e-12)
+
+
+def test_prism_weights_of_pairs_are_the_slope_of_the_sigmoid(targets):
+    slope = 1 / (1 + np.exp(-targets.scores / 0.7))
+    slope *= 1 - slope
+    found = STRATEGIES["prism"].weigh(targets._replace(kind="pairs"))
+    np.testing.assert_allclose(found, slope / slope.sum(axis=1, keepdims=True), rtol=1e-10)
+
+
+def test_uniform_weights_are_equal_and_sum_to_one(targets):
+    np.testing.assert_array_equal(STRATEGIES["uniform"].weigh(targets), np.full((2, 5), 0.2))
+
+
+def test_less_weights_make_the_mean_of_unit_gradients(targets):
+    rng = np.random.default_rng(1)
+    gradients = rng.normal(size=(2, 5, 11))
+    norms = np.linalg.norm(gradients, axis=2)
+    weights = STRATEGIES["less"].weigh(targets._replace(norms=norms))
+    expected = (gradients / norms[..., None]).mean(axis=1)
+    np.testing.assert_allclose(np.einsum("cm,cmd->cd", weights, gradients), expected, rtol=1e-12)
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------
+
+
+def longest_prefix(tokens, amount):
+    """By trying every prefix."""
+    return max((n for n in range(len(tokens) + 1) if sum(tokens[:n]) <= amount), default=0)
+
+
+def test_a_token_budget_takes_the_longest_prefix_that_fits():
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        tokens = rng.integers(1, 20, size=15)
+        amount = int(rng.integers(tokens[0], 200))
+        assert cut(tokens, kind="tokens", amount=amount, pool_rows=15) == longest_prefix(tokens.tolist(), amount)
+
+
+def test_a_token_budget_stops_at_the_first_row_that_does_not_fit():
+    """A shorter row further down is not taken in its place: the ranking is what counts."""
+    assert cut(np.array([5, 50, 1, 1]), kind="tokens", amount=10, pool_rows=4) == 1
+
+
+def test_a_token_budget_is_met_exactly():
+    assert cut(np.array([5, 5, 5]), kind="tokens", amount=10, pool_rows=3) == 2
+    assert cut(np.array([5, 5, 5]), kind="tokens", amount=9, pool_rows=3) == 1
+
+
+def test_a_token_budget_below_the_first_row_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match=r"budget of 4 tokens does not hold even the first row \(5 completion tokens\)"):
+        cut(np.array([5, 1]), kind="tokens", amount=4, pool_rows=2)
+
+
+@pytest.mark.parametrize(("amount", "rows"), [(3, 3), (10, 10), (11, 10)])
+def test_a_budget_of_rows_is_at_most_the_pool(amount, rows):
+    assert cut(np.ones(10), kind="rows", amount=amount, pool_rows=10) == rows
+
+
+@pytest.mark.parametrize(
+    ("share", "pool", "rows"), [(0.05, 100, 5), (0.05, 109, 5), (0.05, 112, 6), (0.001, 100, 1), (1.0, 100, 100)]
+)
+def test_a_share_is_one_of_the_pool_not_of_what_is_shown(share, pool, rows):
+    assert cut(np.ones(min(pool, 100)), kind="share", amount=share, pool_rows=pool) == rows
+
+
+def test_ties_break_by_id():
+    scores = np.array([0.5, 0.9, 0.5, 0.5, 0.9], dtype=np.float32)
+    ids = ["c", "z", "a", "b", "y"]
+    expected = sorted(range(5), key=lambda row: (-scores[row], ids[row]))
+    assert ranking(scores, ids).tolist() == expected == [4, 1, 2, 3, 0]
+
+
+def test_a_ranking_does_not_depend_on_the_order_of_the_rows():
+    scores, ids = np.array([0.1, 0.1, 0.3, 0.1]), np.array(["b", "a", "d", "c"])
+    orders = {tuple(ids[list(p)][ranking(scores[list(p)], ids[list(p)])]) for p in itertools.permutations(range(4))}
+    assert orders == {("d", "a", "b", "c")}
+
+
+# -- random ------------------------------------------------------------------------------------------------------
+
+
+def random_order(ids, seed=0):
+    return [ids[row] for row in ranking(STRATEGIES["random"].order(ids, seed), ids)]
+
+
+def test_random_keeps_the_order_of_the_old_rows_when_new_ones_arrive():
+    old = [f"old {number}" for number in range(200)]
+    new = [f"new {number}" for number in range(50)]
+    before, after = random_order(old), random_order([*new, *old])
+    assert [one for one in after if one in set(old)] == before
+    # A budget of 5% of the pool loses only the places that arrivals win.
+    kept = set(before[:10]) & set(after[:12])
+    assert len(kept) >= 12 - sum(one in new for one in after[:12]) - 2
+
+
+def test_random_depends_on_the_seed_and_on_nothing_else():
+    ids = [f"id {number}" for number in range(100)]
+    assert random_order(ids, 1) == random_order(ids[::-1], 1) != random_order(ids, 2)
+
+
+def test_random_is_uniform():
+    keys = STRATEGIES["random"].order([f"id {number}" for number in range(4000)], 0)
+    assert ((keys >= 0) & (keys < 1)).all()
+    counts = np.histogram(keys, bins=10, range=(0, 1))[0]
+    assert np.abs(counts - 400).max() < 5 * np.sqrt(400)
+
+
+def test_full_takes_everything_in_the_order_of_the_ids():
+    keys = STRATEGIES["full"].order(["b", "a", "c"], 0)
+    assert ranking(keys, ["b", "a", "c"]).tolist() == [1, 0, 2]
+    assert STRATEGIES["full"].whole_pool and not STRATEGIES["random"].whole_pool
