@@ -62,7 +62,7 @@ def build_definitions(settings: Settings, resource_overrides: Mapping[str, Any] 
     return dg.Definitions(
         assets=automation.conditioned(assets, settings),
         jobs=automation.build_jobs(),
-        schedules=automation.build_schedules(),
+        schedules=automation.build_schedules(settings),
         sensors=automation.build_sensors(),
         resources={**build_resources(settings), **(resource_overrides or {})},
         executor=dg.in_process_executor,

@@ -1,12 +1,14 @@
 """What happens without a hand: jobs, the inbox sensor, automation conditions, a nightly reconcile."""
 
+import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import dagster as dg
 
 from prism_assets.partitions import reconcile_shards
-from prism_assets.settings import Settings
+from prism_assets.settings import Settings, TargetSettings
 from resources.lake import Lake, digest
 
 C = dg.AutomationCondition
@@ -28,6 +30,21 @@ _FOLLOW = (_MISSING | _MOVED) & ~C.any_deps_missing() & ~C.any_deps_in_progress(
 _FOLLOW_ARRIVALS = (_MISSING | _MOVED) & ~C.in_progress()
 _ANY_FEATURES = C.any_deps_match(~C.missing() | C.will_be_requested()).allow(dg.AssetSelection.assets("candidate_features"))
 
+class _Automated(dg.AutomationCondition):
+    """True for every partition but those of the strategy `full`: training on the whole pool takes a hand."""
+
+    @property
+    def name(self) -> str:
+        return "not_full_pool"
+
+    def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
+        keys = context.candidate_subset.expensively_compute_partition_keys()
+        allowed = {key for key in keys if not key.startswith("full|")}
+        return dg.AutomationResult(
+            context, context.candidate_subset.compute_intersection_with_partition_keys(allowed)
+        )
+
+
 CONDITIONS: dict[str, dg.AutomationCondition] = {
     "base_model": _WHEN_MISSING,
     "candidates": _WHEN_MISSING & ~C.any_deps_missing(),
@@ -40,9 +57,9 @@ CONDITIONS: dict[str, dg.AutomationCondition] = {
     "target_features": _FOLLOW,
     "target_direction": _FOLLOW,
     # Not held back by inputs in progress: a selection is made from the pool that the index shows, and again later.
-    "selection": _FOLLOW_ARRIVALS & ~C.any_deps_missing(),
-    "adapter": _FOLLOW,
-    "evaluation": _FOLLOW,
+    "selection": _FOLLOW_ARRIVALS & ~C.any_deps_missing() & _Automated(),
+    "adapter": _FOLLOW & _Automated(),
+    "evaluation": _FOLLOW & _Automated(),
     "report": _FOLLOW,
 }
 
@@ -100,16 +117,36 @@ def build_jobs() -> list[Any]:
     ]
 
 
-def build_schedules() -> list[dg.ScheduleDefinition]:
-    """A nightly look at everything that is one for the pool, for what no event told."""
+def build_schedules(settings: Settings) -> list[Any]:
+    """A nightly look at everything that is one for the pool, and a weekly one at what was trained."""
+
+    @dg.schedule(
+        name="weekly_refresh",
+        cron_schedule="0 4 * * 0",
+        job_name="refresh_selections",
+        description="Selects, fine-tunes and evaluates once a week for every target and strategy but `full`; what "
+        "exists already is found, not trained again.",
+    )
+    def weekly_refresh(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest]:
+        return [
+            dg.RunRequest(run_key=f"{context.scheduled_execution_time:%Y-%m-%d}/{key}", partition_key=key)
+            for key in automated_keys(settings)
+        ]
+
     return [
         dg.ScheduleDefinition(
             name="nightly_reconcile",
             job_name="refresh_pool",
             cron_schedule="0 3 * * *",
             description="Reconciles manifest, warm-up and index with the inbox once a night.",
-        )
+        ),
+        weekly_refresh,
     ]
+
+
+def automated_keys(settings: Settings) -> list[str]:
+    """Partitions of target × strategy that may be made without a hand: training on the whole pool may not."""
+    return [f"{strategy}|{target}" for strategy in settings.strategies for target in settings.targets if strategy != "full"]
 
 
 @dg.sensor(
@@ -142,14 +179,60 @@ def inbox_sensor(
     return dg.SensorResult(run_requests=requests)
 
 
+@dg.sensor(
+    name="target_files",
+    asset_selection=["targets"],
+    minimum_interval_seconds=10,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Notices changes of target and eval files.",
+)
+def target_files_sensor(
+    context: dg.SensorEvaluationContext, settings: dg.ResourceParam[Settings]
+) -> dg.SensorResult | dg.SkipReason:
+    """Asks for the targets whose files changed since they were last looked at and are at rest now."""
+    seen: dict[str, Any] = json.loads(context.cursor) if context.cursor else {}
+    states = {name: _file_states(target) for name, target in settings.targets.items()}
+    rest = settings.candidates.at_rest_seconds
+    settled = {
+        name: state
+        for name, state in states.items()
+        if all(one is not None and time.time() - one[1] / 1e9 >= rest for one in state)
+    }
+    changed = [name for name, state in settled.items() if name in seen and seen[name] != state]
+    cursor = json.dumps({name: settled.get(name, seen.get(name)) for name in states if name in settled or name in seen})
+    if not changed:
+        context.update_cursor(cursor)
+        return dg.SkipReason("No target or eval file changed.")
+    requests = [
+        dg.RunRequest(partition_key=name, run_key=f"{name}:{digest(settled[name])}", asset_selection=[dg.AssetKey("targets")])
+        for name in changed
+    ]
+    return dg.SensorResult(run_requests=requests, cursor=cursor)
+
+
+def _file_states(target: TargetSettings) -> list[list[int] | None]:
+    """Size and modification time (ns) of the two files of a target; None for a missing one."""
+    states: list[list[int] | None] = []
+    for path in (target.examples, target.eval):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            states.append(None)
+        else:
+            states.append([status.st_size, status.st_mtime_ns])
+    return states
+
+
 def build_sensors() -> list[dg.SensorDefinition]:
-    """The inbox sensor, and the sensor that evaluates automation conditions; both are on by default."""
+    """The watchers of files, and the sensor that evaluates automation conditions; all are on by default."""
     return [
         inbox_sensor,
+        target_files_sensor,
         dg.AutomationConditionSensorDefinition(
             "automation",
             target=dg.AssetSelection.all(),
             default_status=dg.DefaultSensorStatus.RUNNING,
             minimum_interval_seconds=10,
+            use_user_code_server=True,  # for the condition of our own
         ),
     ]

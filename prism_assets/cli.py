@@ -64,7 +64,10 @@ def _expected_failures() -> Iterator[None]:
 
 
 # By name, so that catching them imports nothing.
-_USER_ERRORS = {"ModelError", "UnsupportedModelError", "UnusableTokenizer"}
+_USER_ERRORS = {
+    *("ModelError", "UnsupportedModelError", "UnusableTokenizer"),
+    *("CannotExplain", "QueryRefused", "UnknownThing"),
+}
 _WORK_ERRORS = {"PipelineError", "LakeError", "DamagedArtifact", "DamagedSegment", "Failure"}
 
 
@@ -92,10 +95,17 @@ def _definitions() -> "dg.Definitions":
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    def shown(cell: Any) -> Text:
+        if isinstance(cell, Text):
+            return cell
+        # Text, not str: brackets in data are no markup.
+        return Text("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell))
 
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*map(shown, row))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
@@ -208,6 +218,7 @@ def query(
         resources = _definitions().resources
         from prism_assets.selection.assets import query_index
 
+        version = _full_version(resources["lake"], version) if version else None
         rows = query_index(
             settings,
             resources["lake"],
@@ -224,6 +235,18 @@ def query(
         columns = ["rank", "score", "source", "prompt", "completion", "shard", "id"]
         shown = [[_short(row[name]) for name in columns] for row in rows]
         _print_table(columns, shown, title=f"{strategy}: candidates of highest influence on {target}")
+
+
+def _full_version(lake: Any, beginning: str) -> str:
+    """The one feature version of the lake that begins so."""
+    from prism_assets.housekeeping import feature_versions
+
+    known = [one.name for one in feature_versions(lake)]
+    found = [name for name in known if name.startswith(beginning)]
+    if len(found) != 1:
+        which = "may be any of" if found else "is not in the lake, which has"
+        raise _fail(f"--version {beginning} {which}: {', '.join(found or known) or 'no feature version yet'}.", 2)
+    return found[0]
 
 
 def _short(value: Any, width: int = 48) -> Any:
@@ -264,7 +287,184 @@ def doctor(config: Config = None, as_json: AsJson = False) -> None:
         if as_json:
             print(json.dumps([finding._asdict() for finding in findings]))
         else:
-            marks = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "problem": "[red]✗[/]"}
+            from rich.text import Text
+
+            marks = {"ok": Text("✓", "green"), "note": Text("•", "yellow"), "problem": Text("✗", "red")}
             _print_table(["", "what", "found"], [[marks[f.state], f.what, f.found] for f in findings])
         if any(finding.state == "problem" for finding in findings):
             raise typer.Exit(2)
+
+
+@app.command()
+def explain(
+    example: Annotated[str, typer.Argument(help="A candidate: its id (4 digits or more of it) or its record id.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="A target of prism.yaml.")],
+    strategy: Annotated[str, typer.Option(help="prism, uniform or less.")] = "prism",
+    exact: Annotated[
+        bool | None, typer.Option("--exact/--no-exact", help="Measure the sketch's error; needs the model.")
+    ] = None,
+    neighbours: Annotated[int, typer.Option(min=0, help="How many nearest neighbours.")] = 5,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Why a candidate stands where it stands: its score by targets, its ranks, its neighbours, earlier versions."""
+    with _expected_failures():
+        settings = _settings(config)
+        if target not in settings.targets:
+            raise _fail(f"--target {target}: prism.yaml names {', '.join(settings.targets)}.", 2)
+        resources = _definitions().resources
+        from prism_assets.explanation import Explainer
+
+        engines = resources["lake"], resources["language_model"], resources["vector_store"]
+        with Explainer(settings, *engines, target=target, strategy=strategy, exact=exact) as explainer:
+            found = explainer.explain(example, neighbours)
+        if as_json:
+            _print_json(found.as_dict())
+            return
+        _print_explanation(found)
+
+
+def _print_explanation(found: Any) -> None:
+    typer.echo(f"{found.id}: {_short(found.prompt, 60)} → {_short(found.completion, 60)}")
+    typer.echo(f"{found.shard}, row {found.row} (line {found.line} of its file); feature version {found.version}")
+    for note in found.notes:
+        typer.echo(note)
+    error = f" (no exact score: {found.why_not_exact})" if found.why_not_exact else ""
+    _print_table(
+        ["target", "weight", "influence", "contribution"],
+        [[_short(what, 72), *numbers] for what, *numbers in found.score_rows(limit=20)],
+        title=f"Score for {found.target} under {found.strategy}, by targets{error}",
+    )
+    marks = {True: "yes", False: "no", None: None}
+    ranks = [[one.strategy, one.rank, one.of, one.score, marks[one.selected]] for one in found.ranks]
+    _print_table(["strategy", "rank", "of", "score", "selected"], ranks, title="Rank under each strategy")
+    columns = ["similarity", "source", "prompt", "completion", "id"]
+    near = [[_short(getattr(one, name)) for name in columns] for one in found.neighbours]
+    _print_table(columns, near, title="Nearest in gradient space")
+    if found.earlier:
+        columns = ["version", "used", "rank", "of", "score", "note"]
+        earlier = [[getattr(one, name) for name in columns] for one in found.earlier]
+        _print_table(columns, earlier, title="In other feature versions")
+
+
+@app.command()
+def lineage(
+    thing: Annotated[
+        str,
+        typer.Argument(help="A fingerprint (4 digits or more), a path, table[partition] such as selection[prism|gsm8k], or a shard key."),
+    ],
+    everything: Annotated[bool, typer.Option("--all", help="Draw also the tail of long lists.")] = False,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """What an artefact was made from, all the way up: fingerprints, settings, stage versions, Dagster runs."""
+    with _expected_failures():
+        settings = _settings(config)
+        from prism_assets.lineage import draw, find_artifact, trace
+        from resources.lake import Lake
+
+        lake = Lake(root=str(settings.storage.root))
+        traced = trace(lake, find_artifact(lake, thing))
+        if as_json:
+            _print_json(traced)
+            return
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 140).print(draw(traced, everything))
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="One SELECT; `DESCRIBE candidates` and `SHOW ALL TABLES` work too.")],
+    limit: Annotated[int, typer.Option(min=0, help="Rows printed at most; 0 prints all.")] = 100,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--param", "-p", help="NAME=VALUE for $NAME in the query (repeatable).")
+    ] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the lake in SQL: candidates, rejects, features, weights, scores, selections, evaluations, artifacts, lineage."""
+    with _expected_failures():
+        settings = _settings(config)
+        values = dict(one.partition("=")[::2] for one in parameter or ())
+        import duckdb
+
+        from prism_assets import catalog
+        from resources.lake import Lake
+
+        path = catalog.refresh(Lake(root=str(settings.storage.root)))
+        with duckdb.connect(str(path), read_only=True) as connection:
+            answer = catalog.ask(connection, query, limit, values)
+        if as_json:
+            _print_json([dict(zip(answer.columns, row, strict=True)) for row in answer.rows])
+        else:
+            _print_table(answer.columns, [[_short(cell) for cell in row] for row in answer.rows])
+        if answer.more:
+            typer.secho(f"There are more than {limit} rows; --limit prints more.", fg="yellow", err=True)
+
+
+@app.command()
+def gc(
+    keep: Annotated[int, typer.Option(min=0, help="Older feature versions to keep beside the current one.")] = 1,
+    min_age: Annotated[str, typer.Option(help="Spare what is younger: 90s, 30m, 1h, 2d.")] = "1h",
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only shown.")] = False,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show, and with --yes remove, what no head and no kept feature version needs."""
+    with _expected_failures():
+        settings = _settings(config)
+        age = _seconds(min_age)
+        resources = _definitions().resources
+        from prism_assets import catalog, housekeeping, pipeline
+
+        lake = resources["lake"]
+        os.environ["DAGSTER_HOME"] = str(pipeline.dagster_home(settings))
+        with pipeline.instance_of(settings) as instance:
+            running = housekeeping.runs_in_progress(instance)
+        today = housekeeping.what_is_current(settings, lake, resources["language_model"])
+        since = min((run.since for run in running), default=None)
+        plan = housekeeping.plan(lake, **today._asdict(), keep=keep, min_age=age, running_since=since)
+        removed = housekeeping.collect(lake, plan) if yes else {}
+        if yes:
+            catalog.refresh(lake)
+        if as_json:
+            _print_json(housekeeping.summary(plan, removed if yes else None, running))
+            return
+        for run in running:
+            typer.secho(f"Run {run.run_id} is in progress: what it may need is spared.", fg="yellow", err=True)
+        tables = removed if yes else plan.by_table()
+        if tables:
+            rows = [[table, count, f"{size / 2**20:,.2f}"] for table, (count, size) in tables.items()]
+            _print_table(["table", "artefacts", "MiB"], rows, title="Removed" if yes else "Not needed")
+        total = sum(size for _, size in tables.values()) / 2**20
+        typer.echo(f"{total:,.2f} MiB {'freed.' if yes else 'can be freed; `prism gc --yes` frees them.' if tables else 'can be freed.'}")
+        typer.echo(f"Feature versions that stay: {', '.join(plan.kept_versions) or 'none'}.")
+        if plan.dropped_versions:
+            typer.echo(f"Feature versions that {'went' if yes else 'would go'}: {', '.join(plan.dropped_versions)}.")
+        if plan.spared_for_age:
+            typer.echo(f"{plan.spared_for_age} more artefacts are not needed but younger than {min_age}.")
+
+
+def _seconds(text: str) -> float:
+    """Seconds of `90s`, `30m`, `1h`, `2d`."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        return float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+    except ValueError as error:
+        raise _fail(f"--min-age {text}: write 90s, 30m, 1h or 2d.", 2) from error
+
+
+def _print_json(value: Any) -> None:
+    """Strict JSON: what it has no form for becomes text, and numbers that are not finite become null."""
+    print(json.dumps(_jsonable(value), ensure_ascii=False))
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(one) for one in value]
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    return value if isinstance(value, str | int | None) else str(value)

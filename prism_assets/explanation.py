@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.corpus.assets import corpus_version
-from prism_assets.features.assets import GradientPass, feature_version, vectors_of
+from prism_assets.features.assets import GradientPass, feature_version, read_blocks, vectors_of
 from prism_assets.housekeeping import feature_versions
 from prism_assets.reference.assets import warmup_scope
 from prism_assets.selection.assets import direction_scope, join_key, load_direction
@@ -84,7 +84,7 @@ def open_index(lake: Lake, store: VectorStore, version: str) -> IndexState:
         features = lake.get("candidate_features", one["features"])
         if segment is None or features is None:
             raise LakeError(f"Shard {one['shard']} lost its segment or features: run `prism run`.")
-        columns = _features_of(lake, features, ["id", "refused"])
+        columns = read_blocks(lake, features, ["id", "refused"])
         mask = np.array([reason is None for reason in columns["refused"].to_pylist()], dtype=bool)
         mask[excluded[one["shard"]]] = False
         paths.append(segment.path / "segment.faiss")
@@ -116,6 +116,7 @@ class Explainer:
         self._pass: GradientPass | None = None
         self.version, self._no_model = self._current_version()
         self.index = open_index(lake, store, self.version)
+        self.places = list(_places(lake, self.index.pool))
         self.direction = self._direction(strategy)
         self.table, self.target_weights, self.rates = self._target_side()
 
@@ -262,7 +263,7 @@ class Explainer:
 
     def _find(self, example: str) -> tuple[Place, list[str]]:
         """The row that counts, and what to say about its copies."""
-        places = [place for place in _places(self.lake, self.index.pool) if _matches(place, example)]
+        places = [place for place in self.places if _matches(place, example)]
         exact = [place for place in places if example in (place.id, place.record_id)]
         places = exact or places
         names = sorted({place.id for place in places})
@@ -310,7 +311,7 @@ class Explainer:
         if len(example) < SHORTEST_PREFIX:
             return f"{example!r} is too short for the beginning of an id: give at least {SHORTEST_PREFIX} digits."
         names: list[str] = []
-        for place in _places(self.lake, self.index.pool):
+        for place in self.places:
             names += [place.id, *([place.record_id] if place.record_id else [])]
         if len(names) > _COMPARED:
             names = [name for name in names if name[:2] == example[:2]][:_COMPARED]
@@ -420,7 +421,7 @@ class Explainer:
 
         from prism_assets.selection.explain import rank_of
 
-        names = [place.id for place in _places(self.lake, self.index.pool) if place.excluded is None]
+        names = [place.id for place in self.places if place.excluded is None]
         keys = strategy.order(names, self.settings.selection.seed)
         return rank_of(keys[names.index(name)], name, keys, np.array(names, dtype=object)), len(names)
 
@@ -518,9 +519,3 @@ def _matches(place: Place, example: str) -> bool:
     if example in (place.id, place.record_id):
         return True
     return len(example) >= SHORTEST_PREFIX and place.id.startswith(example.lower())
-
-
-def _features_of(lake: Lake, features: Artifact, columns: list[str]) -> "pa.Table":
-    from prism_assets.features.assets import read_blocks
-
-    return read_blocks(lake, features, columns)

@@ -8,20 +8,20 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.lineage import all_references
-from resources.lake import Artifact, DamagedArtifact, Lake
+from resources.lake import Artifact, DamagedArtifact, Lake, LakeError
 
-# Tables whose heads are kept under a feature version (directions: under version/strategy).
-VERSIONED_TABLES = (
-    "candidate_features",
-    "feature_blocks",
-    "candidate_index",
-    "target_features",
-    "target_directions",
-    "target_weights",
-)
+if TYPE_CHECKING:
+    import dagster as dg
+
+    from prism_assets.settings import Settings
+    from resources.language_model import LanguageModel
+
+# Tables whose heads tell which feature versions there are. A head of any table whose scope is such a version, or
+# begins with one and a slash, belongs to it.
+_VERSIONED_TABLES = ("candidate_features", "candidate_index", "target_features", "target_directions", "target_weights")
 # Tables whose heads are partitioned by shard, and tables whose rows list the shards of one state of the pool.
 _SHARD_TABLES = ("candidates", "rejects", "candidate_features")
 _POOL_TABLES = ("live_pool", "candidate_index")
@@ -39,7 +39,7 @@ class FeatureVersion(NamedTuple):
 def feature_versions(lake: Lake) -> list[FeatureVersion]:
     """The feature versions in the lake, the one used last first."""
     used: dict[str, float] = {}
-    for table in VERSIONED_TABLES:
+    for table in _VERSIONED_TABLES:
         for head in lake.heads(table):
             name = _version_of(head)
             used[name] = max(used.get(name, 0.0), head["time"])
@@ -89,7 +89,8 @@ class Plan:
 class _Wanted(NamedTuple):
     """Who says what is kept."""
 
-    versions: Sequence[str]  # feature versions, the current one first
+    known_versions: Collection[str]  # all feature versions in the lake
+    versions: Sequence[str]  # those that are kept, the current one first
     scopes: Collection[str]  # of corpus and warm-up; empty: all
     inbox_shards: Collection[str] | None  # None: every shard counts as live
     running_since: float | None
@@ -127,20 +128,17 @@ def plan(
     since = now - min_age if running_since is None else min(now - min_age, running_since)
     artifacts = {(one.table, one.fingerprint): one for one in lake.artifacts()}
     heads = lake.heads()
-    versions = _kept_versions(lake, current_version, keep)
-    wanted = _Wanted(versions, current_scopes, inbox_shards, running_since)
+    known = [one.name for one in feature_versions(lake)]
+    versions = _kept_versions(known, current_version, keep)
+    wanted = _Wanted(known, versions, current_scopes, inbox_shards, running_since)
     kept, needed = _needed(lake, artifacts, heads, wanted, since)
     _, needed_at_any_age = _needed(lake, artifacts, heads, wanted._replace(running_since=None), float("inf"))
     kept_heads = {_head_id(head) for head in kept}
     return Plan(
         kept_versions=versions,
-        dropped_versions=[
-            one.name
-            for one in feature_versions(lake)
-            if not any(head["table"] in VERSIONED_TABLES and _version_of(head) == one.name for head in kept)
-        ],
+        dropped_versions=[name for name in known if not any(_version_of(head) == name for head in kept)],
         heads=[head for head in heads if _head_id(head) not in kept_heads],
-        artifacts=[_removal(one) for key, one in artifacts.items() if key not in needed],
+        artifacts=[_removal(lake, one) for key, one in artifacts.items() if key not in needed],
         leftovers=list(_leftovers(lake, now - min_age)),
         spared_for_age=len(needed - needed_at_any_age),
         spared_since=since,
@@ -150,8 +148,8 @@ def plan(
 _Key = tuple[str, str]  # table and fingerprint
 
 
-def _kept_versions(lake: Lake, current: str | None, keep: int) -> list[str]:
-    older = [one.name for one in feature_versions(lake) if one.name != current]
+def _kept_versions(known: Sequence[str], current: str | None, keep: int) -> list[str]:
+    older = [name for name in known if name != current]
     if current is None:
         return older[: keep + 1]
     return [current, *older[:keep]]
@@ -173,7 +171,7 @@ def _needed(
             kept.append(head)
         elif retired or head["table"] == "feature_blocks":  # a block's head follows the block, see below
             continue
-        elif head["table"] in VERSIONED_TABLES:
+        elif _version_of(head) in wanted.known_versions:
             if _version_of(head) in wanted.versions:
                 kept.append(head)
         elif not head["scope"] or not wanted.scopes or head["scope"] in wanted.scopes:
@@ -284,10 +282,8 @@ def _files_of(lake: Lake, table: str, fingerprint: str) -> tuple[Path, ...]:
     return tuple(sorted(found, key=lambda path: (path.suffix == ".jsonl", path.name)))
 
 
-def _removal(artifact: Artifact) -> Removal:
-    home = artifact.path.parent
-    beside = [path for path in home.glob(f"{artifact.fingerprint}.*") if not path.name.endswith(".damaged")]
-    paths = (artifact.path, *sorted(set(beside) - {artifact.path}))
+def _removal(lake: Lake, artifact: Artifact) -> Removal:
+    paths = _files_of(lake, artifact.table, artifact.fingerprint)
     size = sum(_size(path) for path in paths)
     version = artifact.header.get("version")
     return Removal(artifact.table, artifact.fingerprint, paths, size, artifact.partition, version)
@@ -357,3 +353,75 @@ def _discard(lake: Lake, path: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
     else:
         draft.unlink(missing_ok=True)
+
+
+# -- for the command ---------------------------------------------------------------------------------------------
+
+
+class Current(NamedTuple):
+    """What today's settings work with; None and empty where the model cannot tell."""
+
+    current_version: str | None
+    current_scopes: tuple[str, ...]
+    inbox_shards: tuple[str, ...] | None
+
+
+def what_is_current(settings: "Settings", lake: Lake, model: "LanguageModel") -> Current:
+    """The feature version, the corpus and warm-up scopes and the shards of the inbox of today's settings."""
+    from prism_assets.corpus.assets import corpus_version, inbox_files
+    from prism_assets.features.assets import feature_version
+    from prism_assets.reference.assets import warmup_scope
+    from resources.language_model import ModelError
+
+    shards = tuple(inbox_files(settings, lake, at_rest_seconds=0)) if settings.candidates.inbox.is_dir() else None
+    try:
+        scopes = (corpus_version(settings, model), warmup_scope(settings, model))
+    except ModelError:
+        return Current(None, (), shards)
+    try:
+        return Current(feature_version(settings, lake, model), scopes, shards)
+    except LakeError:  # no warm-up yet
+        return Current(None, scopes, shards)
+
+
+class RunInProgress(NamedTuple):
+    """A Dagster run that has not ended."""
+
+    run_id: str
+    since: float  # seconds since the epoch
+
+
+def runs_in_progress(instance: "dg.DagsterInstance") -> list[RunInProgress]:
+    """The runs of the instance that have started and not ended."""
+    import dagster as dg
+
+    names = ("STARTING", "STARTED", "CANCELING")
+    statuses = [dg.DagsterRunStatus[name] for name in names]
+    records = instance.get_run_records(dg.RunsFilter(statuses=statuses))
+    return [RunInProgress(r.dagster_run.run_id, r.start_time or r.create_timestamp.timestamp()) for r in records]
+
+
+def summary(plan: Plan, removed: Mapping[str, tuple[int, int]] | None, running: Sequence[RunInProgress]) -> dict[str, Any]:
+    """What `prism gc --json` prints; `removed` is None where nothing was removed."""
+    tables = plan.by_table() if removed is None else removed
+    return {
+        "removed": removed is not None,
+        "kept_versions": list(plan.kept_versions),
+        "dropped_versions": list(plan.dropped_versions),
+        "heads": len(plan.heads),
+        "tables": {table: {"artifacts": count, "bytes": size} for table, (count, size) in tables.items()},
+        "bytes": sum(size for _, size in tables.values()),
+        "spared_for_age": plan.spared_for_age,
+        "runs_in_progress": [run.run_id for run in running],
+        "artifacts": [
+            {
+                "table": one.table,
+                "fingerprint": one.fingerprint,
+                "partition": one.partition,
+                "version": one.version,
+                "bytes": one.bytes,
+                "paths": [str(path) for path in one.paths],
+            }
+            for one in (*plan.artifacts, *plan.leftovers)
+        ],
+    }

@@ -83,6 +83,7 @@ def run_pipeline(
     on_step: Callable[[Step], None] = lambda step: None,
     on_result: Callable[[StepResult], None] = lambda result: None,
     targets: Sequence[str] | None = None,
+    steps: Sequence[Step] = STEPS,
 ) -> list[StepResult]:
     """Look at the inbox, then materialise every asset in order; what exists is found, not computed.
 
@@ -102,7 +103,7 @@ def run_pipeline(
         raise PipelineError(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
     reconcile_shards(instance, [file.key for file in found.files])
     results = []
-    for step in STEPS:
+    for step in steps:
         on_step(step)
         started = time.monotonic()
         runs = [
@@ -169,7 +170,8 @@ def _reason(step: Step, result: Any) -> str:
     for event in result.all_events:
         if event.is_step_failure:
             error = event.step_failure_data.error
-            while error is not None and error.cause is not None:
+            # A Failure says all that there is to say: its cause is one of many.
+            while error is not None and error.cause is not None and error.cls_name != "Failure":
                 error = error.cause
             message = error.message.strip() if error else "no reason was given"
             return f"{step.title}: {event.step_key} failed: {message}\n(run {result.run_id})"

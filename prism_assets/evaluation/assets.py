@@ -230,7 +230,9 @@ def _publish_report(
     from prism_assets.evaluation.report import build_report, verdict_sentences
 
     content, inputs = _target_content(settings, lake, model, name)
-    recipe = Recipe("report", REPORT_VERSION, {}, inputs, partition=name)
+    # A report shows names: equal inputs under another name, or of other strategies, are another report.
+    shown = {"target": name, "strategies": settings.strategies, "seeds": settings.seeds}
+    recipe = Recipe("report", REPORT_VERSION, shown, inputs, partition=name)
     artifact = lake.find(recipe)
     computed = artifact is None
     if artifact is None:

@@ -181,7 +181,8 @@ def _shard_features(
         rows = lake.read_table(candidates, ["id", "input_ids", "loss_mask"])
         blocks = []
         with stage.progress(context, f"gradients of {shard}", rows.num_rows * len(work.checkpoints)) as progress:
-            for first in range(0, rows.num_rows, BLOCK_ROWS):
+            # A shard without rows has one empty block, which says how wide its features are.
+            for first in range(0, max(rows.num_rows, 1), BLOCK_ROWS):
                 block, made = _publish_block(
                     lake, work, rows.slice(first, BLOCK_ROWS), identity, warmup, version, context.run_id, progress
                 )
@@ -254,7 +255,7 @@ def read_blocks(lake: Lake, features: Artifact, columns: Sequence[str]) -> "pa.T
                 f"candidate_features[{features.partition}] again, it rebuilds that block alone."
             )
         tables.append(lake.read_table(block, columns))
-    return pa.concat_tables(tables) if tables else pa.table({name: [] for name in columns})
+    return pa.concat_tables(tables)
 
 
 def _publish_block(

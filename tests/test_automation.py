@@ -1,0 +1,166 @@
+"""What happens without a hand: which files become shards, what is asked for when, and what never is."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from prism_assets.automation import CONDITIONS, JOBS, automated_keys, inbox_sensor, target_files_sensor
+
+HOUR_AGO = time.time() - 3600
+
+
+def settle(path: Path) -> None:
+    """Make a file look as if it had not changed for an hour."""
+    os.utime(path, (HOUR_AGO, HOUR_AGO))
+
+
+@pytest.fixture
+def look(project) -> Callable[..., dg.SensorResult | dg.SkipReason]:
+    """Evaluate a sensor of the project once."""
+
+    def evaluate(sensor: dg.SensorDefinition, cursor: str | None = None) -> dg.SensorResult | dg.SkipReason:
+        context = dg.build_sensor_context(
+            instance=project.instance,
+            cursor=cursor,
+            resources={"settings": project.settings, "lake": project.lake},
+            definitions=project.definitions,
+        )
+        result = sensor(context)
+        evaluate.cursor = getattr(result, "cursor", None) or context.cursor
+        return result
+
+    return evaluate
+
+
+@pytest.fixture
+def project(tmp_path: Path, make_project):
+    found = make_project(tmp_path / "project")
+    for path in found.inbox.iterdir():
+        settle(path)
+    return found
+
+
+def shards(project) -> set[str]:
+    return {key.rpartition("-")[0] for key in project.instance.get_dynamic_partitions("shard")}
+
+
+def test_settled_files_become_shards_and_the_manifest_is_not_asked_for_by_hand(project, look):
+    result = look(inbox_sensor)
+    assert shards(project) == {path.stem for path in project.inbox.iterdir()}
+    assert result.run_requests == []  # the condition of `candidates` takes it from here
+    assert isinstance(look(inbox_sensor), dg.SkipReason)
+
+
+def test_a_file_that_is_still_being_written_waits(project, look):
+    look(inbox_sensor)
+    before = shards(project)
+    late = project.add("late", [{"prompt": "copy: a=", "completion": "a"}])
+    assert isinstance(look(inbox_sensor), dg.SkipReason)
+    settle(late)
+    look(inbox_sensor)
+    assert shards(project) == before | {"late"}
+
+
+def test_an_edited_file_is_a_new_shard_and_its_old_one_is_retired_with_a_new_manifest(project, look):
+    look(inbox_sensor)
+    keys = set(project.instance.get_dynamic_partitions("shard"))
+    path = next(iter(sorted(project.inbox.iterdir())))
+    path.write_text(path.read_text() + json.dumps({"prompt": "copy: zz=", "completion": "zz"}) + "\n")
+    settle(path)
+    result = look(inbox_sensor)
+    now = set(project.instance.get_dynamic_partitions("shard"))
+    assert len(keys - now) == len(now - keys) == 1
+    assert [request.asset_selection for request in result.run_requests] == [[dg.AssetKey("live_pool")]]
+
+
+def test_a_removed_file_is_retired_although_nothing_new_arrives(project, look):
+    look(inbox_sensor)
+    path = next(iter(sorted(project.inbox.iterdir())))
+    path.unlink()
+    result = look(inbox_sensor)
+    assert path.stem not in shards(project)
+    assert [request.asset_selection for request in result.run_requests] == [[dg.AssetKey("live_pool")]]
+
+
+def test_a_changed_target_file_asks_for_its_target_alone_and_once(project, look):
+    for target in project.settings.targets.values():
+        settle(target.examples)
+        settle(target.eval)
+    assert isinstance(look(target_files_sensor), dg.SkipReason)
+    cursor = look.cursor
+    changed = project.settings.targets["plain"].eval
+    changed.write_text(changed.read_text() + json.dumps({"prompt": "copy: yy=", "completion": "yy"}) + "\n")
+    assert isinstance(look(target_files_sensor, cursor), dg.SkipReason)  # not at rest yet
+    settle(changed)
+    os.utime(changed, (HOUR_AGO + 60, HOUR_AGO + 60))
+    result = look(target_files_sensor, cursor)
+    assert [request.partition_key for request in result.run_requests] == ["plain"]
+    assert isinstance(look(target_files_sensor, result.cursor), dg.SkipReason)
+
+
+def test_every_asset_has_a_condition_and_one_job(project):
+    names = {key.path[-1] for key in project.definitions.resolve_asset_graph().get_all_asset_keys()}
+    assert names == set(CONDITIONS)
+    assert sorted(name for keys, _ in JOBS.values() for name in keys) == sorted(names)
+
+
+def requested(project, cursor=None) -> tuple[dict[str, set[str | None]], object]:
+    """What the automation sensor would request now: asset -> partitions."""
+    result = dg.evaluate_automation_conditions(project.definitions, project.instance, cursor=cursor)
+    keys = project.definitions.resolve_asset_graph().get_all_asset_keys()
+    return {key.path[-1]: found for key in keys if (found := result.get_requested_partitions(key))}, result.cursor
+
+
+def test_from_nothing_the_first_thing_asked_for_is_the_model(project):
+    project.instance.add_dynamic_partitions("shard", ["a-1"])
+    assert requested(project)[0] == {"base_model": {None}}
+
+
+def test_an_arrival_asks_for_the_new_shard_alone_and_then_for_manifest_and_index(project, look):
+    look(inbox_sensor)
+    project.run()
+    _, cursor = requested(project)
+    asked, cursor = requested(project, cursor)
+    assert asked == {}
+    fresh = project.add("fresh", [{"prompt": f"copy: q{n}=", "completion": f"q{n}"} for n in "abcdef"])
+    settle(fresh)
+    look(inbox_sensor)
+    new = next(key for key in project.instance.get_dynamic_partitions("shard") if key.startswith("fresh"))
+    asked, cursor = requested(project, cursor)
+    assert asked["candidates"] == {new}
+    assert asked["candidate_features"] == {new}
+    assert not {"warmup_checkpoints", "target_features", "target_direction"} & set(asked)
+    job = project.definitions.resolve_implicit_global_asset_job_def()
+    keys = [dg.AssetKey("candidates"), dg.AssetKey("candidate_features")]
+    assert job.execute_in_process(instance=project.instance, asset_selection=keys, partition_key=new).success
+    asked, cursor = requested(project, cursor)
+    assert asked["live_pool"] == {None}
+    assert asked["candidate_index"] == {None}
+    assert "candidate_features" not in asked
+
+
+def test_changed_settings_ask_for_what_reads_them(project, look):
+    look(inbox_sensor)
+    project.run()
+    _, cursor = requested(project)
+    _, cursor = requested(project, cursor)
+    project.configure(selection={"budget": 9})
+    asked, _ = requested(project, cursor)
+    assert asked["selection"] == set(automated_keys(project.settings))
+    assert not {"candidate_features", "target_direction", "candidates"} & set(asked)
+
+
+def test_the_whole_pool_is_never_trained_on_without_a_hand(project, look):
+    project.configure(strategies=["prism", "random", "full"])
+    look(inbox_sensor)
+    project.run()
+    _, cursor = requested(project)
+    project.configure(selection={"budget": 9})
+    asked, _ = requested(project, cursor)
+    assert asked["selection"] == {"prism|plain", "random|plain"}
+    assert not any(key.startswith("full|") for keys in asked.values() for key in keys if key)
