@@ -69,14 +69,14 @@ SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "base_model": ("model",),
     "candidates": ("tokenization",),
     "targets": ("tokenization",),
-    "warmup_sample": ("warmup", "lora"),
-    "warmup_checkpoints": ("warmup", "lora"),
-    "candidate_features": ("features",),
-    "target_features": ("features",),
+    "warmup_sample": ("warmup", "lora", "model"),
+    "warmup_checkpoints": ("warmup", "lora", "model"),
+    "candidate_features": ("features", "model"),
+    "target_features": ("features", "model"),
     "target_direction": ("preference", "strategies"),
     "selection": ("selection",),
-    "adapter": ("training", "seeds"),
-    "evaluation": ("evaluation", "seeds"),
+    "adapter": ("training", "seeds", "lora", "model"),
+    "evaluation": ("evaluation", "seeds", "model"),
     "report": ("strategies", "seeds"),
 }
 
@@ -167,8 +167,12 @@ def inbox_sensor(
         return dg.SkipReason(f"There is no folder {inbox} yet.")
     found = scan(inbox, lake.cache / "inbox.json", settings.candidates.at_rest_seconds)
     known = set(context.instance.get_dynamic_partitions("shard"))
-    # A file that is still being written keeps the shard it had; a new one waits until it is at rest.
-    live = [file.key for file in found.files if file.settled or file.key in known]
+    # A file that is being written keeps the shard it had until it is at rest; a new one waits.
+    shard_of: dict[str, str] = json.loads(context.cursor) if context.cursor else {}
+    held = {str(file.path): file.key if file.settled else shard_of.get(str(file.path)) for file in found.files}
+    held = {path: key for path, key in held.items() if key is not None}
+    context.update_cursor(json.dumps(held))
+    live = [*held.values(), *(file.key for file in found.files if file.key in known)]
     added, removed = reconcile_shards(context.instance, live)
     if not added and not removed:
         return dg.SkipReason(f"{len(live)} shards, nothing new.")
@@ -176,7 +180,7 @@ def inbox_sensor(
     # updates no asset, so it asks for the manifest itself.
     requests = [dg.RunRequest(asset_selection=[dg.AssetKey("live_pool")])] if removed else []
     context.log.info(f"Inbox: {len(added)} new shards, {len(removed)} retired.")
-    return dg.SensorResult(run_requests=requests)
+    return dg.SensorResult(run_requests=requests, cursor=json.dumps(held))
 
 
 @dg.sensor(

@@ -351,7 +351,7 @@ def _print_explanation(found: Any) -> None:
 def lineage(
     thing: Annotated[
         str,
-        typer.Argument(help="A fingerprint (4 digits or more), a path, table[partition] such as selection[prism|gsm8k], or a shard key."),
+        typer.Argument(help="A fingerprint (4 digits or more), a path, table\\[partition] such as selection\\[prism|gsm8k], or a shard key."),
     ],
     everything: Annotated[bool, typer.Option("--all", help="Draw also the tail of long lists.")] = False,
     config: Config = None,

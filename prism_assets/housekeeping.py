@@ -1,6 +1,7 @@
 """`prism gc`: what no head, no chain of a head and no kept feature version needs, listed and then removed."""
 
 import os
+import re
 import shutil
 import time
 import uuid
@@ -25,6 +26,7 @@ _VERSIONED_TABLES = ("candidate_features", "candidate_index", "target_features",
 # Tables whose heads are partitioned by shard, and tables whose rows list the shards of one state of the pool.
 _SHARD_TABLES = ("candidates", "rejects", "candidate_features")
 _POOL_TABLES = ("live_pool", "candidate_index")
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}\Z")
 DEFAULT_MIN_AGE = 3600.0
 DEFAULT_KEEP = 1
 
@@ -69,7 +71,7 @@ class Plan:
     dropped_versions: Sequence[str]
     heads: Sequence[Mapping[str, Any]]  # heads that go
     artifacts: Sequence[Removal]
-    leftovers: Sequence[Removal]  # drafts of killed runs, damaged files, attachments without their table
+    leftovers: Sequence[Removal]  # drafts of killed runs, damaged files, what is remembered of artefacts that are gone
     spared_for_age: int  # artefacts that nothing needs but that are too young to go
     spared_since: float  # what was made from then on stays, seconds since the epoch
 
@@ -139,7 +141,7 @@ def plan(
         dropped_versions=[name for name in known if not any(_version_of(head) == name for head in kept)],
         heads=[head for head in heads if _head_id(head) not in kept_heads],
         artifacts=[_removal(lake, one) for key, one in artifacts.items() if key not in needed],
-        leftovers=list(_leftovers(lake, now - min_age)),
+        leftovers=list(_leftovers(lake, now - min_age, {fingerprint for _, fingerprint in needed})),
         spared_for_age=len(needed - needed_at_any_age),
         spared_since=since,
     )
@@ -289,18 +291,17 @@ def _removal(lake: Lake, artifact: Artifact) -> Removal:
     return Removal(artifact.table, artifact.fingerprint, paths, size, artifact.partition, version)
 
 
-def _leftovers(lake: Lake, before: float) -> Iterator[Removal]:
-    """Drafts of killed runs and attachments without their table, if older than `before`; every damaged file."""
-    for path in sorted((lake.folder / "unpublished").glob("*")):
-        if _changed(path) < before:
-            yield Removal(None, None, (path,), _size(path))
-    for path in sorted((lake.folder / "heads").glob("*/*/.*")):
-        if _changed(path) < before:
-            yield Removal(None, None, (path,), _size(path))
-    for path in sorted((lake.folder / "artifacts").glob("*/*")):
-        alone = path.suffix == ".jsonl" and not path.with_suffix(".parquet").exists()
-        if path.name.endswith(".damaged") or (alone and _changed(path) < before):
-            yield Removal(None, None, (path,), _size(path))
+def _leftovers(lake: Lake, before: float, needed: Collection[str]) -> Iterator[Removal]:
+    """What is no artefact: drafts of killed runs, attachments without their table and what is remembered of artefacts
+    other than the needed ones, if older than `before`; and every damaged file."""
+    folder = lake.folder
+    drafts = [*folder.glob("unpublished/*"), *folder.glob("heads/*/*/.*"), *folder.glob("cache/**/.*")]
+    alone = [path for path in folder.glob("artifacts/*/*.jsonl") if not path.with_suffix(".parquet").exists()]
+    remembered = [path for path in folder.glob("cache/*/**/*") if path.is_file() and path.name[0] != "."]
+    of_others = [path for path in remembered if _FINGERPRINT.match(path.name) and path.name not in needed]
+    old = [path for path in (*drafts, *alone, *of_others) if _changed(path) < before]
+    for path in sorted([*old, *folder.glob("artifacts/*/*.damaged")]):
+        yield Removal(None, None, (path,), _size(path))
 
 
 def _changed(path: Path) -> float:

@@ -27,7 +27,7 @@ def target_strategies_of(settings: "Settings") -> dg.MultiPartitionsDefinition:
 
 def reconcile_shards(instance: dg.DagsterInstance, live: "Iterable[str]") -> tuple[list[str], list[str]]:
     """Make the instance's shards those that are live; returns the keys added and the keys removed."""
-    live = list(live)
+    live = list(dict.fromkeys(live))
     known = set(instance.get_dynamic_partitions(shards.name))
     added = sorted(set(live) - known)
     removed = sorted(known - set(live))

@@ -106,9 +106,11 @@ def run_pipeline(
     for step in steps:
         on_step(step)
         started = time.monotonic()
+        # The records of every target are read in any case: the pool keeps them all out of every ranking.
+        chosen = list(settings.targets) if "targets" in step.assets else targets or list(settings.targets)
         runs = [
             _execute(definitions, instance, step, tags)
-            for tags in _partition_tags(settings, instance, step, targets or list(settings.targets))
+            for tags in _partition_tags(settings, definitions, instance, step, chosen)
         ]
         computed = sum(count for _, count in runs)
         results.append(StepResult(step, [run for run, _ in runs], computed, time.monotonic() - started))
@@ -118,13 +120,21 @@ def run_pipeline(
 
 
 def _partition_tags(
-    settings: Settings, instance: "dg.DagsterInstance", step: Step, targets: Sequence[str]
+    settings: Settings,
+    definitions: "dg.Definitions",
+    instance: "dg.DagsterInstance",
+    step: Step,
+    targets: Sequence[str],
 ) -> Iterable[dict[str, str]]:
-    """Run tags that make one run of a contiguous range of partitions."""
+    """Run tags that make one run of a contiguous range of partitions; none where no shard has anything to do."""
     if step.partitions is None:
         return [{}]
     if step.partitions == "shard":
-        return [_range(instance.get_dynamic_partitions("shard"))]
+        keys = instance.get_dynamic_partitions("shard")
+        pending = _pending_shards(settings, definitions, instance, step, keys)
+        positions = [position for position, key in enumerate(keys) if key in pending]
+        # One run, so the model is loaded once; what is finished in between is found.
+        return [_range(keys[positions[0] : positions[-1] + 1])] if positions else []
     if list(targets) == list(settings.targets):
         if step.partitions == "target":
             return [_range(targets)]
@@ -135,6 +145,24 @@ def _partition_tags(
     return [
         {"dagster/partition": f"{strategy}|{target}"} for target in targets for strategy in settings.strategies
     ]
+
+
+def _pending_shards(
+    settings: Settings, definitions: "dg.Definitions", instance: "dg.DagsterInstance", step: Step, keys: Sequence[str]
+) -> set[str]:
+    """The shards that the lake has not finished, or that this Dagster instance has not seen finished."""
+    import dagster as dg
+
+    from prism_assets.corpus.assets import pending_candidates
+    from prism_assets.features.assets import pending_features
+
+    pending = {"candidates": pending_candidates, "candidate_features": pending_features}
+    lake, model = definitions.resources["lake"], definitions.resources["language_model"]
+    found: set[str] = set()
+    for asset in step.assets:
+        found |= set(keys) - instance.get_materialized_partitions(dg.AssetKey(asset))
+        found |= set(pending[asset](settings, lake, model, keys))
+    return found
 
 
 def _range(keys: Sequence[str]) -> dict[str, str]:

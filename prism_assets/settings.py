@@ -110,7 +110,7 @@ class PreferenceSettings(_Section):
     """How the model's preference weights the targets."""
 
     temperature: float | None = Field(None, gt=0, description="null: 1, and for pairs a robust scale of the margins")
-    probe_step: float = Field(0.02, gt=0, description="length of the measured step, as a share of the LoRA norm")
+    probe_step: float = Field(0.02, gt=0, description="the measured step is as long as it takes to raise J by this share, to first order, along PRISM")
 
 
 class EvaluationSettings(_Section):

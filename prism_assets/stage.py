@@ -51,6 +51,16 @@ def each_partition(
             context.log.error(f"{key}: {type(error).__name__}: {error}")
             failures[key] = error
     if failures:
+        # A step that fails records nothing of its own: say what was finished, or it would count as missing too.
+        for key, outcome in outcomes.items():
+            context.log_event(
+                dg.AssetMaterialization(
+                    context.asset_key,
+                    partition=key,
+                    metadata={**outcome.metadata, **_standard(outcome)},
+                    tags={"dagster/data_version": outcome.version},
+                )
+            )
         reasons = "\n".join(f"{key}: {type(error).__name__}: {error}" for key, error in failures.items())
         raise dg.Failure(
             f"{len(failures)} of {len(keys)} partitions failed; the others are finished and kept.\n{reasons}"

@@ -21,10 +21,12 @@ import os
 import shutil
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
@@ -40,6 +42,7 @@ HEADER_KEY = "prism"
 SIDECAR = "artifact.json"
 FINGERPRINT_LENGTH = 32
 _SUFFIXES = (".parquet", ".safetensors", "")
+_CHECKSUM_BYTES = 4
 # What os.link says on a file system that has none.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -376,12 +379,12 @@ class Lake(dg.ConfigurableResource):
         import pyarrow.parquet as pq
 
         try:
-            return pq.read_table(
-                artifact.path,
-                columns=list(columns) if columns else None,
-                partitioning=None,
-                page_checksum_verification=True,
-            ).replace_schema_metadata(None)
+            # Not `pq.read_table`: for a single file it takes twice as long.
+            with pq.ParquetFile(artifact.path, page_checksum_verification=True) as file:
+                wanted = list(columns) if columns else None
+                table = file.read(wanted)
+            table = table.select(wanted) if wanted else table  # the file has them in its own order
+            return table.replace_schema_metadata(None)
         except (pa.ArrowInvalid, OSError) as error:
             raise DamagedArtifact(f"{artifact.path} cannot be read: {error}. Delete it and run again.") from error
 
@@ -390,6 +393,29 @@ class Lake(dg.ConfigurableResource):
         from safetensors.torch import load_file
 
         return load_file(artifact.path)
+
+    # -- what is remembered ------------------------------------------------------------------------------------
+
+    def recall(self, name: str) -> bytes | None:
+        """What was remembered under this name, or None where nothing was, or it is damaged."""
+        try:
+            content = (self.cache / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        data, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+        return data if checksum == _checksum(data) else None
+
+    def remember(self, name: str, data: bytes) -> None:
+        """Keep what can be computed again at any time: `cache/<name>`, with a checksum, in place at once."""
+        path = self.cache / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        with self._disk_errors(f"the cache entry {name}"):
+            try:
+                draft.write_bytes(data + _checksum(data))
+                os.replace(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
 
     # -- the lens ----------------------------------------------------------------------------------------------
 
@@ -639,8 +665,18 @@ def _reference(value: "Artifact | Sequence[Artifact] | str") -> Any:
 
 
 def _artifact(path: Path) -> Artifact:
-    header = _read_header(path)
+    status = path.stat()
+    if path.is_dir():  # what lies in a folder does not show in its own status
+        header = _read_header(path)
+    else:
+        header = _known_header(path, status.st_size, status.st_mtime_ns, status.st_ino)
     return Artifact(header["table"], header["fingerprint"], header["content_hash"], path, header)
+
+
+@lru_cache(maxsize=16384)
+def _known_header(path: Path, size: int, modified: int, inode: int) -> Mapping[str, Any]:
+    """The header of a file, read once a process while the file stays the same. Many partitions ask for the same ones."""
+    return _read_header(path)
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -680,6 +716,7 @@ def _write_text(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         draft.write_text(text)
+        _flush(draft)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -726,6 +763,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _checksum(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "big")
 
 
 def _safe(name: str) -> str:

@@ -49,6 +49,7 @@ class ModelIdentity(NamedTuple):
     architecture: str
     parameters_on_disk: int  # bytes of the weight files
     folder: str
+    context_length: int | None  # tokens, where the configuration says so
 
     @property
     def fingerprint(self) -> str:
@@ -115,6 +116,7 @@ class LanguageModel(dg.ConfigurableResource):
             architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
             parameters_on_disk=sum(file.stat().st_size for file in weight_files if file.suffix == ".safetensors"),
             folder=str(folder),
+            context_length=_context_length(config.get("text_config") or config),
         )
 
     def _hash_adapter(self) -> str | None:
@@ -262,6 +264,10 @@ def _check_fit(own: "Mapping[str, torch.Tensor]", state: "Mapping[str, torch.Ten
     ]
     if wrong:
         raise ModelError(f"The LoRA parameters do not fit the model's adapter: {wrong[0]} ({len(wrong)} in all).")
+
+
+def _context_length(config: Mapping[str, Any]) -> int | None:
+    return config.get("max_position_embeddings") or config.get("n_positions")
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

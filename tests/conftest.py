@@ -217,3 +217,37 @@ def make_project(tiny_model: Path):
         return build_project(folder, tiny_model, **sections)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def two_versions(make_project, tmp_path_factory) -> Project:
+    """A project run with exact features and then with a sketch of 64 dimensions. Copy it before changing it.
+
+    Two checkpoints, a plain target and one of pairs; the pool has a duplicate, a contaminated row and a bad line.
+    """
+    from prism_assets.evaluation import plots
+
+    project = make_project(
+        tmp_path_factory.mktemp("two_versions") / "project",
+        warmup={"checkpoints": 2},
+        features={"sketch_dim": "exact"},
+        targets={
+            "plain": {"examples": "plain/target.jsonl", "eval": "plain/eval.jsonl"},
+            "pairs": {"examples": "pairs/target.jsonl", "eval": "pairs/eval.jsonl"},
+        },
+        seeds=[0],
+    )
+    first = make_rows(20, 10)
+    project.add("shard0", [{**row, "id": f"it's-{number}"} for number, row in enumerate(first)])
+    leaked = {"prompt": "reverse: leak=", "completion": "kael"}
+    project.add("shard1", [*make_rows(18, 11), first[3], leaked, "{not json"])
+    pairs = [{**row, "rejected": row["completion"][::-1] + "x"} for row in make_rows(7, 300, "reverse")]
+    write_lines(project.folder / "pairs" / "target.jsonl", pairs[:4])
+    write_lines(project.folder / "pairs" / "eval.jsonl", pairs[4:])
+    held_out = [{**row, "answer": row["completion"]} for row in [*make_rows(4, 200, "reverse"), leaked]]
+    write_lines(project.folder / "plain" / "eval.jsonl", held_out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_png", lambda figure: b"no picture")  # drawing is half of the time of a run
+        project.run()
+        project.configure(features={"sketch_dim": 64}).run()
+    return project

@@ -10,7 +10,7 @@ from prism_assets import stage
 from prism_assets.partitions import shards, targets_of
 from prism_assets.settings import Settings
 from resources.lake import Artifact, Lake, Recipe, digest, hash_file
-from resources.language_model import LanguageModel
+from resources.language_model import LanguageModel, ModelError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,10 +31,16 @@ def corpus_version(settings: Settings, model: LanguageModel) -> str:
 
 
 def encoder_of(settings: Settings, model: LanguageModel) -> "Encoder":
-    """The one way records become tokens."""
+    """The one way records become tokens. Raises ModelError where examples may be longer than the model's context."""
     from prism_assets.corpus.tokenization import Encoder
 
     options = settings.tokenization
+    context = model.identify().context_length
+    if context is not None and options.max_length > context:
+        raise ModelError(
+            f"tokenization.max_length is {options.max_length}, but the model's context has {context} tokens: "
+            f"set it to {context} or less."
+        )
     return Encoder(
         model.tokenizer(), max_length=options.max_length, template=options.template, separator=options.separator
     )
@@ -47,6 +53,12 @@ def inbox_files(settings: Settings, lake: Lake, at_rest_seconds: float | None = 
     rest = settings.candidates.at_rest_seconds if at_rest_seconds is None else at_rest_seconds
     found = scan(settings.candidates.inbox, cache_path=lake.cache / "inbox.json", at_rest_seconds=rest)
     return {file.key: file for file in found.files}
+
+
+def pending_candidates(settings: Settings, lake: Lake, model: LanguageModel, keys: Sequence[str]) -> list[str]:
+    """The shards among `keys` that are not ingested under today's tokenizer and settings, or whose rows got damaged."""
+    version = corpus_version(settings, model)
+    return [key for key in keys if any(lake.head(table, key, version) is None for table in ("candidates", "rejects"))]
 
 
 @dg.asset(
@@ -168,6 +180,9 @@ def _publish_examples(
     if rows is not None and rejects is not None:
         return rows, rejects, 0
     examples, refused = read(path)
+    if hash_file(path) != recipe.inputs["file"]:
+        # Rows of one content must never stand under the fingerprint of another.
+        raise dg.Failure(f"{path} was changed while it was read. The next run takes it as it is then.")
     tokenized, untokenizable = encode_all(examples, encoder_of(settings, model))
     schema = CANDIDATE_SCHEMA if recipe.table == "candidates" else TARGET_SCHEMA
     table = to_table(examples, tokenized, schema)
@@ -332,6 +347,11 @@ def live_pool(
             artifact = lake.publish_table(recipe, table, run_id=context.run_id, notes=notes)
         lake.point(artifact, None, version, context.run_id)
         notes = artifact.notes
+        if not notes["canonical_rows"]:
+            raise dg.Failure(
+                f"No candidate is left: every row of the {len(live)} files in {settings.candidates.inbox} was rejected "
+                f"or is a target or eval record ({notes['contaminated']}). The table `rejects` has the reasons."
+            )
         pending = sorted(set(keys) - set(live))
         return stage.Outcome(
             [artifact],
@@ -360,38 +380,38 @@ def _manifest(
     lake: Lake, live: Mapping[str, Artifact], held_back: Sequence[Artifact]
 ) -> "tuple[pa.Table, dict[str, Any]]":
     """One row per live shard with the positions of the rows that do not count, and why."""
+    import numpy as np
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     forbidden = set().union(*(_conversations(lake, artifact) for artifact in held_back)) if held_back else set()
-    seen: set[str] = set()
+    tables = [lake.read_table(artifact, ["id", "source", "completion_tokens"]) for artifact in live.values()]
+    ids = pa.concat_arrays([pa.array([], pa.string()), *(chunk for table in tables for chunk in table["id"].chunks)])
+    contaminated = pc.is_in(ids, value_set=pa.array(sorted(forbidden), pa.string())).to_numpy(zero_copy_only=False)
+    codes = ids.dictionary_encode().indices.to_numpy()
+    repeated = np.ones(len(codes), dtype=bool)
+    repeated[np.unique(codes, return_index=True)[1]] = False  # the first in order of the shard keys stays
+    left_out = contaminated | repeated
     sources: dict[str, int] = {}
     rows = []
-    for key, artifact in live.items():
-        table = lake.read_table(artifact, ["id", "source", "completion_tokens"])
-        excluded, reasons, counted, tokens = [], [], 0, 0
-        columns = zip(
-            table["id"].to_pylist(), table["source"].to_pylist(), table["completion_tokens"].to_pylist(), strict=True
-        )
-        for position, (one, source, length) in enumerate(columns):
-            reason = "contamination" if one in forbidden else "duplicate" if one in seen else None
-            seen.add(one)
-            if reason:
-                excluded.append(position)
-                reasons.append(reason)
-                continue
-            counted += 1
-            tokens += length
-            source = source or shard_name(key)
-            sources[source] = sources.get(source, 0) + 1
+    first = 0
+    for (key, artifact), table in zip(live.items(), tables, strict=True):
+        its = slice(first, first + table.num_rows)
+        first += table.num_rows
+        excluded = np.flatnonzero(left_out[its])
+        counted = table.filter(pa.array(~left_out[its]))
+        for entry in pc.value_counts(counted["source"]).to_pylist():
+            source = entry["values"] or shard_name(key)
+            sources[source] = sources.get(source, 0) + entry["counts"]
         rows.append(
             {
                 "shard": key,
                 "candidates_fingerprint": artifact.fingerprint,
                 "rows": table.num_rows,
-                "canonical_rows": counted,
-                "completion_tokens": tokens,
+                "canonical_rows": counted.num_rows,
+                "completion_tokens": _sum(counted, "completion_tokens"),
                 "excluded_rows": excluded,
-                "excluded_reasons": reasons,
+                "excluded_reasons": np.where(contaminated[its][excluded], "contamination", "duplicate").tolist(),
             }
         )
     schema = pa.schema(

@@ -119,6 +119,13 @@ def gradient_pass(settings: Settings, model: LanguageModel, warmup: Artifact) ->
         work.close()
 
 
+def pending_features(settings: Settings, lake: Lake, model: LanguageModel, keys: Sequence[str]) -> list[str]:
+    """The shards among `keys` without features of today's version, or with a missing or damaged block."""
+    version = feature_version(settings, lake, model)
+    found = {key: lake.head("candidate_features", key, version) for key in keys}
+    return [key for key, features in found.items() if features is None or None in _blocks_of(lake, features)]
+
+
 @dg.asset(
     partitions_def=shards,
     group_name=GROUP,
@@ -356,7 +363,8 @@ def vectors_of(table: "pa.Table") -> "np.ndarray":
 
     column = table["vector"].combine_chunks()
     column = column if not hasattr(column, "chunks") else column.chunk(0)
-    return column.flatten().to_numpy(zero_copy_only=False).astype(np.float16, copy=False).reshape(len(column), -1)
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float16, copy=False)
+    return values.reshape(len(column), column.type.list_size)
 
 
 @dg.asset(

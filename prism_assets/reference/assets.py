@@ -133,11 +133,11 @@ def warmup_sample(
     scope = warmup_scope(settings, language_model)
     version = corpus_version(settings, language_model)
     pool = lake.require("live_pool", None, version)
-    artifact = lake.head("warmup_sample", None, scope)
+    artifact = _pinned_sample(lake, scope)
     computed = artifact is None
     if artifact is None:
         artifact = _draw_sample(settings, lake, pool, version, scope, context.run_id)
-        lake.point(artifact, None, scope, context.run_id)
+    lake.point(artifact, None, scope, context.run_id)
     eligible = set(artifact.notes["shards"])
     live = lake.read_table(pool, ["shard", "canonical_rows"]).to_pylist()
     rows = sum(row["canonical_rows"] for row in live)
@@ -156,6 +156,12 @@ def warmup_sample(
             {"sample_covers_pool": (share >= 0.5, {"share_of_live_pool": share})},
         ),
     )
+
+
+def _pinned_sample(lake: Lake, scope: str) -> Artifact | None:
+    """The sample of this scope; the first one drawn where the head was lost, for a new one would start everything anew."""
+    drawn = [one for one in lake.artifacts("warmup_sample") if one.header["version"] == scope]
+    return lake.head("warmup_sample", None, scope) or min(drawn, key=lambda one: one.header["created"], default=None)
 
 
 def _draw_sample(
@@ -226,6 +232,7 @@ def load_checkpoints(artifact: Artifact) -> list[WarmupCheckpoint]:
     kinds={"pytorch", "safetensors"},
     code_version=str(WARMUP_VERSION),
     deps=["base_model", "warmup_sample"],
+    pool="model",
     check_specs=[
         dg.AssetCheckSpec("warmup_learned", asset="warmup_checkpoints", description="The loss fell during the warm-up.")
     ],
@@ -286,12 +293,12 @@ def _warm_up(
     from safetensors.torch import save_file
 
     from prism_assets.corpus.tokenization import from_table
-    from prism_assets.training.sft import fine_tune
+    from prism_assets.training.sft import fine_tune, number_of_steps
 
     warmup = settings.warmup
     examples = from_table(lake.read_table(sample))
     with adapted(settings, model, seed=warmup.seed) as peft_model, stage.progress(
-        context, "warm-up", math.ceil(len(examples) / warmup.batch_size * warmup.epochs), "steps"
+        context, "warm-up", number_of_steps(len(examples), warmup.epochs, None, warmup.batch_size, 1), "steps"
     ) as progress:
         result = fine_tune(
             peft_model,

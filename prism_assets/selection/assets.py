@@ -1,7 +1,8 @@
 """Selection: the preference-weighted target direction, and the top of each strategy's ranking within the budget."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from prism_assets.features.assets import (
 )
 from prism_assets.partitions import target_strategies_of, targets_of
 from prism_assets.reference.assets import warmup_scope
-from prism_assets.settings import Budget, Settings
+from prism_assets.settings import Budget, Settings, SettingsError
 from resources.lake import Artifact, Lake, Recipe, digest
 from resources.language_model import LanguageModel
 from resources.vector_store import VectorStore
@@ -173,14 +174,12 @@ def _publish_direction(
     strategy: "Strategy",
 ) -> tuple[Artifact, int]:
     """t per checkpoint (unsketched, fp32), its sketch and norm, and the query, as one safetensors file."""
-    import numpy as np
     import torch
 
     from prism_assets.selection.direction import norm, query_vector, target_vector
 
     table = lake.read_table(inputs.targets)
-    chosen = target_set(table)
-    scores, usable = _scores_of(settings, lake.read_table(inputs.features), chosen.pairs)
+    scores, usable = _scores_of(settings, lake.read_table(inputs.features), target_set(table).pairs)
     weights = strategy.weigh(scores)
     recipe = Recipe(
         "target_directions",
@@ -193,13 +192,13 @@ def _publish_direction(
     artifact = lake.find(recipe)
     if artifact is not None:
         return artifact, 0
-    full = np.zeros((len(weights), chosen.size))
-    full[:, usable] = weights
+    # Refused targets are left out, not weighted with zero: zero times NaN is NaN.
+    chosen = target_set(table.take(usable))
     tensors: dict[str, torch.Tensor] = {}
     sketches, norms = [], []
     for position, checkpoint in enumerate(work.checkpoints):
         engine = work.at(checkpoint)
-        vector = target_vector(engine, chosen, full[position])
+        vector = target_vector(engine, chosen, weights[position])
         norms.append(norm(vector))
         sketches.append(work.projection(engine).sketch_vector(vector).cpu().numpy())
         tensors |= {f"t/{position}/{name}": tensor.float() for name, tensor in vector.items()}
@@ -518,8 +517,13 @@ def query_index(
 ) -> list[dict[str, Any]]:
     """The k candidates of highest influence on a target, from the index of a feature version (default: today's).
 
-    Raises LakeError where the version has no such direction or index yet.
+    Raises SettingsError for a strategy that has no direction, LakeError where the version has none, or no index, yet.
     """
+    from prism_assets.selection.strategies import STRATEGIES
+
+    known = [s.name for s in STRATEGIES.values() if s.needs_direction and s.name in (*settings.strategies, *_COMPARED)]
+    if strategy not in known:
+        raise SettingsError(f"{strategy!r} is no strategy with a direction here; prism.yaml has {', '.join(known)}.")
     version = version or feature_version(settings, lake, model)
     index = lake.require("candidate_index", None, version)
     direction = lake.require("target_directions", target, direction_scope(version, strategy))
@@ -537,73 +541,98 @@ def rank_by_direction(
     import numpy as np
 
     from prism_assets.evaluation.metrics import score_histogram
-    from prism_assets.selection.strategies import cut
+    from prism_assets.selection.strategies import cut, ranking
 
     canonical = _allowed_rows(lake, pool)
     segments = [one for one in lake.read_table(index).to_pylist() if one["shard"] in canonical]
-    paths, allowed, ids, lengths = [], [], [], []
-    refused = 0
-    for one in segments:
-        segment = lake.get("index_segments", one["segment"])
-        features = lake.get("candidate_features", one["features"])
-        if segment is None or features is None:
-            raise dg.Failure(f"Shard {one['shard']} lost its segment or features: materialise candidate_index again.")
-        columns = read_blocks(lake, features, ["id", "refused"])
-        usable = np.array([reason is None for reason in columns["refused"].to_pylist()], dtype=bool)
-        refused += int((canonical[one["shard"]] & ~usable).sum())
-        paths.append(segment.path / "segment.faiss")
-        allowed.append(canonical[one["shard"]] & usable)
-        ids.append(np.array(columns["id"].to_pylist(), dtype=object))
-        lengths.append(_completion_tokens(lake, features))
-    found = store.open(paths)
+    usable = [_usable_rows(lake, one) for one in segments]
+    allowed = [canonical[one["shard"]] & mask for one, mask in zip(segments, usable, strict=True)]
     pool_rows = int(sum(mask.sum() for mask in allowed))
     if not pool_rows:
         raise dg.Failure("No candidate of the live pool has usable features.")
-    everything = found.scores(query)
-    scores = np.concatenate([one[mask] for one, mask in zip(everything, allowed, strict=True)])
-    k = _rows_to_ask(budget, lengths, allowed, pool_rows)
+    # Over all allowed rows, in order of segment and row: score, segment, row.
+    scores = np.concatenate(
+        [one[mask] for one, mask in zip(_segment_scores(lake, store, segments, query), allowed, strict=True)]
+    )
+    segment_of = np.repeat(np.arange(len(segments)), [mask.sum() for mask in allowed])
+    row_of = np.concatenate([np.flatnonzero(mask) for mask in allowed])
+    k = _rows_to_ask(budget, pool.notes, pool_rows)
     while True:
-        top = found.top_k(query, k, allowed, with_ties=True)
-        tied = np.array([ids[s][r] for s, r in zip(top.segment, top.row, strict=True)])
-        order = np.lexsort((tied, -top.scores))
-        tokens = np.array([lengths[s][r] for s, r in zip(top.segment[order], top.row[order], strict=True)])
+        # All that tie with the k-th: where they are cut, ids decide.
+        best = np.flatnonzero(scores >= np.partition(scores, pool_rows - k)[pool_rows - k])
+        places = [(segments[s]["shard"], int(r)) for s, r in zip(segment_of[best], row_of[best], strict=True)]
+        rows = _rows_at(lake, pool, places)
+        order = ranking(scores[best], rows["id"].to_pylist())
+        tokens = rows["completion_tokens"].to_numpy()[order]
         taken = cut(tokens, kind=budget.kind, amount=budget.amount, pool_rows=pool_rows)
-        if taken < len(order) or len(order) >= pool_rows:
+        if budget.kind != "tokens" or taken < len(order) or len(order) >= pool_rows:
             break
-        if budget.kind != "tokens":
-            break
-        k *= 2
+        k = min(2 * k, pool_rows)
     order = order[:taken]
-    places = [(segments[s]["shard"], int(r)) for s, r in zip(top.segment[order], top.row[order], strict=True)]
-    table = _selected_table(lake, pool, places, top.scores[order])
+    selected = scores[best][order]
+    table = _selected_table(rows.take(order), selected)
     return Ranked(
         table,
         {
             **_counts(table),
             "pool_rows": pool_rows,
-            "refused_rows": refused,
-            "non_positive_influence": int((top.scores[order] <= 0).sum()),
+            "refused_rows": sum(int((canonical[one["shard"]] & ~mask).sum()) for one, mask in zip(segments, usable, strict=True)),
+            "non_positive_influence": int((selected <= 0).sum()),
             "score_histogram": score_histogram(scores, selected=taken),
         },
     )
 
 
-def _rows_to_ask(budget: Any, lengths: "list[np.ndarray]", allowed: "list[np.ndarray]", pool_rows: int) -> int:
-    """k of the first query: exact for rows and shares, an estimate from the mean length for tokens."""
+def _usable_rows(lake: Lake, segment: Mapping[str, Any]) -> "np.ndarray":
+    """The mask [n] of the rows of an index segment whose gradient was not refused."""
     import numpy as np
 
+    features = lake.get("candidate_features", segment["features"])
+    if features is None:
+        raise dg.Failure(
+            f"Shard {segment['shard']} lost its features: materialise candidate_features[{segment['shard']}] and "
+            "candidate_index again."
+        )
+    if not features.notes["refused"]:
+        return np.ones(segment["rows"], dtype=bool)
+    return np.array([reason is None for reason in read_blocks(lake, features, ["refused"])["refused"].to_pylist()])
+
+
+def _segment_scores(
+    lake: Lake, store: VectorStore, segments: Sequence[Mapping[str, Any]], query: "np.ndarray"
+) -> "list[np.ndarray]":
+    """Scores float32 [n] of every row of each segment. A score that was computed once is remembered: it depends on the
+    row and the query alone, so a shard that arrives costs the scan of its own segment and no other."""
+    import numpy as np
+
+    asked = f"scores/{hashlib.sha256(query.astype(np.float32).tobytes()).hexdigest()[:32]}"
+    names = [f"{asked}/{one['segment']}" for one in segments]
+    remembered = [lake.recall(name) for name in names]
+    scores = [
+        np.frombuffer(data, np.float32) if data is not None and len(data) == 4 * one["rows"] else None
+        for one, data in zip(segments, remembered, strict=True)
+    ]
+    new = [position for position, one in enumerate(scores) if one is None]
+    paths = []
+    for position in new:
+        segment = lake.get("index_segments", segments[position]["segment"])
+        if segment is None:
+            raise dg.Failure(f"Shard {segments[position]['shard']} lost its segment: materialise candidate_index again.")
+        paths.append(segment.path / "segment.faiss")
+    for position, computed in zip(new, store.open(paths).scores(query) if paths else [], strict=True):
+        scores[position] = computed
+        lake.remember(names[position], computed.tobytes())
+    return scores
+
+
+def _rows_to_ask(budget: Budget, pool_notes: Mapping[str, Any], pool_rows: int) -> int:
+    """k of the first look: exact for rows and shares, an estimate from the mean length for tokens."""
     if budget.kind == "rows":
         return min(int(budget.amount), pool_rows)
     if budget.kind == "share":
         return min(max(1, round(budget.amount * pool_rows)), pool_rows)
-    mean = np.concatenate([one[mask] for one, mask in zip(lengths, allowed, strict=True)]).mean()
+    mean = pool_notes["completion_tokens"] / pool_notes["canonical_rows"]
     return min(int(budget.amount / mean * 1.5) + 16, pool_rows)
-
-
-def _completion_tokens(lake: Lake, features: Artifact) -> "np.ndarray":
-    reference = features.header["inputs"]["candidates"]
-    candidates = lake.get("candidates", reference["fingerprint"])
-    return lake.read_table(candidates, ["completion_tokens"])["completion_tokens"].to_numpy()
 
 
 def rank_by_order(lake: Lake, pool: Artifact, corpus: str, strategy: "Strategy", settings: Settings) -> Ranked:
@@ -625,35 +654,40 @@ def rank_by_order(lake: Lake, pool: Artifact, corpus: str, strategy: "Strategy",
     taken = len(order) if strategy.whole_pool else cut(
         np.array(tokens)[order], kind=budget.kind, amount=budget.amount, pool_rows=len(ids)
     )  # fmt: skip
-    order = order[:taken]
-    table = _selected_table(lake, pool, [places[position] for position in order], None)
+    rows = _rows_at(lake, pool, [places[position] for position in order[:taken]])
+    table = _selected_table(rows, None)
     return Ranked(table, {**_counts(table), "pool_rows": len(ids), "refused_rows": 0, "non_positive_influence": None})
 
 
-def _selected_table(
-    lake: Lake, pool: Artifact, places: list[tuple[str, int]], scores: "np.ndarray | None"
-) -> "pa.Table":
-    """The selected rows in ranking order; `score` is null for a strategy that has none."""
+def _rows_at(lake: Lake, pool: Artifact, places: list[tuple[str, int]]) -> "pa.Table":
+    """The candidates at (shard, row) in this order, with their shard and row."""
     import numpy as np
     import pyarrow as pa
 
     fingerprints = {row["shard"]: row["candidates_fingerprint"] for row in lake.read_table(pool).to_pylist()}
     columns = ["id", "record_id", "source", "prompt", "completion", "messages", "completion_tokens", "input_ids", "loss_mask"]
     by_shard: dict[str, list[int]] = {}
-    for rank, (shard, _) in enumerate(places):
-        by_shard.setdefault(shard, []).append(rank)
-    parts, ranks = [], []
-    for shard, its_ranks in by_shard.items():
+    for position, (shard, _) in enumerate(places):
+        by_shard.setdefault(shard, []).append(position)
+    parts, positions = [], []
+    for shard, its_positions in by_shard.items():
         rows = lake.read_table(lake.get("candidates", fingerprints[shard]), columns)
-        part = rows.take([places[rank][1] for rank in its_ranks])
+        part = rows.take([places[position][1] for position in its_positions])
         sources = [source or shard_name(shard) for source in part["source"].to_pylist()]
         part = part.set_column(part.column_names.index("source"), "source", pa.array(sources, pa.string()))
-        parts.append(part.append_column("shard", pa.array([shard] * len(its_ranks), pa.string())))
-        ranks += its_ranks
-    table = pa.concat_tables(parts).take(np.argsort(ranks))
-    score = pa.nulls(len(places), pa.float32()) if scores is None else pa.array(scores, pa.float32())
-    table = table.append_column("row", pa.array([row for _, row in places], pa.int64()))
-    table = table.append_column("rank", pa.array(np.arange(1, len(places) + 1), pa.int64()))
+        parts.append(part.append_column("shard", pa.array([shard] * len(its_positions), pa.string())))
+        positions += its_positions
+    table = pa.concat_tables(parts).take(np.argsort(positions))
+    return table.append_column("row", pa.array([row for _, row in places], pa.int64()))
+
+
+def _selected_table(rows: "pa.Table", scores: "np.ndarray | None") -> "pa.Table":
+    """Rows in ranking order with rank and score; `score` is null for a strategy that has none."""
+    import numpy as np
+    import pyarrow as pa
+
+    score = pa.nulls(rows.num_rows, pa.float32()) if scores is None else pa.array(scores, pa.float32())
+    table = rows.append_column("rank", pa.array(np.arange(1, rows.num_rows + 1), pa.int64()))
     table = table.append_column("score", score)
     first = ["rank", "score", "id", "shard", "row", "source"]
     return table.select([*first, *(name for name in table.column_names if name not in first)])

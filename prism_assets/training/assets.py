@@ -76,7 +76,7 @@ def _publish_adapter(
     seed: int,
 ) -> tuple[Artifact, int]:
     from prism_assets.corpus.tokenization import from_table
-    from prism_assets.training.sft import fine_tune, save_adapter
+    from prism_assets.training.sft import fine_tune, number_of_steps, save_adapter
 
     # Sorted by id: the order of the ranking is not part of what an adapter is.
     tokens = rows.select(["id", "input_ids", "loss_mask"]).sort_by("id")
@@ -98,7 +98,9 @@ def _publish_adapter(
         return artifact, 0
     examples = from_table(tokens)
     options = settings.training
-    steps = options.steps or _steps(len(examples), options)
+    steps = number_of_steps(
+        len(examples), options.epochs, options.steps, options.batch_size, options.gradient_accumulation
+    )
     with adapted(settings, model, seed=seed) as peft_model, stage.progress(
         context, f"fine-tuning {key} seed {seed}", steps, "steps"
     ) as progress:
@@ -126,12 +128,6 @@ def _publish_adapter(
             return {"steps": result.steps, "rows": len(examples), "seed": seed, "losses": losses, "seconds": result.seconds}
 
         return lake.publish_folder(recipe, write, run_id=context.run_id), 1
-
-
-def _steps(rows: int, options: Any) -> int:
-    import math
-
-    return max(1, math.ceil(rows / (options.batch_size * options.gradient_accumulation) * options.epochs))
 
 
 def _training_outcome(published: list[Artifact], computed: int, settings: Settings) -> stage.Outcome:

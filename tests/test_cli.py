@@ -1,0 +1,237 @@
+"""`prism` from the outside: exit statuses, what is printed, and how light the door is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_lines
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+DONE, FAILED, MUST_CHANGE = 0, 1, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """The commands put PRISM_CONFIG and DAGSTER_HOME into the environment; no other test shall see them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PRISM_CONFIG", "DAGSTER_HOME"):
+            patch.setenv(name, "")
+            patch.delenv(name)
+        before = dict(os.environ)
+        yield
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    for name in ("PRISM_CONFIG", "DAGSTER_HOME"):
+        os.environ.pop(name, None)
+
+
+def prism(*arguments):
+    from prism_assets.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(make_project, tmp_path_factory):
+    """A project finished by `prism run`, and what that printed."""
+    project = make_project(tmp_path_factory.mktemp("cli") / "project", strategies=["prism", "random"], seeds=[0])
+    return project, prism("run", "--config", project.config)
+
+
+# -- light -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["query", "--help"]])
+def test_help_is_light(arguments):
+    script = (
+        "import sys\n"
+        "from prism_assets.cli import main\n"
+        f"sys.argv = ['prism', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit as leave:\n    assert not leave.code, leave.code\n"
+        "heavy = {'dagster', 'torch', 'duckdb', 'pyarrow', 'transformers', 'peft', 'faiss', 'numpy', 'pydantic'}\n"
+        "print('LOADED', sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "LOADED []"
+    assert "Usage" in done.stdout
+
+
+def test_every_promised_command_is_there():
+    output = prism("--help").output
+    for command in ("init", "demo", "run", "query", "ui", "doctor"):
+        assert f" {command} " in output
+
+
+# -- init --------------------------------------------------------------------------------------------------------
+
+
+def test_init_writes_a_file_that_loads(tmp_path):
+    from prism_assets.settings import load_settings
+
+    path = tmp_path / "new" / "prism.yaml"
+    assert prism("init", path).exit_code == DONE
+    assert load_settings(path).candidates.inbox == tmp_path / "new" / "data" / "candidates"
+    assert path.read_text(encoding="utf-8").count("#") > 5
+
+
+def test_init_overwrites_only_when_told_to(tmp_path):
+    path = tmp_path / "prism.yaml"
+    path.write_text("mine")
+    result = prism("init", path)
+    assert result.exit_code == MUST_CHANGE and "--force" in result.output and path.read_text() == "mine"
+    assert prism("init", "--force", tmp_path).exit_code == DONE
+    assert path.read_text() != "mine"
+
+
+# -- what the user must change -----------------------------------------------------------------------------------
+
+
+COMMANDS = [["run"], ["query", "plain"], ["doctor"], ["ui"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_bad_settings_are_the_users_to_change(command, tmp_path):
+    config = tmp_path / "prism.yaml"
+    result = prism(*command, "--config", config)
+    assert result.exit_code == MUST_CHANGE and "There is no" in result.output and "prism init" in result.output
+    config.write_text("targets: {a: {examples: x, eval: y}}\nlora: {rnak: 3}\n")
+    result = prism(*command, "--config", config)
+    assert result.exit_code == MUST_CHANGE
+    assert "lora.rnak: unknown key; did you mean `rank`?" in result.output and "Traceback" not in result.output
+
+
+def test_the_config_may_come_from_the_environment(tmp_path, monkeypatch):
+    config = tmp_path / "elsewhere.yaml"
+    config.write_text("targets: 3\n")
+    monkeypatch.setenv("PRISM_CONFIG", str(config))
+    result = prism("run")
+    assert result.exit_code == MUST_CHANGE and "elsewhere.yaml needs a change" in result.output
+
+
+def test_a_missing_model_is_the_users_to_change(make_project, tmp_path):
+    project = make_project(tmp_path / "project").configure(model={"name": "./no-model"})
+    result = prism("doctor", "--json", "--config", project.config)
+    assert result.exit_code == MUST_CHANGE
+    problems = {one["what"]: one["found"] for one in json.loads(result.stdout) if one["state"] == "problem"}
+    assert "no folder" in problems["model"]
+
+
+# -- a finished project ------------------------------------------------------------------------------------------
+
+
+def test_run_ends_with_the_comparison_and_the_paths(finished):
+    project, result = finished
+    assert result.exit_code == DONE, result.output
+    assert all(f"{row} " in result.output for row in ("base", "prism", "random"))
+    for strategy in ("prism", "random"):
+        path = project.report["targets"]["plain"]["strategies"][strategy]["selected_jsonl"]
+        assert path in result.output and Path(path).is_file()
+    assert str(project.settings.storage.report / "report.html") in result.output
+    assert f"prism ui --config {project.config}" in result.output
+    assert (project.settings.storage.root / "prism.duckdb").is_file()
+
+
+def test_a_second_run_says_that_everything_is_up_to_date(finished):
+    project, _ = finished
+    result = prism("run", "--json", "--config", project.config)
+    assert result.exit_code == DONE
+    content = json.loads(result.stdout)
+    assert len(content["steps"]) == 9 and {step["computed"] for step in content["steps"]} == {0}
+    assert set(content["targets"]) == {"plain"}
+
+
+def test_query_prints_the_ranking(finished):
+    project, _ = finished
+    result = prism("query", "plain", "-k", 3, "--json", "--config", project.config)
+    assert result.exit_code == DONE
+    rows = json.loads(result.stdout)
+    assert [row["id"] for row in rows] == [row["id"] for row in project.selected("prism")[:3]]
+    assert [row["rank"] for row in rows] == [1, 2, 3]
+    assert set(rows[0]) >= {"score", "shard", "source", "prompt", "completion"}
+    table = prism("query", "plain", "-k", 2, "--strategy", "uniform", "--config", project.config)
+    assert table.exit_code == DONE and "uniform" in table.output
+
+
+def test_unknown_targets_are_answered_with_the_known(finished):
+    project, _ = finished
+    for command in (["query", "plane"], ["run", "--target", "plane"]):
+        result = prism(*command, "--config", project.config)
+        assert result.exit_code == MUST_CHANGE and "plane" in result.output and "plain" in result.output
+
+
+def test_a_strategy_without_direction_cannot_be_queried(finished):
+    project, _ = finished
+    for strategy in ("random", "magic"):
+        result = prism("query", "plain", "--strategy", strategy, "--config", project.config)
+        assert result.exit_code == MUST_CHANGE, result.output
+        assert "prism, uniform" in result.output and "Traceback" not in result.output
+
+
+def test_doctor_finds_a_finished_project_up_to_date(finished):
+    project, _ = finished
+    result = prism("doctor", "--json", "--config", project.config)
+    assert result.exit_code == DONE, result.output
+    findings = json.loads(result.stdout)
+    assert all(set(one) == {"state", "what", "found"} for one in findings)
+    by_name = {one["what"]: one for one in findings}
+    for name in ("candidates", "candidate_features", "candidate_index", "selection"):
+        assert by_name[name]["found"] == "up to date"
+    assert "LlamaForCausalLM" in by_name["model"]["found"] and "2 files" in by_name["inbox"]["found"]
+    assert not [one for one in findings if one["state"] == "problem"]
+
+
+def test_doctor_sees_an_arrival_and_a_missing_file(finished, tmp_path):
+    project, _ = finished
+    project = project.copy(tmp_path / "project")
+    project.add("late", [{"prompt": "copy: new=", "completion": "new"}])
+    (project.inbox / "notes.txt").write_text("words")
+    found = {one["what"]: one for one in json.loads(prism("doctor", "--json", "--config", project.config).stdout)}
+    assert found["candidates"] == {"state": "note", "what": "candidates", "found": "1 of 3 files are not ingested"}
+    assert found["candidate_index"]["state"] == "note" and "notes.txt" in found["ignored"]["found"]
+    (project.folder / "plain" / "eval.jsonl").unlink()
+    result = prism("doctor", "--json", "--config", project.config)
+    assert result.exit_code == MUST_CHANGE and "targets.plain.eval" in result.stdout
+
+
+def test_a_run_that_fails_says_where_and_why(finished, tmp_path):
+    project, _ = finished
+    project = project.copy(tmp_path / "project")
+    write_lines(project.folder / "plain" / "target.jsonl", [{"prompt": "a", "completion": ""}])
+    result = prism("run", "--config", project.config)
+    assert result.exit_code == FAILED
+    assert "Targets" in result.output and "holds no usable row" in result.output and "Traceback" not in result.output
+
+
+def test_a_query_before_the_first_run_says_what_to_do(make_project, tmp_path):
+    project = make_project(tmp_path / "project")
+    result = prism("query", "plain", "--config", project.config)
+    assert result.exit_code == FAILED
+    assert "prism run" in result.output and "Traceback" not in result.output
+
+
+def test_one_target_can_be_run_alone(make_project, tmp_path):
+    project = make_project(tmp_path / "project", strategies=["random"], seeds=[0])
+    twin = {"examples": "plain/eval.jsonl", "eval": "plain/target.jsonl"}
+    project.configure(targets={**project.content["targets"], "other": twin})
+    result = prism("run", "--target", "other", "--json", "--config", project.config)
+    assert result.exit_code == DONE, result.output
+    assert set(json.loads(result.stdout)["targets"]) == {"other"}
+    result = prism("run", "--json", "--config", project.config)
+    assert set(json.loads(result.stdout)["targets"]) == {"plain", "other"}
+
+
+def test_a_storage_variable_moves_the_results(make_project, tmp_path, monkeypatch):
+    project = make_project(tmp_path / "project")
+    monkeypatch.setenv("PRISM_STORAGE__ROOT", str(tmp_path / "elsewhere"))
+    assert yaml.safe_load(project.config.read_text()).get("storage") is None
+    assert project.settings.storage.root == tmp_path / "elsewhere"

@@ -1,0 +1,214 @@
+"""The code location: which assets there are, how they hang together, and how light it is to load."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from conftest import roof
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Asset -> what it is made from: the arrows of the graph in docs/design.md.
+EDGES = {
+    "base_model": set(),
+    "candidates": {"base_model"},
+    "targets": {"base_model"},
+    "live_pool": {"candidates", "targets"},
+    "warmup_sample": {"live_pool"},
+    "warmup_checkpoints": {"base_model", "warmup_sample"},
+    "candidate_features": {"candidates", "warmup_checkpoints"},
+    "candidate_index": {"live_pool", "candidate_features"},
+    "target_features": {"targets", "warmup_checkpoints"},
+    "target_direction": {"target_features", "targets", "warmup_checkpoints"},
+    "selection": {"target_direction", "candidate_index", "live_pool"},
+    "adapter": {"selection", "base_model"},
+    "evaluation": {"adapter", "targets"},
+    "report": {"evaluation", "selection", "target_direction", "live_pool"},
+}
+GROUPS = {
+    "corpus": {"candidates", "targets", "live_pool"},
+    "reference": {"base_model", "warmup_sample", "warmup_checkpoints"},
+    "features": {"candidate_features", "candidate_index", "target_features"},
+    "selection": {"target_direction", "selection"},
+    "training": {"adapter"},
+    "evaluation": {"evaluation", "report"},
+}
+PARTITIONS = {
+    "shard": {"candidates", "candidate_features"},
+    "target": {"targets", "target_features", "target_direction", "report"},
+    "target and strategy": {"selection", "adapter", "evaluation"},
+}
+
+
+@pytest.fixture(scope="module")
+def project(make_project, tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("definitions") / "project")
+
+
+@pytest.fixture(scope="module")
+def graph(project):
+    return project.definitions.resolve_asset_graph()
+
+
+def names(keys):
+    return {key.path[-1] for key in keys}
+
+
+def test_the_definitions_can_be_loaded_as_dagster_does(project):
+    dg.Definitions.validate_loadable(project.definitions)
+
+
+def test_the_graph_has_the_designed_arrows(graph):
+    found = {key.path[-1]: names(graph.get(key).parent_keys) for key in graph.get_all_asset_keys()}
+    assert found == EDGES
+
+
+def test_groups_are_the_stage_folders(graph):
+    found: dict[str, set[str]] = {}
+    for key in graph.get_all_asset_keys():
+        found.setdefault(graph.get(key).group_name, set()).add(key.path[-1])
+    assert found == GROUPS
+    assert all((ROOT / "prism_assets" / name / "assets.py").is_file() for name in GROUPS)
+
+
+def test_every_asset_is_described_versioned_and_of_a_kind(graph):
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        assert node.description and len(node.description) > 40, key
+        assert node.code_version, key
+        assert node.kinds, key
+        assert not node.owners, key
+
+
+def test_partitions_are_shards_targets_and_targets_by_strategy(graph, project):
+    by_kind: dict[str, set[str]] = {"none": set()}
+    for key in graph.get_all_asset_keys():
+        partitions = graph.get(key).partitions_def
+        if partitions is None:
+            kind = "none"
+        elif isinstance(partitions, dg.DynamicPartitionsDefinition):
+            kind = partitions.name
+        else:
+            kind = "target and strategy" if isinstance(partitions, dg.MultiPartitionsDefinition) else "target"
+        by_kind.setdefault(kind, set()).add(key.path[-1])
+    assert {kind: found for kind, found in by_kind.items() if kind != "none"} == PARTITIONS
+    assert by_kind["none"] == set(EDGES) - set().union(*PARTITIONS.values())
+    keys = graph.get(dg.AssetKey("selection")).partitions_def.get_partition_keys()
+    assert set(keys) == {f"{strategy}|plain" for strategy in project.settings.strategies}
+
+
+def test_what_must_read_all_shards_depends_on_all_of_them(graph):
+    for child, parent in (("live_pool", "candidates"), ("candidate_index", "candidate_features")):
+        mapping = graph.get_partition_mapping(dg.AssetKey(child), dg.AssetKey(parent))
+        assert isinstance(mapping, dg.AllPartitionMapping)
+
+
+def test_the_warmup_is_not_partitioned_so_that_new_shards_leave_it_alone(graph):
+    assert "candidates" not in names(graph.get(dg.AssetKey("warmup_checkpoints")).parent_keys)
+
+
+def test_every_stage_has_its_checks(project, graph):
+    found = {(key.asset_key.path[-1], key.name) for key in graph.asset_check_keys}
+    assert found >= {
+        ("candidates", "file_readable"),
+        ("candidates", "rows_accepted"),
+        ("targets", "target_rows_accepted"),
+        ("targets", "eval_disjoint"),
+        ("live_pool", "nothing_pending"),
+        ("live_pool", "no_contamination"),
+        ("warmup_sample", "sample_covers_pool"),
+        ("warmup_checkpoints", "warmup_learned"),
+        ("candidate_features", "gradients_usable"),
+        ("candidate_index", "index_complete"),
+        ("candidate_index", "warmup_drift"),
+        ("target_features", "target_gradients_usable"),
+        ("target_direction", "enough_effective_targets"),
+        ("target_direction", "first_order_holds"),
+        ("target_direction", "held_out_improves"),
+        ("selection", "influence_positive"),
+        ("adapter", "training_learned"),
+        ("evaluation", "better_than_base"),
+    }
+    specs = [spec for asset in project.definitions.assets for spec in asset.check_specs]
+    assert len(specs) == len(found) and all(spec.description for spec in specs)
+
+
+def test_one_job_per_partitions_definition_covers_every_asset_once(project, graph):
+    definitions = project.definitions
+    jobs = [job for job in definitions.resolve_all_job_defs() if not job.name.startswith("__")]
+    covered = []
+    for job in jobs:
+        members = names(job.asset_layer.executable_asset_keys)
+        definitions_of = {graph.get(dg.AssetKey(name)).partitions_def for name in members} - {None}
+        assert len(definitions_of) <= 1, job.name
+        assert job.description
+        covered += members
+    assert sorted(covered) == sorted(EDGES)
+    assert len(jobs) == len(PARTITIONS) + 1
+
+
+def test_the_steps_of_prism_run_take_every_asset_after_its_inputs():
+    from prism_assets.pipeline import STEPS
+
+    done: set[str] = set()
+    for step in STEPS:
+        inside = set(step.assets)
+        for name in step.assets:
+            assert EDGES[name] <= done | inside, name
+        done |= inside
+    assert done == set(EDGES) and sum(len(step.assets) for step in STEPS) == len(EDGES)
+
+
+def test_engines_can_be_exchanged(project, tmp_path):
+    from resources.lake import Lake
+
+    other = Lake(root=str(tmp_path / "other"))
+    definitions = roof(project.config).build_definitions(project.settings, {"lake": other})
+    assert definitions.resources["lake"] is other
+    assert definitions.resources["language_model"].name == str(project.folder / "model")
+
+
+def test_resources_know_nothing_of_the_method():
+    for path in (ROOT / "resources").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "prism_assets" for name in imported), path.name
+
+
+def loaded_modules(code, project, *unwanted):
+    """Which of the unwanted modules a fresh interpreter has after running `code`."""
+    script = f"import sys\n{code}\nprint([name for name in {list(unwanted)!r} if name in sys.modules])"
+    environment = {**os.environ, "PRISM_CONFIG": str(project.config), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_definitions_load_without_torch_and_transformers(project):
+    assert loaded_modules(
+        "import definitions; assert len(definitions.defs.resolve_asset_graph().get_all_asset_keys()) == 14",
+        project,
+        "torch", "transformers", "peft", "faiss", "matplotlib", "duckdb", "pyarrow",
+    ) == "[]"  # fmt: skip
+
+
+def test_broken_settings_stop_the_location_with_the_place_and_the_advice(project, tmp_path):
+    config = tmp_path / "prism.yaml"
+    config.write_text(project.config.read_text().replace("rank:", "rnak:"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import definitions"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PRISM_CONFIG": str(config)},
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "lora.rnak: unknown key; did you mean `rank`?" in done.stderr
