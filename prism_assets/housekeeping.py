@@ -119,7 +119,7 @@ def plan(
     - of feature versions other than the current one and the `keep` used last beside it; without `current_version`
       the one used last counts as current;
     - of scopes of the corpus and the warm-up that nothing needed was made from, other than `current_scopes`;
-    - of retired shards: those in neither `inbox_shards` nor any live pool or index.
+    - of retired shards: those in neither `inbox_shards` nor a live pool nor the index of a version that stays.
 
     Further kept are, for each older version that stays, the last selection of each target and strategy; the finished
     blocks of a shard that is not finished in the current version; and, while a run is in progress, every artefact of
@@ -171,7 +171,7 @@ def _needed(
         retired = live is not None and head["table"] in _SHARD_TABLES and head["partition"] not in live
         if head["time"] >= since:
             kept.append(head)
-        elif retired or head["table"] == "feature_blocks":  # a block's head follows the block, see below
+        elif retired or head["table"] == "feature_blocks":  # blocks: see below
             continue
         elif _version_of(head) in wanted.known_versions:
             if _version_of(head) in wanted.versions:
@@ -194,8 +194,10 @@ def _needed(
     scopes = {head["scope"] for head in by_scope if _key(head) in needed}
     more = [head for head in by_scope if head["scope"] in scopes]
     _add_chains(lake, artifacts, [_key(head) for head in more], needed)
-    blocks = [head for head in heads if head["table"] == "feature_blocks" and _key(head) in needed]
-    return [*kept, *more, *blocks], needed
+    # The head of a block follows the block; and no head goes while its artefact is spared for a run in progress.
+    running = wanted.running_since is not None
+    follow = [head for head in heads if (running or head["table"] == "feature_blocks") and _key(head) in needed]
+    return [*kept, *more, *follow], needed
 
 
 def _live_shards(
@@ -205,7 +207,8 @@ def _live_shards(
         return None
     live = set(wanted.inbox_shards)
     for head in heads:
-        if head["table"] in _POOL_TABLES and _key(head) in artifacts:
+        old = head["scope"] in wanted.known_versions and head["scope"] not in wanted.versions
+        if head["table"] in _POOL_TABLES and _key(head) in artifacts and not old:
             live |= set(lake.read_table(artifacts[_key(head)], ["shard"])["shard"].to_pylist())
     return live
 

@@ -146,6 +146,18 @@ def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8, width: int = 100)
     return dg.MetadataValue.md("\n".join(f"| {line} |" for line in lines))
 
 
+def column_lineage(**columns: tuple[str, str]) -> dict[str, Any]:
+    """Metadata that says which column of which asset each column was copied from: name=(asset, column)."""
+    return {
+        "dagster/column_lineage": dg.TableColumnLineage(
+            {
+                name: [dg.TableColumnDep(asset_key=dg.AssetKey(asset), column_name=column)]
+                for name, (asset, column) in columns.items()
+            }
+        )
+    }
+
+
 class Progress:
     """Rows done, rate and time left: a line that renews itself on a terminal, a sparse log line in Dagster."""
 

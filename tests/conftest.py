@@ -167,11 +167,11 @@ class Project:
         """Put a JSON Lines file into the inbox."""
         return write_lines(self.inbox / f"{name}.jsonl", rows)
 
-    def run(self) -> dict[str, int]:
+    def run(self, targets: list[str] | None = None) -> dict[str, int]:
         """`prism run`: how many artefacts each step made."""
         from prism_assets.pipeline import run_pipeline
 
-        self.results = run_pipeline(self.settings, self.definitions, self.instance)
+        self.results = run_pipeline(self.settings, self.definitions, self.instance, targets=targets)
         return {result.step.title: result.computed for result in self.results}
 
     def selection(self, strategy: str, target: str = "plain") -> Any:

@@ -122,7 +122,7 @@ def killed_before_the_second_new_file(started: Counter) -> Iterator[None]:
     def watched(move):
         def one(source, target):
             nonlocal dead
-            if ".damaged" not in str(target) and not Path(target).exists():
+            if "unpublished" not in Path(target).parts and not Path(target).exists():
                 started[str(target)] += 1
                 if moved:
                     dead = True

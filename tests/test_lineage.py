@@ -117,13 +117,22 @@ def test_an_ambiguous_name_lists_what_it_may_be(lake):
     assert len(heads) == 6  # three strategies in two versions
     for head in heads:
         assert head["fingerprint"] in str(error.value) and head["scope"].split("/")[0] in str(error.value)
-    shared = sorted(path.name[:4] for path in (lake.folder / "artifacts").glob("*/*"))
-    twice = next((one for one, other in zip(shared, shared[1:]) if one == other), None)
-    if twice:  # two artefacts whose fingerprints begin alike
-        names = {path.name.split(".")[0] for path in (lake.folder / "artifacts").glob(f"*/{twice}*")}
-        if len(names) > 1:
-            with pytest.raises(UnknownThing, match="may be any of these"):
-                find_artifact(lake, twice)
+
+
+def test_a_prefix_of_two_fingerprints_is_ambiguous(tmp_path):
+    import pyarrow as pa
+
+    seen: dict[str, Recipe] = {}
+    for number in range(10_000):
+        recipe = Recipe("part", 1, {"n": number})
+        if (prefix := recipe.fingerprint[:4]) in seen:
+            break
+        seen[prefix] = recipe
+    lake = Lake(root=str(tmp_path))
+    both = [lake.publish_table(one, pa.table({"x": [1]})) for one in (seen[prefix], recipe)]
+    with pytest.raises(UnknownThing, match="may be any of these") as error:
+        find_artifact(lake, prefix)
+    assert all(one.fingerprint in str(error.value) for one in both)
 
 
 @pytest.mark.parametrize("thing", ["selection[prism|plane]", "nothing", "", "deadbeefdeadbeef", "../../etc", "a\0b", "~nobody/x"])

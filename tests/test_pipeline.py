@@ -656,6 +656,19 @@ def test_a_token_budget_takes_the_longest_prefix_of_the_ranking(copy):
         project.run()
 
 
+def test_one_target_can_be_run_alone(make_project, tmp_path):
+    """The records of the other targets are read all the same: they are kept out of the pool."""
+    project = make_project(tmp_path / "project", strategies=["random"], seeds=[0])
+    project.add("leak", [{"prompt": "copy: other=", "completion": "other"}])
+    write_lines(project.folder / "other.jsonl", [{"prompt": "copy: other=", "completion": "other"}])
+    other = {"examples": "other.jsonl", "eval": "plain/eval.jsonl"}
+    project.configure(targets={**project.content["targets"], "other": other})
+    project.run(targets=["plain"])
+    assert set(project.report["targets"]) == {"plain"} and project.report["contamination"] == 1
+    project.run()
+    assert set(project.report["targets"]) == {"plain", "other"}
+
+
 def test_a_report_shows_the_strategies_of_today(copy):
     project = copy()
     project.configure(strategies=["uniform", "random"])

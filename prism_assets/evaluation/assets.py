@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from prism_assets.settings import Settings
 from prism_assets.training.assets import seed_partition
 from resources.lake import Artifact, Lake, Recipe
 from resources.language_model import LanguageModel
+from resources.vector_store import VectorStore
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -205,16 +207,22 @@ def build_report_asset(settings: Settings) -> dg.AssetsDefinition:
         code_version=str(REPORT_VERSION),
         deps=["evaluation", "selection", "target_direction", "live_pool"],
         backfill_policy=dg.BackfillPolicy.single_run(),
+        pool="model",
+        # The weekly refresh makes it at least once in seven days.
+        freshness_policy=dg.FreshnessPolicy.time_window(
+            fail_window=timedelta(days=9), warn_window=timedelta(days=8)
+        ),
     )
     def report(
         context: dg.AssetExecutionContext,
         settings: dg.ResourceParam[Settings],
         lake: Lake,
         language_model: LanguageModel,
+        vector_store: VectorStore,
     ) -> dg.MaterializeResult:
         """One page per target: strategies side by side, what was selected and why, and where every number came from."""
         result = stage.each_partition(
-            context, lambda name: _publish_report(context.run_id, settings, lake, language_model, name)
+            context, lambda name: _publish_report(context.run_id, settings, lake, language_model, vector_store, name)
         )
         combined = write_combined_report(settings, lake, language_model)
         context.log.info(f"The report over all targets is at {combined}.")
@@ -224,7 +232,7 @@ def build_report_asset(settings: Settings) -> dg.AssetsDefinition:
 
 
 def _publish_report(
-    run_id: str, settings: Settings, lake: Lake, model: LanguageModel, name: str
+    run_id: str, settings: Settings, lake: Lake, model: LanguageModel, store: VectorStore, name: str
 ) -> stage.Outcome:
     from prism_assets.evaluation.plots import as_markdown_image, strategies_comparison
     from prism_assets.evaluation.report import build_report, verdict_sentences
@@ -236,6 +244,7 @@ def _publish_report(
     artifact = lake.find(recipe)
     computed = artifact is None
     if artifact is None:
+        content["explanations"] = _explanations(settings, lake, model, store, name)
         data = _report_data(settings, lake, model, {name: content})
 
         def write(folder: Path) -> None:
@@ -260,6 +269,56 @@ def _publish_report(
             ),
         },
     )
+
+
+def _explanations(
+    settings: Settings, lake: Lake, model: LanguageModel, store: VectorStore, name: str
+) -> list[dict[str, Any]]:
+    """Why the top rows of PRISM stand there, and a few surprising ones: what it alone takes, what it alone leaves."""
+    from prism_assets.explanation import CannotExplain, Explainer
+
+    asked = _worth_explaining(settings, lake, name)
+    if not asked:
+        return []
+    explained = []
+    with Explainer(settings, lake, model, store, target=name, strategy="prism") as explainer:
+        for reason, example in asked:
+            try:
+                found = explainer.explain(example, neighbours=3)
+            except CannotExplain as error:
+                explained.append({"reason": reason, "id": example, "error": str(error)})
+                continue
+            explained.append(
+                {
+                    "reason": reason,
+                    **{key: getattr(found, key) for key in ("id", "source", "prompt", "completion", "score")},
+                    "score_rows": found.score_rows(limit=6),
+                    "ranks": [one._asdict() for one in found.ranks],
+                    "neighbours": [one._asdict() for one in found.neighbours],
+                }
+            )
+    return explained
+
+
+def _worth_explaining(settings: Settings, lake: Lake, target: str, each: int = 3) -> list[tuple[str, str]]:
+    """(why, example id) of the rows that the report explains; none where PRISM is not among the strategies."""
+    if "prism" not in settings.strategies:
+        return []
+    ids = {
+        strategy: lake.read_table(lake.require("selection", join_key(target, strategy)), ["id"])["id"].to_pylist()
+        for strategy in settings.strategies
+        if strategy in ("prism", "uniform", "less")
+    }
+    others = {name: set(rows) for name, rows in ids.items() if name != "prism"}
+    taken_by_others = set().union(*others.values())
+    asked = [("top of prism", one) for one in ids["prism"][:each]]
+    if others:
+        alone = [one for one in ids["prism"] if one not in taken_by_others]
+        asked += [(f"selected by prism, not by {' or '.join(others)}", one) for one in alone[:each]]
+    for name in others:
+        left = [one for one in ids[name] if one not in set(ids["prism"])]
+        asked += [(f"selected by {name}, not by prism", one) for one in left[:1]]
+    return list({example: (reason, example) for reason, example in reversed(asked)}.values())[::-1]
 
 
 def _target_content(

@@ -284,6 +284,7 @@ def _target_view(anchor: str, name: str, target: Mapping[str, Any]) -> dict[str,
         "has_less": any(_number(row.get("less")) is not None for row in direction.get("weights") or []),
         "composition": _composition_view(target),
         "examples": _example_groups(target["strategies"]),
+        "explanations": [_explanation_view(one) for one in target.get("explanations") or []],
         "files": [
             (strategy, label, str(entry[key]))
             for strategy, entry in target["strategies"].items()
@@ -432,6 +433,29 @@ def _example_groups(strategies: Mapping[str, Any]) -> list[tuple[str, list[dict[
         )
         for name in order
     ]
+
+
+def _explanation_view(explanation: Mapping[str, Any]) -> dict[str, Any]:
+    """One candidate's score by targets, its ranks and its nearest neighbours, as text."""
+    return {
+        "reason": str(explanation["reason"]),
+        "id": str(explanation["id"]),
+        "error": explanation.get("error"),
+        "source": str(explanation.get("source") or "no source"),
+        "prompt": _clipped(explanation.get("prompt"), _LONGEST_TEXT),
+        "completion": _clipped(explanation.get("completion"), _LONGEST_TEXT),
+        "rows": [
+            (_clipped(what, 160), *("" if number is None else f"{number:+.4f}" for number in numbers))
+            for what, *numbers in explanation.get("score_rows") or []
+        ],
+        "ranks": ", ".join(
+            f"{one['strategy']} {_count(one['rank'])} of {_count(one['of'])}" for one in explanation.get("ranks") or []
+        ),
+        "neighbours": [
+            (_figure(one["similarity"]), _clipped(f"{one['prompt']} → {one['completion']}", 160))
+            for one in explanation.get("neighbours") or []
+        ],
+    }
 
 
 def _refused_view(data: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -176,7 +176,7 @@ def _draw_sample(
         rows = lake.read_table(lake.require("candidates", row["shard"], version))
         excluded = set(row["excluded_rows"])
         kept = [position for position in range(rows.num_rows) if position not in excluded]
-        rows = rows.take(kept)
+        rows = rows.take(pa.array(kept, pa.int64()))  # no row may be left
         parts.append(rows)
         keys += [
             hashlib.sha256(f"{warmup.seed}:{warmup.generation}:{one}".encode()).hexdigest()

@@ -352,6 +352,11 @@ def _direction_outcome(
         computed,
         metadata={
             "dagster/row_count": notes["number_of_targets"],
+            **stage.column_lineage(
+                **{name: ("targets", name) for name in ("id", "group", "prompt", "completion")},
+                score=("target_features", "score"),
+                gradient_norm=("target_features", "norm"),
+            ),
             "effective_number_of_targets": effective,
             "temperature": notes["temperature"],
             "log_z": notes["log_z"],
@@ -665,13 +670,12 @@ def _rows_at(lake: Lake, pool: Artifact, places: list[tuple[str, int]]) -> "pa.T
     import pyarrow as pa
 
     fingerprints = {row["shard"]: row["candidates_fingerprint"] for row in lake.read_table(pool).to_pylist()}
-    columns = ["id", "record_id", "source", "prompt", "completion", "messages", "completion_tokens", "input_ids", "loss_mask"]
     by_shard: dict[str, list[int]] = {}
     for position, (shard, _) in enumerate(places):
         by_shard.setdefault(shard, []).append(position)
     parts, positions = [], []
     for shard, its_positions in by_shard.items():
-        rows = lake.read_table(lake.get("candidates", fingerprints[shard]), columns)
+        rows = lake.read_table(lake.get("candidates", fingerprints[shard]), _COPIED)
         part = rows.take([places[position][1] for position in its_positions])
         sources = [source or shard_name(shard) for source in part["source"].to_pylist()]
         part = part.set_column(part.column_names.index("source"), "source", pa.array(sources, pa.string()))
@@ -679,6 +683,10 @@ def _rows_at(lake: Lake, pool: Artifact, places: list[tuple[str, int]]) -> "pa.T
         positions += its_positions
     table = pa.concat_tables(parts).take(np.argsort(positions))
     return table.append_column("row", pa.array([row for _, row in places], pa.int64()))
+
+
+# Columns of a selection that are those of its candidates.
+_COPIED = ("id", "record_id", "source", "prompt", "completion", "messages", "completion_tokens", "input_ids", "loss_mask")
 
 
 def _selected_table(rows: "pa.Table", scores: "np.ndarray | None") -> "pa.Table":
@@ -733,6 +741,7 @@ def _selection_outcome(lake: Lake, artifact: Artifact, pool: Artifact, strategy:
             )
         ),
         "json_lines": dg.MetadataValue.path(str(json_lines_of(artifact))),
+        **stage.column_lineage(**{name: ("candidates", name) for name in _COPIED}),
         "rows": stage.preview(lake.read_table(artifact, columns).slice(0, 8).to_pylist()),
     }
     if "score_histogram" in notes:
