@@ -94,8 +94,9 @@ def open_index(lake: Lake, store: VectorStore, version: str) -> IndexState:
 
 
 class Explainer:
-    """Explains candidates for one target and strategy; what they share is read once. A context manager.
+    """Explains candidates for one target and strategy; what they share is read once.
 
+    A context manager: the model that the exact score needs stays adapted until it ends, so open one at a time.
     `exact` None computes the exact score where the model can be loaded and the preconditioner is a frozen diagonal;
     True insists on it (ModelError or CannotExplain says why it cannot be), False leaves it out.
     """
@@ -273,12 +274,13 @@ class Explainer:
             shown = {place.id: place for place in reversed(places)}
             listed = "\n".join(f"  {p.id}  shard {p.shard}, row {p.row}, id {p.record_id}" for p in shown.values())
             raise CannotExplain(f"{example} may be any of these {len(names)}; name one by its id:\n{listed}")
-        counted = [place for place in places if place.excluded is None]
-        copies = [place for place in places if place.excluded == "duplicate"]
+        copies = [place for place in self.places if place.id == names[0]]
+        counted = [place for place in copies if place.excluded is None]
         if not counted:
-            raise CannotExplain(self._contaminated(places[0]))
-        copied = [f"The same example also stands in {one.shard}, row {one.row}; it counts once, here." for one in copies]
-        return counted[0], copied
+            raise CannotExplain(self._contaminated(copies[0]))
+        others = [one for one in copies if one is not counted[0]]
+        said = [f"The same example also stands in {one.shard}, row {one.row}; it counts once, here." for one in others]
+        return counted[0], said
 
     def _contaminated(self, place: Place) -> str:
         held_back = []

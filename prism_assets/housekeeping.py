@@ -405,7 +405,9 @@ def runs_in_progress(instance: "dg.DagsterInstance") -> list[RunInProgress]:
     return [RunInProgress(r.dagster_run.run_id, r.start_time or r.create_timestamp.timestamp()) for r in records]
 
 
-def summary(plan: Plan, removed: Mapping[str, tuple[int, int]] | None, running: Sequence[RunInProgress]) -> dict[str, Any]:
+def summary(
+    plan: Plan, removed: Mapping[str, tuple[int, int]] | None, running: Sequence[RunInProgress]
+) -> dict[str, Any]:
     """What `prism gc --json` prints; `removed` is None where nothing was removed."""
     tables = plan.by_table() if removed is None else removed
     return {

@@ -108,7 +108,8 @@ def _no_such_thing(lake: Lake, thing: str) -> str:
     near = difflib.get_close_matches(thing, names, n=5, cutoff=0.3)
     return (
         f"Nothing in the lake at {lake.folder} goes by {thing!r}. Name a fingerprint (its first 4 digits or more), a "
-        f"path below {lake.folder / 'artifacts'}, table[partition] or a shard key; near it: {', '.join(near or names[:5])}."
+        f"path below {lake.folder / 'artifacts'}, table[partition] or a shard key; near it: "
+        f"{', '.join(near or names[:5])}."
     )
 
 

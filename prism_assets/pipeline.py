@@ -194,12 +194,12 @@ def _execute(
 
 
 def _reason(step: Step, result: Any) -> str:
-    """The innermost reason of a failed run, without the traceback that the UI shows."""
+    """What a failed step itself said, without Dagster's wrapping and without the traceback that the UI shows."""
     for event in result.all_events:
         if event.is_step_failure:
             error = event.step_failure_data.error
-            # A Failure says all that there is to say: its cause is one of many.
-            while error is not None and error.cause is not None and error.cls_name != "Failure":
+            # Not further down: what the step raised says more than what made it do so.
+            while error is not None and error.cause is not None and str(error.cls_name).startswith("Dagster"):
                 error = error.cause
             message = error.message.strip() if error else "no reason was given"
             return f"{step.title}: {event.step_key} failed: {message}\n(run {result.run_id})"

@@ -161,7 +161,8 @@ def test_killed_before_every_publish_the_next_run_goes_on(fresh, undisturbed):
     tables = {Path(place).parent.name for place in deaths}
     assert {"candidates", "feature_blocks", "index_segments", "target_directions", "selection", "adapters"} <= tables
     # What the kill cost: the one thing in progress was begun once more, nothing else was ever made again.
-    assert len(deaths) == len(set(deaths)) > 40
+    assert not [place for place, times in Counter(deaths).items() if times > 1]
+    assert len(deaths) > 40
     assert {place for place, times in started.items() if times == 2} == set(deaths)
     assert max(started.values()) == 2
     drafts = list((fresh.lake.folder / "unpublished").iterdir())
@@ -318,9 +319,10 @@ def test_truncated_files_of_every_kind_are_named_and_rebuilt(undisturbed, tmp_pa
     project = undisturbed.copy(tmp_path / "copy")
     lake = project.lake
     before = contents(lake)
+    shard = shard_keys(project)[0]
     cut_files = []
     for table, inner in DAMAGED.items():
-        artifact = next(iter(lake.artifacts(table)))
+        artifact = next(one for one in lake.artifacts(table) if one.partition in (None, shard, "plain", "prism|plain"))
         path = artifact.path / inner if inner else artifact.path
         os.truncate(path, path.stat().st_size * 2 // 3)
         cut_files.append(artifact.path)

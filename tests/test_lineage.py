@@ -135,7 +135,9 @@ def test_a_prefix_of_two_fingerprints_is_ambiguous(tmp_path):
     assert all(one.fingerprint in str(error.value) for one in both)
 
 
-@pytest.mark.parametrize("thing", ["selection[prism|plane]", "nothing", "", "deadbeefdeadbeef", "../../etc", "a\0b", "~nobody/x"])
+@pytest.mark.parametrize(
+    "thing", ["selection[prism|plane]", "nothing", "", "deadbeefdeadbeef", "../../etc", "a\0b", "~nobody/x"]
+)
 def test_an_unknown_thing_is_refused_with_advice(lake, thing):
     with pytest.raises(UnknownThing, match="near it"):
         find_artifact(lake, thing)

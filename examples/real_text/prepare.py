@@ -230,8 +230,8 @@ def prepare(arguments: argparse.Namespace) -> Path:
     write_inbox(pool, out / "inbox", arguments.shards)
     seen = [record for record in pool if record["prompt"].strip() not in held_out]
     left_out = len(pool) - len(seen)
-    print(f"{len(pool)} records in {arguments.shards} shards; kept from tokenizer and model, because a target")
-    print(f"or held-out record has the same prompt: {left_out}")
+    print(f"{len(pool)} records in {arguments.shards} shards; kept from tokenizer and model,")
+    print(f"because a target or held-out record has the same prompt: {left_out}")
 
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)

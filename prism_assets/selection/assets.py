@@ -561,7 +561,9 @@ def rank_by_direction(
     )
     segment_of = np.repeat(np.arange(len(segments)), [mask.sum() for mask in allowed])
     row_of = np.concatenate([np.flatnonzero(mask) for mask in allowed])
-    k = _rows_to_ask(budget, pool.notes, pool_rows)
+    # A share counts every canonical row of the pool, rankable or not: all strategies get the same budget.
+    counted = pool.notes["canonical_rows"]
+    k = min(_rows_to_ask(budget, pool.notes), pool_rows)
     while True:
         # All that tie with the k-th: where they are cut, ids decide.
         best = np.flatnonzero(scores >= np.partition(scores, pool_rows - k)[pool_rows - k])
@@ -569,7 +571,7 @@ def rank_by_direction(
         rows = _rows_at(lake, pool, places)
         order = ranking(scores[best], rows["id"].to_pylist())
         tokens = rows["completion_tokens"].to_numpy()[order]
-        taken = cut(tokens, kind=budget.kind, amount=budget.amount, pool_rows=pool_rows)
+        taken = cut(tokens, kind=budget.kind, amount=budget.amount, pool_rows=counted)
         if budget.kind != "tokens" or taken < len(order) or len(order) >= pool_rows:
             break
         k = min(2 * k, pool_rows)
@@ -580,7 +582,7 @@ def rank_by_direction(
         table,
         {
             **_counts(table),
-            "pool_rows": pool_rows,
+            "pool_rows": counted,
             "refused_rows": sum(int((canonical[one["shard"]] & ~mask).sum()) for one, mask in zip(segments, usable, strict=True)),
             "non_positive_influence": int((selected <= 0).sum()),
             "score_histogram": score_histogram(scores, selected=taken),
@@ -630,14 +632,14 @@ def _segment_scores(
     return scores
 
 
-def _rows_to_ask(budget: Budget, pool_notes: Mapping[str, Any], pool_rows: int) -> int:
+def _rows_to_ask(budget: Budget, pool_notes: Mapping[str, Any]) -> int:
     """k of the first look: exact for rows and shares, an estimate from the mean length for tokens."""
     if budget.kind == "rows":
-        return min(int(budget.amount), pool_rows)
+        return int(budget.amount)
     if budget.kind == "share":
-        return min(max(1, round(budget.amount * pool_rows)), pool_rows)
+        return max(1, round(budget.amount * pool_notes["canonical_rows"]))
     mean = pool_notes["completion_tokens"] / pool_notes["canonical_rows"]
-    return min(int(budget.amount / mean * 1.5) + 16, pool_rows)
+    return int(budget.amount / mean * 1.5) + 16
 
 
 def rank_by_order(lake: Lake, pool: Artifact, corpus: str, strategy: "Strategy", settings: Settings) -> Ranked:

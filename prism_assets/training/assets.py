@@ -1,6 +1,7 @@
 """Training: one LoRA adapter per seed on what was selected; the published adapter is the first seed's."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -121,8 +122,10 @@ def _publish_adapter(
         )
 
         def write(folder: Any) -> dict[str, Any]:
-            card = {"selection": selection.fingerprint, "rows": len(examples), "seed": seed}
-            save_adapter(peft_model, folder, card)
+            # Nothing of how the rows were found: equal rows make equal adapters. The header names the selection.
+            # A local model is named by its folder alone, for the same reason: a moved project has the same adapters.
+            name = Path(settings.model.name).name if Path(settings.model.name).is_dir() else settings.model.name
+            save_adapter(peft_model, folder, {"rows": len(examples), "seed": seed}, base_model=name)
             losses = [float(loss) for loss in result.losses]
             (folder / "losses.json").write_text(json.dumps(losses))
             return {"steps": result.steps, "rows": len(examples), "seed": seed, "losses": losses, "seconds": result.seconds}

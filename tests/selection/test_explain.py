@@ -58,17 +58,15 @@ def test_ranks_are_those_of_a_sort_with_ties_by_name():
 
 @pytest.fixture(scope="module")
 def explainer(two_versions):
+    """`explainer(target, strategy)` explains sketched scores, without a model."""
     opened = {}
 
-    def get(target="plain", strategy="prism", exact=None):
-        key = (target, strategy, exact)
-        if key not in opened:
-            opened[key] = open_explainer(two_versions, target=target, strategy=strategy, exact=exact)
-        return opened[key]
+    def get(target="plain", strategy="prism"):
+        if (target, strategy) not in opened:
+            opened[target, strategy] = open_explainer(two_versions, target=target, strategy=strategy, exact=False)
+        return opened[target, strategy]
 
-    yield get
-    for one in opened.values():
-        one.__exit__()
+    return get
 
 
 def open_explainer(project, **options):
@@ -103,7 +101,7 @@ def test_the_parts_sum_to_the_stored_score(two_versions, explainer, target, stra
     ids, vectors = rows_of(lake, version)
     scores = vectors @ direction_of(lake, version, target, strategy)
     for position in (0, 17):
-        found = explainer(target, strategy, False).explain(ids[position])
+        found = explainer(target, strategy).explain(ids[position])
         assert found.sketched_score == pytest.approx(scores[position], abs=1e-5)
         assert sum(part.contribution for part in found.parts) == pytest.approx(scores[position], abs=1e-5)
         assert found.exact_score is None and found.score == found.sketched_score
@@ -116,14 +114,15 @@ def test_the_parts_sum_to_the_stored_score(two_versions, explainer, target, stra
 
 
 @pytest.mark.parametrize("target", ["plain", "pairs"])
-def test_the_exact_score_is_that_of_the_version_without_a_sketch(two_versions, explainer, target):
+def test_the_exact_score_is_that_of_the_version_without_a_sketch(two_versions, target):
     lake = two_versions.lake
     current, exact = (one.name for one in feature_versions(lake))
     ids, vectors = rows_of(lake, exact)
     expected = vectors @ direction_of(lake, exact, target, "prism")
+    with open_explainer(two_versions, target=target) as explainer:
+        explained = {position: explainer.explain(ids[position]) for position in range(0, 38, 9)}
     errors = []
-    for position in range(0, 38, 9):
-        found = explainer(target).explain(ids[position])
+    for position, found in explained.items():
         assert found.exact_score == pytest.approx(expected[position], abs=2e-3)
         total = sum(part.contribution for part in found.parts) + found.sketch_error
         assert total == pytest.approx(found.exact_score, abs=1e-9) and found.score == found.exact_score
@@ -149,7 +148,7 @@ def test_ranks_are_those_of_the_whole_ranking(two_versions, explainer):
     version = feature_versions(lake)[0].name
     ids, vectors = rows_of(lake, version)
     for position in (3, 20, 37):
-        found = {one.strategy: one for one in explainer(exact=False).explain(ids[position]).ranks}
+        found = {one.strategy: one for one in explainer().explain(ids[position]).ranks}
         assert set(found) == {"prism", "uniform", "less", "random"}
         for strategy in ("prism", "uniform", "less"):
             scores = (vectors @ direction_of(lake, version, "plain", strategy)).astype(np.float32)
@@ -162,7 +161,7 @@ def test_ranks_are_those_of_the_whole_ranking(two_versions, explainer):
 def test_the_selected_rows_have_the_ranks_of_the_selection(two_versions, explainer):
     for strategy in ("prism", "random"):
         for row in two_versions.selected(strategy)[::3]:
-            ranks = {one.strategy: one for one in explainer(exact=False).explain(row["id"]).ranks}
+            ranks = {one.strategy: one for one in explainer().explain(row["id"]).ranks}
             assert (ranks[strategy].rank, ranks[strategy].selected) == (row["rank"], True)
 
 
@@ -173,11 +172,11 @@ def test_neighbours_are_the_rows_of_largest_inner_product(two_versions, explaine
         likeness = vectors @ vectors[position] / 2  # two checkpoints
         likeness[position] = -np.inf
         expected = np.argsort(-likeness)[:4]
-        found = explainer(exact=False).explain(ids[position], neighbours=4).neighbours
+        found = explainer().explain(ids[position], neighbours=4).neighbours
         assert [one.id for one in found] == [ids[i] for i in expected]
         assert [one.similarity for one in found] == pytest.approx(likeness[expected], abs=1e-5)
         assert all(one.prompt and one.completion for one in found)
-    assert explainer(exact=False).explain(ids[5], neighbours=0).neighbours == []
+    assert explainer().explain(ids[5], neighbours=0).neighbours == []
 
 
 def test_the_rank_in_the_earlier_version_is_told(two_versions, explainer):
@@ -185,23 +184,29 @@ def test_the_rank_in_the_earlier_version_is_told(two_versions, explainer):
     current, old = (one.name for one in feature_versions(lake))
     ids, vectors = rows_of(lake, old)
     scores = vectors @ direction_of(lake, old, "plain", "prism")
-    [earlier] = explainer(exact=False).explain(ids[11]).earlier
+    [earlier] = explainer().explain(ids[11]).earlier
     assert (earlier.version, earlier.of, earlier.note) == (old, len(ids), "")
     assert earlier.rank == 1 + int((scores > scores[11]).sum())
     assert earlier.score == pytest.approx(scores[11], abs=1e-5)
 
 
 def test_a_candidate_is_found_by_id_prefix_and_record_id(explainer):
-    by_record = explainer(exact=False).explain("it's-7")
+    by_record = explainer().explain("it's-7")
     assert by_record.record_id == "it's-7" and by_record.line == 8
     for name in (by_record.id, by_record.id[:8], by_record.id[:8].upper()):
-        assert explainer(exact=False).explain(name).id == by_record.id
+        assert explainer().explain(name).id == by_record.id
 
 
-def test_a_copy_counts_once_and_says_where_the_other_is(explainer):
-    found = explainer(exact=False).explain("it's-3")
-    assert found.shard.startswith("shard0-")
-    assert len(found.notes) == 1 and "shard1-" in found.notes[0]
+def test_a_copy_counts_once_and_says_where_the_other_is(explainer, monkeypatch):
+    by_record = explainer().explain("it's-3")
+    by_id = explainer().explain(by_record.id)
+    for found in (by_record, by_id):
+        assert found.shard.startswith("shard0-") and found.row == 3
+        assert len(found.notes) == 1 and "shard1-" in found.notes[0]
+    # Named by what only the copy is called.
+    named = [p._replace(record_id="copy") if p.excluded == "duplicate" else p for p in explainer().places]
+    monkeypatch.setattr(explainer(), "places", named)
+    assert explainer().explain("copy").shard.startswith("shard0-")
 
 
 def test_contamination_is_explained(two_versions, explainer):
@@ -211,26 +216,22 @@ def test_contamination_is_explained(two_versions, explainer):
     position = manifest["excluded_rows"][manifest["excluded_reasons"].index("contamination")]
     rows = lake.read_table(lake.get("candidates", manifest["candidates_fingerprint"]), ["id"])
     with pytest.raises(CannotExplain, match=r"held-out record of plain \(line 5\).*contamination"):
-        explainer(exact=False).explain(rows["id"][position].as_py())
+        explainer().explain(rows["id"][position].as_py())
 
 
 def test_an_unknown_candidate_is_refused_with_near_ones(explainer):
     with pytest.raises(CannotExplain, match="it's-1"):
-        explainer(exact=False).explain("its-1")
+        explainer().explain("its-1")
     with pytest.raises(CannotExplain, match="at least 4"):
-        explainer(exact=False).explain("abc")
+        explainer().explain("abc")
 
 
-def test_a_record_id_of_two_candidates_is_ambiguous(two_versions, explainer):
-    instance = explainer(exact=False)
-    places = instance.places
-    twins = [place._replace(record_id="twin") for place in places[:2]]
-    try:
-        instance.places = [*twins, *places[2:]]
-        with pytest.raises(CannotExplain, match="any of these 2") as error:
-            instance.explain("twin")
-    finally:
-        instance.places = places
+def test_a_record_id_of_two_candidates_is_ambiguous(explainer, monkeypatch):
+    instance = explainer()
+    twins = [place._replace(record_id="twin") for place in instance.places[:2]]
+    monkeypatch.setattr(instance, "places", [*twins, *instance.places[2:]])
+    with pytest.raises(CannotExplain, match="any of these 2") as error:
+        instance.explain("twin")
     assert all(place.id in str(error.value) for place in twins)
 
 
@@ -240,8 +241,8 @@ def test_strategies_without_scores_and_unknown_ones_are_refused(two_versions):
             open_explainer(two_versions, strategy=name)
 
 
-def test_a_refused_gradient_is_explained_with_its_reason(two_versions, explainer, monkeypatch):
-    instance = explainer(exact=False)
+def test_a_refused_gradient_is_explained_with_its_reason(explainer, monkeypatch):
+    instance = explainer()
     stored = instance._stored_row
     monkeypatch.setattr(instance, "_stored_row", lambda place: {**stored(place), "refused": "gradient norm is nan"})
     with pytest.raises(CannotExplain, match="gradient norm is nan"):
