@@ -71,7 +71,8 @@ class Reads:
             return read_table(lake, artifact, columns)
 
         def note_segments(store: VectorStore, paths: Any) -> Any:
-            self.segments.update(Path(path) for path in paths)
+            # a part of a compacted segment names the file that it lies in
+            self.segments.update(Path(getattr(one, "path", one)) for one in paths)
             return open_segments(store, paths)
 
         Lake.read_table, VectorStore.open = note_table, note_segments
@@ -245,8 +246,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=200)
     parser.add_argument("--rows", type=int, default=100, help="rows of a shard")
-    parser.add_argument("--hidden", type=int, default=64, help="hidden size of the random model")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=128, help="hidden size of the random model")
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3, help="of the run with nothing to do, and of adding 1%%")
     parser.add_argument("--folder", type=Path, help="where the lake goes and stays; else a temporary folder")
     parser.add_argument("--json", action="store_true", help="print JSON alone")

@@ -82,7 +82,7 @@ def build(folder: Path, *, shards: int, rows: int, size: ModelSize, **sections: 
         "lora": {"rank": 4, "alpha": 8},
         "tokenization": {"max_length": 128, "separator": ""},
         "warmup": {"share": 0.01, "epochs": 2, "batch_size": 8, "learning_rate": 1e-3},
-        "features": {"sketch_dim": 1024},
+        
         "targets": {"strings": {"examples": "target.jsonl", "eval": "eval.jsonl"}},
         "selection": {"budget": 100},
         **sections,

@@ -138,7 +138,9 @@ def build_schedules(settings: Settings) -> list[Any]:
             name="nightly_reconcile",
             job_name="refresh_pool",
             cron_schedule="0 3 * * *",
-            description="Reconciles manifest, warm-up and index with the inbox once a night.",
+            tags={"prism/compact": "true"},
+            description="Reconciles manifest, warm-up and index with the inbox once a night, and compacts small "
+            "index segments into one.",
         ),
         weekly_refresh,
     ]

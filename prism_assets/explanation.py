@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.corpus.assets import corpus_version
-from prism_assets.features.assets import GradientPass, feature_version, read_blocks, vectors_of
+from prism_assets.features.assets import (
+    GradientPass,
+    IndexedShard,
+    feature_version,
+    indexed_shards,
+    read_blocks,
+    segment_part,
+    vectors_of,
+)
 from prism_assets.housekeeping import feature_versions
 from prism_assets.reference.assets import warmup_scope
 from prism_assets.selection.assets import direction_scope, join_key, load_direction
@@ -53,14 +61,14 @@ class IndexState:
 
     version: str
     pool: Artifact
-    shards: list[dict[str, Any]]  # rows of candidate_index that are in the pool
+    shards: list[IndexedShard]  # rows of candidate_index that are in the pool
     found: "SegmentedIndex"
     usable: "list[np.ndarray]"  # per shard, bool [n]: canonical and not refused
     ids: "list[np.ndarray]"  # per shard, [n]
 
     def position(self, shard: str) -> int | None:
         """Where a shard stands among `shards`."""
-        return next((i for i, one in enumerate(self.shards) if one["shard"] == shard), None)
+        return next((i for i, one in enumerate(self.shards) if one.shard == shard), None)
 
     @property
     def ranked(self) -> int:
@@ -77,20 +85,19 @@ def open_index(lake: Lake, store: VectorStore, version: str) -> IndexState:
     if pool is None:
         raise LakeError(f"The manifest of index {index.fingerprint} is not in the lake any more: run `prism run`.")
     excluded = {row["shard"]: row["excluded_rows"] for row in lake.read_table(pool).to_pylist()}
-    shards = [one for one in lake.read_table(index).to_pylist() if one["shard"] in excluded]
-    paths, usable, ids = [], [], []
+    shards = [one for one in indexed_shards(lake, index) if one.shard in excluded]
+    parts, usable, ids = [], [], []
     for one in shards:
-        segment = lake.get("index_segments", one["segment"])
-        features = lake.get("candidate_features", one["features"])
-        if segment is None or features is None:
-            raise LakeError(f"Shard {one['shard']} lost its segment or features: run `prism run`.")
+        features = lake.get("candidate_features", one.features)
+        if features is None:
+            raise LakeError(f"Shard {one.shard} lost its features: run `prism run`.")
         columns = read_blocks(lake, features, ["id", "refused"])
         mask = np.array([reason is None for reason in columns["refused"].to_pylist()], dtype=bool)
-        mask[excluded[one["shard"]]] = False
-        paths.append(segment.path / "segment.faiss")
+        mask[excluded[one.shard]] = False
+        parts.append(segment_part(lake, one))
         usable.append(mask)
         ids.append(np.array(columns["id"].to_pylist(), dtype=object))
-    return IndexState(version, pool, shards, store.open(paths), usable, ids)
+    return IndexState(version, pool, shards, store.open(parts), usable, ids)
 
 
 class Explainer:
@@ -324,7 +331,7 @@ class Explainer:
     def _stored_row(self, place: Place) -> dict[str, Any]:
         """The stored features of one row, from the one block that holds it; `vector` as float16 [C, K]."""
         reference = self.index.shards[self.index.position(place.shard)]
-        features = self.lake.get("candidate_features", reference["features"])
+        features = self.lake.get("candidate_features", reference.features)
         first = 0
         for block in self.lake.read_table(features, ["block", "rows"]).to_pylist():
             if place.row < first + block["rows"]:
@@ -444,7 +451,7 @@ class Explainer:
         for score, segment, other in zip(top.scores.tolist(), top.segment.tolist(), top.row.tolist(), strict=True):
             if (segment, other) == (position, place.row):
                 continue
-            shard = self.index.shards[segment]["shard"]
+            shard = self.index.shards[segment].shard
             record = self._rows_of(self.index.pool, shard, [other])[0]
             texts = {name: record[name] for name in ("source", "prompt", "completion")}
             found.append(Neighbour(score / len(row), self.index.ids[segment][other], shard, other, **texts))

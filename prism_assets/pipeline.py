@@ -3,7 +3,8 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import dagster as dg
+
+
+# Which process works on a run.
+_PROCESS_TAG = "prism/process"
 
 
 class PipelineError(Exception):
@@ -84,11 +89,30 @@ def run_pipeline(
     on_result: Callable[[StepResult], None] = lambda result: None,
     targets: Sequence[str] | None = None,
     steps: Sequence[Step] = STEPS,
+    tags: Mapping[str, str] | None = None,
 ) -> list[StepResult]:
     """Look at the inbox, then materialise every asset in order; what exists is found, not computed.
 
-    Raises PipelineError at the first run that fails.
+    `tags` are laid on every run: `{"prism/compact": "true"}` compacts index segments.
+    A run whose process was killed is closed first, so that nothing waits for it. Raises PipelineError at the first run
+    that fails.
     """
+    with _registered(dagster_home(settings) / "processes") as process:
+        _close_runs_of_the_dead(instance, dagster_home(settings) / "processes")
+        tags = {**(tags or {}), _PROCESS_TAG: process}
+        return _run_steps(settings, definitions, instance, tags, on_step, on_result, targets, steps)
+
+
+def _run_steps(
+    settings: Settings,
+    definitions: "dg.Definitions",
+    instance: "dg.DagsterInstance",
+    tags: Mapping[str, str],
+    on_step: Callable[[Step], None],
+    on_result: Callable[[StepResult], None],
+    targets: Sequence[str] | None,
+    steps: Sequence[Step],
+) -> list[StepResult]:
     from prism_assets import catalog
     from prism_assets.corpus.inbox import scan
     from prism_assets.partitions import reconcile_shards
@@ -109,14 +133,62 @@ def run_pipeline(
         # The records of every target are read in any case: the pool keeps them all out of every ranking.
         chosen = list(settings.targets) if "targets" in step.assets else targets or list(settings.targets)
         runs = [
-            _execute(definitions, instance, step, tags)
-            for tags in _partition_tags(settings, definitions, instance, step, chosen)
+            _execute(definitions, instance, step, {**tags, **partition_tags})
+            for partition_tags in _partition_tags(settings, definitions, instance, step, chosen)
         ]
         computed = sum(count for _, count in runs)
         results.append(StepResult(step, [run for run, _ in runs], computed, time.monotonic() - started))
         on_result(results[-1])
     catalog.refresh(lake)
     return results
+
+
+@contextmanager
+def _registered(folder: Path) -> "Iterator[str]":
+    """A name for this process, and a file of that name that is locked until the process ends, however it ends."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = uuid.uuid4().hex
+    with open(folder / name, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield name
+        finally:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _lives(folder: Path, name: str) -> bool:
+    import fcntl
+
+    try:
+        with open(folder / name) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    (folder / name).unlink(missing_ok=True)
+    return False
+
+
+def _close_runs_of_the_dead(instance: "dg.DagsterInstance", folder: Path) -> None:
+    """Close runs whose process is gone. They would hold their place in a pool for ever, and the next run would wait."""
+    import dagster as dg
+
+    unfinished = [
+        dg.DagsterRunStatus.NOT_STARTED,
+        dg.DagsterRunStatus.STARTING,
+        dg.DagsterRunStatus.STARTED,
+        dg.DagsterRunStatus.CANCELING,
+    ]
+    for run in instance.get_runs(dg.RunsFilter(statuses=unfinished)):
+        process = run.tags.get(_PROCESS_TAG)
+        if process and not _lives(folder, process):
+            instance.report_run_canceled(
+                run, message="The process of this run was killed. What it had finished is kept; a later run goes on."
+            )
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def _partition_tags(

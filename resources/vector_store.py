@@ -15,6 +15,7 @@ bit.
 
 from __future__ import annotations
 
+import copy
 import os
 import struct
 import sys
@@ -50,6 +51,14 @@ class TopK(NamedTuple):
     scores: np.ndarray  # float32 [k']
     segment: np.ndarray  # int32 [k'], position of the segment among the opened paths
     row: np.ndarray  # int64 [k'], row within the segment
+
+
+class SegmentPart(NamedTuple):
+    """Rows first_row … first_row + rows of a segment file: what one of several compacted segments became."""
+
+    path: Path
+    first_row: int
+    rows: int
 
 
 class DamagedSegment(RuntimeError):
@@ -103,12 +112,21 @@ class VectorStore(dagster.ConfigurableResource):
             index.add_sa_codes(codes)
         _publish(faiss, index, Path(path))
 
-    def open(self, paths: Sequence[Path]) -> SegmentedIndex:
-        """Open segments memory-mapped: nothing but their headers is read before the first query.
+    def open(self, paths: Sequence[Path | SegmentPart]) -> SegmentedIndex:
+        """Open segments, or parts of them, memory-mapped: nothing but their headers is read before the first query.
 
-        Raises DamagedSegment for a file that is truncated or foreign, ValueError where dimensions differ.
+        Parts of one file share its mapping. Raises DamagedSegment for a file that is truncated or foreign, ValueError
+        where dimensions differ or a part lies outside of its file.
         """
-        return SegmentedIndex([_open_segment(Path(path)) for path in paths], self._device())
+        opened: dict[Path, _Segment] = {}
+        segments = []
+        for one in paths:
+            path = Path(one.path if isinstance(one, SegmentPart) else one)
+            if path not in opened:
+                opened[path] = _open_segment(path)
+            whole = opened[path]
+            segments.append(whole.part(one.first_row, one.rows) if isinstance(one, SegmentPart) else whole)
+        return SegmentedIndex(segments, self._device())
 
     def compact(self, paths: Sequence[Path], out: Path) -> list[int]:
         """Write several segments as one, code for code: no score changes.
@@ -422,6 +440,14 @@ class _Segment:
         nbytes = self.size * index.code_size
         codes = faiss.rev_swig_ptr(index.codes.data(), nbytes) if nbytes else np.empty(0, np.uint8)
         self.values = codes.view(self.storage).reshape(self.size, self.dim)
+
+    def part(self, first_row: int, rows: int) -> _Segment:
+        """These rows as a segment of their own, over the same mapping."""
+        if first_row < 0 or rows < 0 or first_row + rows > self.size:
+            raise ValueError(f"{self.path} has {self.size} rows: there is no part of {rows} from row {first_row}")
+        view = copy.copy(self)
+        view.size, view.values = rows, self.values[first_row : first_row + rows]
+        return view
 
     def scan(self, query: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Scores of the rows start..stop, float32 [stop - start]."""

@@ -1,8 +1,8 @@
 """Features: sketched gradient rows of candidates in content-keyed blocks, index segments, and target gradients."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dagster as dg
 
@@ -30,12 +30,15 @@ if TYPE_CHECKING:
     from prism_assets.features.preconditioner import Preconditioner
     from prism_assets.features.sketch import Projection
     from prism_assets.selection.direction import TargetSet
+    from resources.vector_store import SegmentPart
 
 ENGINE_VERSION = 1  # raised by hand when the same rows get other numbers
 SEGMENT_VERSION = 1
 INDEX_VERSION = 1
 TARGET_VERSION = 1
 BLOCK_ROWS = 4096
+COMPACT_BELOW_ROWS = 16_384  # larger segments are left alone by compaction
+COMPACT_TAG = "prism/compact"
 
 GROUP = "features"
 
@@ -390,22 +393,22 @@ def candidate_index(
     language_model: LanguageModel,
     vector_store: VectorStore,
 ) -> dg.MaterializeResult:
-    """Immutable FAISS inner-product segments, one per live shard, reconciled with the live pool.
+    """Immutable FAISS inner-product segments, reconciled with the live pool.
 
-    A shard whose features are not finished is left out and counted; the next materialisation takes it in.
+    A new shard is a segment of its own; once a night the small ones are compacted into one (run tag `prism/compact`),
+    which changes no answer. A shard whose features are not finished is left out and counted; the next materialisation
+    takes it in.
     """
     version = feature_version(settings, lake, language_model)
     pool = lake.require("live_pool", None, corpus_version(settings, language_model))
     keys = lake.read_table(pool, ["shard"])["shard"].to_pylist()
     features = {key: lake.head("candidate_features", key, version) for key in keys}
     ready = {key: artifact for key, artifact in features.items() if artifact is not None}
-    segments, computed = {}, 0
-    with stage.progress(context, "index segments", len(ready), "segments") as progress:
-        for key, artifact in ready.items():
-            segments[key], made = _publish_segment(lake, vector_store, artifact, version, context.run_id)
-            computed += made
-            progress.advance()
-    index, made = _publish_index(lake, pool, ready, segments, version, context.run_id)
+    placed, computed = _placed(context, lake, vector_store, ready, version)
+    if context.run.tags.get(COMPACT_TAG) == "true":
+        placed, compacted = _compacted(lake, vector_store, placed, version, context.run_id)
+        computed += compacted
+    index, made = _publish_index(lake, pool, placed, version, context.run_id)
     lake.point(index, None, version, context.run_id)
     missing = [key for key in keys if key not in ready]
     sampled = set(lake.require("warmup_sample", None, warmup_scope(settings, language_model)).notes["shards"])
@@ -417,9 +420,9 @@ def candidate_index(
             {
                 "dagster/row_count": index.notes["rows"],
                 "feature_version": version,
-                "segments": len(segments),
+                "shards": len(placed),
+                "segments": index.notes["segments"],
                 "segments_computed": computed,
-                "bytes": sum(_size(segment) for segment in segments.values()),
                 "rows": stage.preview(lake.read_table(index).to_pylist()),
             },
             {
@@ -428,6 +431,50 @@ def candidate_index(
             },
         ),
     )
+
+
+class IndexedShard(NamedTuple):
+    """Where the rows of a shard stand in the index: a segment of its own, or a part of a compacted one."""
+
+    shard: str
+    segment: str  # fingerprint
+    first_row: int
+    rows: int
+    features: str  # fingerprint
+
+
+def indexed_shards(lake: Lake, index: Artifact) -> list[IndexedShard]:
+    """The shards of an index, in key order."""
+    return [IndexedShard(**row) for row in lake.read_table(index).to_pylist()]
+
+
+def segment_part(lake: Lake, one: IndexedShard) -> "SegmentPart":
+    """The rows of a shard, to be opened. Raises dagster.Failure where their segment is not in the lake."""
+    from resources.vector_store import SegmentPart
+
+    segment = lake.get("index_segments", one.segment)
+    if segment is None:
+        raise dg.Failure(f"Shard {one.shard} lost its segment: materialise candidate_index again.")
+    return SegmentPart(segment.path / "segment.faiss", one.first_row, one.rows)
+
+
+def _placed(
+    context: dg.AssetExecutionContext, lake: Lake, store: VectorStore, ready: Mapping[str, Artifact], version: str
+) -> tuple[list[IndexedShard], int]:
+    """Every ready shard in a segment: where it stood already, else in a new one of its own; and how many were made."""
+    before = lake.head("candidate_index", None, version)
+    known = {one.features: one for one in indexed_shards(lake, before)} if before is not None else {}
+    placed, computed = [], 0
+    with stage.progress(context, "index segments", len(ready), "segments") as progress:
+        for key, features in ready.items():
+            found = known.get(features.fingerprint)
+            if found is None or lake.get("index_segments", found.segment) is None:
+                segment, made = _publish_segment(lake, store, features, version, context.run_id)
+                computed += made
+                found = IndexedShard(key, segment.fingerprint, 0, segment.notes["rows"], features.fingerprint)
+            placed.append(found._replace(shard=key))
+            progress.advance()
+    return placed, computed
 
 
 def _publish_segment(
@@ -449,38 +496,63 @@ def _publish_segment(
     return lake.publish_folder(recipe, write, run_id=run_id), 1
 
 
+def _compacted(
+    lake: Lake, store: VectorStore, placed: Sequence[IndexedShard], version: str, run_id: str
+) -> tuple[list[IndexedShard], int]:
+    """The same shards with the small segments that hold one shard each copied into one, code for code.
+
+    No answer changes. A segment that is compacted already, or large, stays as it is.
+    """
+    holders: dict[str, int] = {}
+    for one in placed:
+        holders[one.segment] = holders.get(one.segment, 0) + 1
+    small = [one for one in placed if holders[one.segment] == 1 and one.rows <= COMPACT_BELOW_ROWS]
+    if len(small) < 2:
+        return list(placed), 0
+    parts = [lake.get("index_segments", one.segment) for one in small]
+    recipe = Recipe("index_segments", SEGMENT_VERSION, {"storage": store.storage}, {"segments": parts}, version=version)
+    artifact = lake.find(recipe)
+    computed = artifact is None
+    if artifact is None:
+
+        def write(folder: Any) -> dict[str, Any]:
+            offsets = store.compact([part.path / "segment.faiss" for part in parts], folder / "segment.faiss")
+            return {"rows": sum(one.rows for one in small), "first_rows": offsets}
+
+        artifact = lake.publish_folder(recipe, write, run_id=run_id)
+    moved = {
+        one.shard: one._replace(segment=artifact.fingerprint, first_row=first)
+        for one, first in zip(small, artifact.notes["first_rows"], strict=True)
+    }
+    return [moved.get(one.shard, one) for one in placed], int(computed)
+
+
 def _publish_index(
-    lake: Lake, pool: Artifact, features: dict[str, Artifact], segments: dict[str, Artifact], version: str, run_id: str
+    lake: Lake, pool: Artifact, placed: Sequence[IndexedShard], version: str, run_id: str
 ) -> tuple[Artifact, int]:
     """The list of segments that answer queries for one state of the pool."""
     import pyarrow as pa
 
+    segments = [lake.get("index_segments", name) for name in dict.fromkeys(one.segment for one in placed)]
     recipe = Recipe(
-        "candidate_index", INDEX_VERSION, {"shards": list(segments)},
-        {"pool": pool, "segments": list(segments.values())}, version=version,
+        "candidate_index", INDEX_VERSION, {"shards": [list(one) for one in placed]},
+        {"pool": pool, "segments": segments}, version=version,
     )  # fmt: skip
     artifact = lake.find(recipe)
     if artifact is not None:
         return artifact, 0
-    rows = [
-        {
-            "shard": key,
-            "segment": segment.fingerprint,
-            "features": features[key].fingerprint,
-            "rows": segment.notes["rows"],
-        }
-        for key, segment in segments.items()
-    ]
     schema = pa.schema(
-        [("shard", pa.string()), ("segment", pa.string()), ("features", pa.string()), ("rows", pa.int64())]
+        [
+            ("shard", pa.string()),
+            ("segment", pa.string()),
+            ("first_row", pa.int64()),
+            ("rows", pa.int64()),
+            ("features", pa.string()),
+        ]
     )
-    table = pa.Table.from_pylist(rows, schema)
-    notes = {"rows": sum(row["rows"] for row in rows), "pool": pool.fingerprint}
+    table = pa.Table.from_pylist([one._asdict() for one in placed], schema)
+    notes = {"rows": sum(one.rows for one in placed), "pool": pool.fingerprint, "segments": len(segments)}
     return lake.publish_table(recipe, table, run_id=run_id, notes=notes), 1
-
-
-def _size(segment: Artifact) -> int:
-    return sum(file.stat().st_size for file in segment.path.iterdir())
 
 
 def _drift(features: dict[str, Artifact], sampled: set[str]) -> tuple[bool, dict[str, Any]]:

@@ -12,9 +12,12 @@ from prism_assets import stage
 from prism_assets.corpus.assets import corpus_version, shard_name
 from prism_assets.features.assets import (
     GradientPass,
+    IndexedShard,
     feature_version,
     gradient_pass,
+    indexed_shards,
     read_blocks,
+    segment_part,
     target_set,
 )
 from prism_assets.partitions import target_strategies_of, targets_of
@@ -549,9 +552,9 @@ def rank_by_direction(
     from prism_assets.selection.strategies import cut, ranking
 
     canonical = _allowed_rows(lake, pool)
-    segments = [one for one in lake.read_table(index).to_pylist() if one["shard"] in canonical]
+    segments = [one for one in indexed_shards(lake, index) if one.shard in canonical]
     usable = [_usable_rows(lake, one) for one in segments]
-    allowed = [canonical[one["shard"]] & mask for one, mask in zip(segments, usable, strict=True)]
+    allowed = [canonical[one.shard] & mask for one, mask in zip(segments, usable, strict=True)]
     pool_rows = int(sum(mask.sum() for mask in allowed))
     if not pool_rows:
         raise dg.Failure("No candidate of the live pool has usable features.")
@@ -567,7 +570,7 @@ def rank_by_direction(
     while True:
         # All that tie with the k-th: where they are cut, ids decide.
         best = np.flatnonzero(scores >= np.partition(scores, pool_rows - k)[pool_rows - k])
-        places = [(segments[s]["shard"], int(r)) for s, r in zip(segment_of[best], row_of[best], strict=True)]
+        places = [(segments[s].shard, int(r)) for s, r in zip(segment_of[best], row_of[best], strict=True)]
         rows = _rows_at(lake, pool, places)
         order = ranking(scores[best], rows["id"].to_pylist())
         tokens = rows["completion_tokens"].to_numpy()[order]
@@ -583,50 +586,47 @@ def rank_by_direction(
         {
             **_counts(table),
             "pool_rows": counted,
-            "refused_rows": sum(int((canonical[one["shard"]] & ~mask).sum()) for one, mask in zip(segments, usable, strict=True)),
+            "refused_rows": sum(
+                int((canonical[one.shard] & ~mask).sum()) for one, mask in zip(segments, usable, strict=True)
+            ),
             "non_positive_influence": int((selected <= 0).sum()),
             "score_histogram": score_histogram(scores, selected=taken),
         },
     )
 
 
-def _usable_rows(lake: Lake, segment: Mapping[str, Any]) -> "np.ndarray":
+def _usable_rows(lake: Lake, segment: IndexedShard) -> "np.ndarray":
     """The mask [n] of the rows of an index segment whose gradient was not refused."""
     import numpy as np
 
-    features = lake.get("candidate_features", segment["features"])
+    features = lake.get("candidate_features", segment.features)
     if features is None:
         raise dg.Failure(
-            f"Shard {segment['shard']} lost its features: materialise candidate_features[{segment['shard']}] and "
+            f"Shard {segment.shard} lost its features: materialise candidate_features[{segment.shard}] and "
             "candidate_index again."
         )
     if not features.notes["refused"]:
-        return np.ones(segment["rows"], dtype=bool)
+        return np.ones(segment.rows, dtype=bool)
     return np.array([reason is None for reason in read_blocks(lake, features, ["refused"])["refused"].to_pylist()])
 
 
 def _segment_scores(
-    lake: Lake, store: VectorStore, segments: Sequence[Mapping[str, Any]], query: "np.ndarray"
+    lake: Lake, store: VectorStore, segments: Sequence[IndexedShard], query: "np.ndarray"
 ) -> "list[np.ndarray]":
     """Scores float32 [n] of every row of each segment. A score that was computed once is remembered: it depends on the
     row and the query alone, so a shard that arrives costs the scan of its own segment and no other."""
     import numpy as np
 
     asked = f"scores/{hashlib.sha256(query.astype(np.float32).tobytes()).hexdigest()[:32]}"
-    names = [f"{asked}/{one['segment']}" for one in segments]
+    names = [f"{asked}/{one.features}" for one in segments]
     remembered = [lake.recall(name) for name in names]
     scores = [
-        np.frombuffer(data, np.float32) if data is not None and len(data) == 4 * one["rows"] else None
+        np.frombuffer(data, np.float32) if data is not None and len(data) == 4 * one.rows else None
         for one, data in zip(segments, remembered, strict=True)
     ]
     new = [position for position, one in enumerate(scores) if one is None]
-    paths = []
-    for position in new:
-        segment = lake.get("index_segments", segments[position]["segment"])
-        if segment is None:
-            raise dg.Failure(f"Shard {segments[position]['shard']} lost its segment: materialise candidate_index again.")
-        paths.append(segment.path / "segment.faiss")
-    for position, computed in zip(new, store.open(paths).scores(query) if paths else [], strict=True):
+    parts = [segment_part(lake, segments[position]) for position in new]
+    for position, computed in zip(new, store.open(parts).scores(query) if parts else [], strict=True):
         scores[position] = computed
         lake.remember(names[position], computed.tobytes())
     return scores
@@ -678,12 +678,13 @@ def _rows_at(lake: Lake, pool: Artifact, places: list[tuple[str, int]]) -> "pa.T
     parts, positions = [], []
     for shard, its_positions in by_shard.items():
         rows = lake.read_table(lake.get("candidates", fingerprints[shard]), _COPIED)
-        part = rows.take([places[position][1] for position in its_positions])
-        sources = [source or shard_name(shard) for source in part["source"].to_pylist()]
-        part = part.set_column(part.column_names.index("source"), "source", pa.array(sources, pa.string()))
-        parts.append(part.append_column("shard", pa.array([shard] * len(its_positions), pa.string())))
+        parts.append(rows.take([places[position][1] for position in its_positions]))
         positions += its_positions
     table = pa.concat_tables(parts).take(np.argsort(positions))
+    shards = [shard for shard, _ in places]
+    sources = [source or shard_name(shard) for source, shard in zip(table["source"].to_pylist(), shards, strict=True)]
+    table = table.set_column(table.column_names.index("source"), "source", pa.array(sources, pa.string()))
+    table = table.append_column("shard", pa.array(shards, pa.string()))
     return table.append_column("row", pa.array([row for _, row in places], pa.int64()))
 
 
