@@ -14,7 +14,7 @@ install: .venv/installed
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 demo: install
 	$(BIN)/prism demo runs/demo

@@ -438,9 +438,9 @@ class IndexedShard(NamedTuple):
 
     shard: str
     segment: str  # fingerprint
-    first_row: int
     rows: int
     features: str  # fingerprint
+    first_row: int = 0  # in the segment
 
 
 def indexed_shards(lake: Lake, index: Artifact) -> list[IndexedShard]:
@@ -471,7 +471,7 @@ def _placed(
             if found is None or lake.get("index_segments", found.segment) is None:
                 segment, made = _publish_segment(lake, store, features, version, context.run_id)
                 computed += made
-                found = IndexedShard(key, segment.fingerprint, 0, segment.notes["rows"], features.fingerprint)
+                found = IndexedShard(key, segment.fingerprint, segment.notes["rows"], features.fingerprint)
             placed.append(found._replace(shard=key))
             progress.advance()
     return placed, computed
