@@ -261,8 +261,17 @@ def _execute(
         raise_on_error=False,
     )
     if not result.success:
+        if any(_interrupted(event) for event in result.all_events):
+            raise KeyboardInterrupt  # Dagster turned Ctrl-C into a failed step
         raise PipelineError(_reason(step, result))
     return result.run_id, _computed(result)
+
+
+def _interrupted(event: Any) -> bool:
+    error = event.step_failure_data.error if event.is_step_failure else None
+    while error is not None and error.cls_name != "DagsterExecutionInterruptedError":
+        error = error.cause
+    return error is not None
 
 
 def _reason(step: Step, result: Any) -> str:

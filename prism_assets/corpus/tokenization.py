@@ -285,8 +285,8 @@ class Encoder:
 
     def _token_ids(self, text: str, first: bool) -> list[int]:
         if first or not self._anchored:
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        return self.tokenizer.encode(self.tokenizer.eos_token + text, add_special_tokens=False)[1:]
+            return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return self.tokenizer.encode(self.tokenizer.eos_token + text, add_special_tokens=False, verbose=False)[1:]
 
     def _adds_a_leading_space(self) -> bool:
         """Whether the tokenizer writes a space before the first word (SentencePiece's dummy prefix).
