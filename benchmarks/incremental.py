@@ -49,6 +49,7 @@ class Measured(NamedTuple):
     old_blocks_read: int  # feature blocks of before this run whose rows were read
     old_segments_read: int  # index segments of before this run that were opened for a query
     computed: dict[str, int]  # artefacts made, by step
+    cpu_by_step: dict[str, float]
 
 
 class Reads:
@@ -125,9 +126,18 @@ def run_here(config: Path) -> Measured:
     steps = [step._replace(assets=step.assets[:1]) if "selection" in step.assets else step for step in pipeline.STEPS]
     steps = [step for step in steps if "report" not in step.assets]
     reads = Reads()
+    clock: list[float] = []
     read, cpu, wall = read_so_far(), time.process_time(), time.monotonic()
     with reads.noted(), pipeline.instance_of(settings) as instance:
-        results = pipeline.run_pipeline(settings, definitions_of(config), instance, steps=steps)
+        definitions = definitions_of(config)
+        results = pipeline.run_pipeline(
+            settings,
+            definitions,
+            instance,
+            steps=steps,
+            on_step=lambda _: clock.append(-time.process_time()),
+            on_result=lambda _: clock.append(time.process_time()),
+        )
     cpu, wall, read = time.process_time() - cpu, time.monotonic() - wall, read_so_far() - read
     written: Counter[str] = Counter()
     for path, state in files_below(root).items():
@@ -142,6 +152,7 @@ def run_here(config: Path) -> Measured:
         len(reads.blocks & old),
         len(reads.segments & old),
         {result.step.title: result.computed for result in results},
+        {result.step.title: sum(clock[2 * i : 2 * i + 2]) for i, result in enumerate(results)},
     )
 
 
@@ -232,6 +243,9 @@ def describe(run: Measured, nothing: Measured) -> dict[str, Any]:
     written = sum(run.written.values()) - catalogue
     return {
         "wall_seconds": run.wall_seconds,
+        "cpu_by_step_beyond_a_run_with_nothing_to_do": {
+            step: seconds - nothing.cpu_by_step.get(step, 0) for step, seconds in run.cpu_by_step.items()
+        },
         "bytes_written": written,
         "bytes_of_the_shards_own_artefacts": own,
         "bytes_ratio": written / own,

@@ -18,8 +18,11 @@ C = dg.AutomationCondition
 _INPUT_MOVED = C.any_deps_updated().replace(
     "newly_updated_without_root", C.data_version_changed() & ~C.executed_with_root_target()
 )
-# `since(newly_requested)` keeps a move that comes while the asset is being made; `eager` would lose it.
-_MOVED = (_INPUT_MOVED | C.code_version_changed()).since(C.newly_requested())
+# `since(newly_requested)` keeps a move that comes while the asset is being made; `eager` would lose it. A request is
+# seen as new on the tick after it, and in `since` a reset beats a trigger of the same tick: without `& ~trigger` a move
+# between the request and the next tick would be lost.
+_TRIGGER = _INPUT_MOVED | C.code_version_changed()
+_MOVED = _TRIGGER.since(C.newly_requested() & ~_TRIGGER)
 # Not `on_missing`: that ignores what was missing when the daemon first looked. What failed waits for its inputs to
 # move, or for a hand.
 _MISSING = C.missing() & ~C.execution_failed()

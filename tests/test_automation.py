@@ -116,6 +116,12 @@ def requested(project, cursor=None) -> tuple[dict[str, set[str | None]], object]
     return {key.path[-1]: found for key in keys if (found := result.get_requested_partitions(key))}, result.cursor
 
 
+def execute(project, assets: list[str], partition: str | None = None) -> None:
+    job = project.definitions.resolve_implicit_global_asset_job_def()
+    keys = [dg.AssetKey(name) for name in assets]
+    assert job.execute_in_process(instance=project.instance, asset_selection=keys, partition_key=partition).success
+
+
 def test_from_nothing_the_first_thing_asked_for_is_the_model(project):
     project.instance.add_dynamic_partitions("shard", ["a-1"])
     assert requested(project)[0] == {"base_model": {None}}
@@ -135,13 +141,32 @@ def test_an_arrival_asks_for_the_new_shard_alone_and_then_for_manifest_and_index
     assert asked["candidates"] == {new}
     assert asked["candidate_features"] == {new}
     assert not {"warmup_checkpoints", "target_features", "target_direction"} & set(asked)
-    job = project.definitions.resolve_implicit_global_asset_job_def()
-    keys = [dg.AssetKey("candidates"), dg.AssetKey("candidate_features")]
-    assert job.execute_in_process(instance=project.instance, asset_selection=keys, partition_key=new).success
+    execute(project, ["candidates", "candidate_features"], new)
     asked, cursor = requested(project, cursor)
     assert asked["live_pool"] == {None}
     assert asked["candidate_index"] == {None}
     assert "candidate_features" not in asked
+
+
+def test_shards_that_land_while_the_index_is_made_are_in_the_next_index(project, look):
+    look(inbox_sensor)
+    project.run()
+    _, cursor = requested(project)
+    for name in ("one", "two", "three"):
+        settle(project.add(name, [{"prompt": f"copy: {name}{n}=", "completion": f"{name}{n}"} for n in "abcdef"]))
+    look(inbox_sensor)
+    new = {key.rpartition("-")[0]: key for key in project.instance.get_dynamic_partitions("shard")}
+    _, cursor = requested(project, cursor)
+    execute(project, ["candidates", "candidate_features"], new["one"])
+    asked, cursor = requested(project, cursor)
+    assert asked["candidate_index"] == {None}
+    # The request is out; before its run ends, two more shards land.
+    execute(project, ["candidates", "candidate_features"], new["two"])
+    execute(project, ["candidates", "candidate_features"], new["three"])
+    execute(project, ["live_pool", "candidate_index"])
+    asked, cursor = requested(project, cursor)
+    assert asked["live_pool"] == {None}
+    assert asked["candidate_index"] == {None}
 
 
 def test_changed_settings_ask_for_what_reads_them(project, look):
