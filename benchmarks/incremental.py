@@ -259,7 +259,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=100, help="rows of a shard")
+    parser.add_argument("--rows", type=int, default=400, help="rows of a shard")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size of the random model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3, help="of the run with nothing to do, and of adding 1%%")

@@ -488,7 +488,7 @@ def _publish_selection(
         query, _ = load_direction(lake, inputs["direction"])
         ranked = rank_by_direction(lake, store, inputs["index"], inputs["pool"], query, settings.selection.budget)
     else:
-        ranked = rank_by_order(lake, inputs["pool"], corpus, strategy, settings)
+        ranked = rank_by_order(lake, inputs["pool"], strategy, settings)
     return (
         lake.publish_table(
             recipe,
@@ -510,6 +510,12 @@ def _allowed_rows(lake: Lake, pool: Artifact) -> "dict[str, np.ndarray]":
         masks[row["shard"]] = mask = np.ones(row["rows"], dtype=bool)
         mask[row["excluded_rows"]] = False
     return masks
+
+
+def _candidates_of(lake: Lake, pool: Artifact) -> dict[str, str]:
+    """The fingerprint of each shard's candidates in a pool."""
+    columns = lake.read_table(pool, ["shard", "candidates_fingerprint"]).to_pydict()
+    return dict(zip(columns["shard"], columns["candidates_fingerprint"], strict=True))
 
 
 def query_index(
@@ -642,24 +648,25 @@ def _rows_to_ask(budget: Budget, pool_notes: Mapping[str, Any]) -> int:
     return int(budget.amount / mean * 1.5) + 16
 
 
-def rank_by_order(lake: Lake, pool: Artifact, corpus: str, strategy: "Strategy", settings: Settings) -> Ranked:
+def rank_by_order(lake: Lake, pool: Artifact, strategy: "Strategy", settings: Settings) -> Ranked:
     """The top of a pool strategy's order over the canonical live rows."""
     import numpy as np
 
     from prism_assets.selection.strategies import cut, ranking
 
     budget = settings.selection.budget
+    fingerprints = _candidates_of(lake, pool)
     places, ids, tokens = [], [], []
     for shard, mask in _allowed_rows(lake, pool).items():
-        rows = lake.read_table(lake.require("candidates", shard, corpus), ["id", "completion_tokens"])
+        rows = lake.read_table(lake.get("candidates", fingerprints[shard]), ["id", "completion_tokens"])
         kept = np.flatnonzero(mask)
-        places += [(shard, int(position)) for position in kept]
+        places += [(shard, position) for position in kept.tolist()]
         ids += rows["id"].take(kept).to_pylist()
-        tokens += rows["completion_tokens"].take(kept).to_pylist()
+        tokens.append(rows["completion_tokens"].to_numpy()[kept])
     keys = strategy.order(ids, settings.selection.seed)
     order = ranking(keys, ids)
     taken = len(order) if strategy.whole_pool else cut(
-        np.array(tokens)[order], kind=budget.kind, amount=budget.amount, pool_rows=len(ids)
+        np.concatenate(tokens)[order], kind=budget.kind, amount=budget.amount, pool_rows=len(ids)
     )  # fmt: skip
     rows = _rows_at(lake, pool, [places[position] for position in order[:taken]])
     table = _selected_table(rows, None)
@@ -671,7 +678,7 @@ def _rows_at(lake: Lake, pool: Artifact, places: list[tuple[str, int]]) -> "pa.T
     import numpy as np
     import pyarrow as pa
 
-    fingerprints = {row["shard"]: row["candidates_fingerprint"] for row in lake.read_table(pool).to_pylist()}
+    fingerprints = _candidates_of(lake, pool)
     by_shard: dict[str, list[int]] = {}
     for position, (shard, _) in enumerate(places):
         by_shard.setdefault(shard, []).append(position)

@@ -57,8 +57,9 @@ def query_vector(
     """The index query: blocks η̄_k S t_k / ‖t_k‖, concatenated; float32 [C·K].
 
     `sketches` holds S t_k [K] of each of C checkpoints, `norms` the exact ‖t_k‖. The η̄_k are scaled to sum to 1, so
-    a score is a mean cosine. Raises ValueError where a norm is zero or not finite: no direction can be followed.
+    a score is a mean cosine; where all are zero (a warm-up of one step) they count alike. Raises ValueError where a norm is zero or not finite: no direction can be followed.
     """
+    learning_rates = learning_rates if sum(learning_rates) > 0 else [1.0] * len(learning_rates)
     total = float(sum(learning_rates))
     for checkpoint, length in enumerate(norms):
         if not np.isfinite(length) or length <= 0:

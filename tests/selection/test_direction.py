@@ -246,3 +246,9 @@ def test_norm_and_inner_product_run_over_all_parameters():
     assert inner(left, right) == pytest.approx(-1 + 8 + 15)
     # Accumulated in float64: float32 would lose the small one.
     assert inner({"a": torch.tensor([1e8]), "b": torch.tensor([1.0])}, {"a": torch.ones(1), "b": torch.ones(1)}) == 1e8 + 1
+
+
+def test_learning_rates_of_zero_count_alike():
+    sketches = [np.array([3.0, 4.0]), np.array([0.0, 2.0])]
+    query = query_vector(sketches, [5.0, 2.0], [0.0, 0.0])
+    np.testing.assert_allclose(query, [0.3, 0.4, 0.0, 0.5], rtol=1e-6)
