@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -60,10 +59,9 @@ class Cost(NamedTuple):
 
 
 class ProcessCost(NamedTuple):
-    """What a process and its children took; peak_bytes: the largest resident set of any of them."""
+    """What a process, and the children that it waited for, took; and what it printed."""
 
     cost: Cost
-    peak_bytes: int
     returncode: int
     output: str
 
@@ -216,7 +214,7 @@ def measure(run: Callable[[], Any]) -> Cost:
 
 
 def run_process(command: Sequence[str], **settings: Any) -> ProcessCost:
-    """Runs a command; CPU time and peak memory are those of the process and the children it waited for."""
+    """Runs a command and its children to their end."""
     wall = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings
@@ -226,15 +224,13 @@ def run_process(command: Sequence[str], **settings: Any) -> ProcessCost:
     process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
     process.stdout.close()
     cost = Cost(usage.ru_utime + usage.ru_stime, time.perf_counter() - wall)
-    return ProcessCost(cost, usage.ru_maxrss * 1024, process.returncode, output)
+    return ProcessCost(cost, process.returncode, output)
 
 
-def resident_bytes() -> int:
-    """Memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident_bytes(field: str) -> int:
+    """Memory of this process now ("VmRSS") or at most since it was started ("VmHWM").
 
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Not getrusage: its maximum is inherited from the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -17,8 +17,8 @@ the median over rounds of the arm's CPU seconds over ours in the same round (abo
 
 All arms but bergson's comparison have the output dimension `--sketch-dim` (8,192, which is LESS's). Rows are
 real ones where a pool is found (--pool, PRISM_REAL_DATA, ../shared/data/sft), else generated with the same
-distribution of lengths; the output says which. Peak memory: each arm in a process of its own, on the longest
-rows.
+distribution of lengths; the output says which. Peak memory: each arm but bergson in a process of its own, on
+the 16 longest rows.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.common import (
     Cost,
     ModelSize,
+    ProcessCost,
     Record,
     adapt,
     encode,
@@ -55,7 +56,6 @@ from benchmarks.common import (
     make_base,
     measure,
     padded_inputs,
-    peak_resident_bytes,
     pretrain,
     read_pool,
     resident_bytes,
@@ -75,6 +75,7 @@ MODELS = {
 }
 LESS_PROJECTION_ROWS = 16
 LESS_PROJECTION_BLOCK = 128
+LESS_PROJECTION_ROUNDS = 2  # it depends on no row, only on the number of parameters
 BERGSON_PROJECTION_DIM = 8
 BERGSON_TOKENS = 1024  # a batch
 BERGSON_FEW_ROWS = 8
@@ -84,7 +85,7 @@ PEERS = Path(__file__).resolve().parents[1] / ".venv-peers"
 class Options(NamedTuple):
     """How much is measured."""
 
-    rows: int = 64
+    rows: int = 96
     rounds: int = 5
     sketch_dim: int = 8192
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -202,17 +203,17 @@ def time_arms(
     order = list(arms)
     for turn in range(options.rounds):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            costs[name].append(measure(arms[name]))
+            if name != "less_projection" or turn < LESS_PROJECTION_ROUNDS:
+                costs[name].append(measure(arms[name]))
     per_row = {
         name: [Cost(*(value / (projected if name == "less_projection" else len(examples)) for value in cost))
                for cost in values]
         for name, values in costs.items()
     }  # fmt: skip
+    projection = Cost(*(statistics.median(values) for values in zip(*per_row["less_projection"], strict=True)))
     per_row["less"] = [
         Cost(loop.cpu + projection.cpu, loop.wall + projection.wall)
-        for loop, projection in zip(
-            per_row["less_without_projection"], per_row["less_projection"], strict=True
-        )
+        for loop in per_row["less_without_projection"]
     ]
     result: dict[str, Any] = {}
     for name in ("plain", "less", "less_without_projection"):
@@ -278,12 +279,11 @@ def time_bergson(
         write_records(few, records[:BERGSON_FEW_ROWS])
         tokens = sum(len(example.input_ids) for example in examples)
         few_tokens = sum(len(example.input_ids) for example in examples[:BERGSON_FEW_ROWS])
-        ratios, costs, peaks = [], [], []
+        ratios, costs = [], []
         for _ in range(options.peer_rounds):
             start = run_bergson(python, folder, few)
             our = measure(lambda: ours(examples))
             whole = run_bergson(python, folder, many)
-            peaks.append(whole.peak_bytes)
             costs.append((whole.cost.cpu - start.cost.cpu) / (tokens - few_tokens))
             ratios.append(costs[-1] / (our.cpu / tokens))
     except RuntimeError as error:
@@ -296,12 +296,11 @@ def time_bergson(
             "output_dimension": dim,
             "cpu_milliseconds_a_row": 1000 * statistics.median(costs) * tokens / len(examples),
             "start_up_cpu_seconds": start.cost.cpu,
-            "peak_bytes": max(peaks),
         },
     }
 
 
-def run_bergson(python: Path, folder: Path, rows: Path) -> Any:
+def run_bergson(python: Path, folder: Path, rows: Path) -> ProcessCost:
     """One `bergson build`. Raises RuntimeError with its last words where it fails."""
     command = [
         str(python), "-m", "bergson", "build", str(folder / "bergson"), "--model", str(folder / "adapter"),
@@ -351,7 +350,7 @@ def print_memory(arm: str, folder: Path, sketch_dim: int, batch_size: int) -> No
     records = read_pool(folder / "rows.jsonl")
     _, examples = encode(tokenizer, records, len(records))
     longest = sorted(examples, key=lambda example: -len(example.input_ids))[:LESS_PROJECTION_ROWS]
-    loaded = resident_bytes()
+    loaded = resident_bytes("VmRSS")
     if arm == "ours":
         our_features(model, sketch_dim)(longest)
     elif arm == "plain":
@@ -360,7 +359,7 @@ def print_memory(arm: str, folder: Path, sketch_dim: int, batch_size: int) -> No
         consume(less_gradients(model, longest))
     else:
         dense_rademacher(torch.stack(list(less_gradients(model, longest))), sketch_dim)
-    peak = peak_resident_bytes()
+    peak = resident_bytes("VmHWM")
     print(json.dumps({"peak_bytes": peak, "beyond_the_loaded_model_bytes": max(0, peak - loaded)}))
 
 

@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     rows: Tensor  # int64 [N] its example, 0..b-1
     columns: Tensor  # int64 [N] its rank among the example's supervised tokens
     counts: Tensor  # float64 [b] supervised tokens of each example
+    most_supervised: int  # the largest of the counts (known here, so that no GPU need be asked)
 
 
 def check_examples(examples: Sequence[Example], vocabulary: int, longest: int | None) -> None:
@@ -100,4 +101,5 @@ def build_batch(examples: Sequence[Example], positions: list[int], device: torch
         rows=on_device(np.repeat(np.arange(len(chosen)), counts)),
         columns=on_device(np.concatenate([np.arange(count) for count in counts])),
         counts=on_device(counts, np.float64),
+        most_supervised=int(counts.max()),
     )

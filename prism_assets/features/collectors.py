@@ -6,6 +6,8 @@ or sums them. A collector serves one batch.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch import Tensor
 
@@ -16,18 +18,21 @@ from prism_assets.features.sketch import Projection
 
 
 class Collector:
-    """Forms a layer's gradients from what the backward pass reports, and hands them to `receive`."""
+    """Forms a layer's gradients from what the backward pass reports, and hands them to `receive`.
 
-    def __init__(self, batch: Batch, dtype: torch.dtype, head_layer: AdaptedLinear | None) -> None:
+    at_supervised: the layers that see the batch's supervised positions only, as [1, N, features].
+    """
+
+    def __init__(self, batch: Batch, dtype: torch.dtype, at_supervised: Set[AdaptedLinear]) -> None:
         self.batch = batch
         self.dtype = dtype
-        self.head_layer = head_layer
+        self.at_supervised = at_supervised
         self.inverse_counts = batch.counts.reciprocal().to(dtype)[:, None, None]
 
     def collect(
         self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor
     ) -> None:
-        if layer is self.head_layer:
+        if layer in self.at_supervised:
             inputs, down, output_gradient, up = map(self._pad, (inputs, down, output_gradient, up))
         self.receive(layer.name_a, self.outer(up, inputs))
         # Formed transposed because a product with few rows is faster than one with few columns.
@@ -43,7 +48,7 @@ class Collector:
     def _pad(self, values: Tensor) -> Tensor:
         """[1, N, d] at the supervised positions -> [b, most, d], an example a row, zeros after its last."""
         batch = self.batch
-        padded = values.new_zeros(len(batch.positions), int(batch.counts.max()), values.shape[-1])
+        padded = values.new_zeros(len(batch.positions), batch.most_supervised, values.shape[-1])
         padded[batch.rows, batch.columns] = values[0]
         return padded
 
@@ -55,11 +60,11 @@ class SketchingCollector(Collector):
         self,
         batch: Batch,
         dtype: torch.dtype,
-        head_layer: AdaptedLinear | None,
+        at_supervised: Set[AdaptedLinear],
         sketch: Projection,
         preconditioner: Preconditioner,
     ) -> None:
-        super().__init__(batch, dtype, head_layer)
+        super().__init__(batch, dtype, at_supervised)
         self.sketch, self.preconditioner = sketch, preconditioner
         size = len(batch.positions)
         self.rows = torch.zeros(size, sketch.dim, dtype=self.dtype, device=batch.input_ids.device)
@@ -78,8 +83,8 @@ class SketchingCollector(Collector):
 class StackingCollector(Collector):
     """Keeps every parameter's gradients, divided by the examples' token counts."""
 
-    def __init__(self, batch: Batch, dtype: torch.dtype, head_layer: AdaptedLinear | None) -> None:
-        super().__init__(batch, dtype, head_layer)
+    def __init__(self, batch: Batch, dtype: torch.dtype, at_supervised: Set[AdaptedLinear]) -> None:
+        super().__init__(batch, dtype, at_supervised)
         self.gradients: dict[str, Tensor] = {}
 
     def receive(self, name: str, gradients: Tensor) -> None:
@@ -89,8 +94,8 @@ class StackingCollector(Collector):
 class SummingCollector(Collector):
     """Keeps the sum over the batch: one product over all tokens a parameter."""
 
-    def __init__(self, batch: Batch, dtype: torch.dtype, head_layer: AdaptedLinear | None) -> None:
-        super().__init__(batch, dtype, head_layer)
+    def __init__(self, batch: Batch, dtype: torch.dtype, at_supervised: Set[AdaptedLinear]) -> None:
+        super().__init__(batch, dtype, at_supervised)
         self.gradients: dict[str, Tensor] = {}
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ gradient is asked of autograd, nothing below the lowest adapted layer is recorde
 go through preconditioner and sketch while the backward pass is at that layer, so that no two layers'
 gradients are ever held together.
 
+A few modules run in a cheaper form where it is seen to give the same: the last decoder layer (`last_layer`)
+and RMS norms (`norms`).
+
 Gradients are formed in float32 whatever the model's precision (float64 for a float64 model).
 """
 
@@ -47,6 +50,7 @@ from prism_assets.features.head import (
     ramp_logits,
     token_log_probs,
 )
+from prism_assets.features.last_layer import LastLayer, gather, replaced_forward
 from prism_assets.features.lora import (
     AdaptedLinear,
     UnsupportedModelError,
@@ -54,6 +58,7 @@ from prism_assets.features.lora import (
     is_plain_linear,
     tapped,
 )
+from prism_assets.features.norms import find_rms_norms, fused
 from prism_assets.features.preconditioner import Preconditioner
 from prism_assets.features.sketch import Projection
 
@@ -120,9 +125,15 @@ class GradientEngine:
         self._config = model.config.get_text_config()
         self._head = _output_embeddings(model)
         self._head_layer = next((layer for layer in self.layers if layer.module is self._head), None)
+        self._norms = find_rms_norms(model)
         self._fits_tokens: int | None = None  # lowered by running out of memory
         with self._prepared():
             self._transform = self._probe()
+            self._last_layer = self._find_last_layer()
+        per_token = self._last_layer.per_token if self._last_layer else set()
+        self._at_supervised = {
+            layer for layer in self.layers if layer is self._head_layer or layer.module in per_token
+        }
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,7 +172,7 @@ class GradientEngine:
         self._check(examples)
 
         def run_batch(batch: Batch) -> tuple[Tensor, Tensor]:
-            collector = SketchingCollector(batch, self.dtype, self._head_layer, sketch, preconditioner)
+            collector = SketchingCollector(batch, self.dtype, self._at_supervised, sketch, preconditioner)
             sums = self._backward(batch, collector)
             norms, gradient_norms = collector.squared_norms.sqrt(), collector.squared_gradient_norms.sqrt()
             return collector.rows.float(), torch.stack([norms, sums / batch.counts, gradient_norms], dim=1)
@@ -192,7 +203,7 @@ class GradientEngine:
         self._check(examples)
 
         def run_batch(batch: Batch) -> dict[str, Tensor]:
-            collector = StackingCollector(batch, self.dtype, self._head_layer)
+            collector = StackingCollector(batch, self.dtype, self._at_supervised)
             self._backward(batch, collector)
             return {name: collector.gradients[name] for name in self.parameter_names}
 
@@ -214,7 +225,7 @@ class GradientEngine:
         }
 
         def run_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            collector = SummingCollector(batch, self.dtype, self._head_layer)
+            collector = SummingCollector(batch, self.dtype, self._at_supervised)
             token_weights = torch.from_numpy(weights[batch.positions] / scale).to(self.device) / batch.counts
             sums = self._backward(batch, collector, token_weights)
             return sums, collector.gradients
@@ -292,18 +303,21 @@ class GradientEngine:
         gathered: list[Tensor] = []
 
         def take(hidden: Tensor) -> Tensor:
-            # [b, T, H] -> [N, H]: the head sees supervised positions only.
-            gathered.append(_Gather.apply(hidden, batch.source))
+            # [b, T, H] -> [1, N, H]: the head sees supervised positions only.
+            gathered.append(hidden if self._last_layer else gather(hidden, batch.source))
             if self._transform is not None:
                 # The log-probabilities come from `token_log_probs`; the rest of the forward gets a stand-in.
                 return hidden.new_zeros(1, 1, 1)
-            return head_forward(gathered[0][None])  # [1, N, V], then the model's own steps
+            return head_forward(gathered[0])  # [1, N, V], then the model's own steps
 
         head_forward = self._head.forward
-        with _replaced_forward(self._head, take):
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forward(self._head, take))
+            if self._last_layer:
+                stack.enter_context(self._last_layer.at(batch.source))
             logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
         if self._transform is not None:
-            return token_log_probs(gathered[0], batch.targets, self._head, self._transform)
+            return token_log_probs(gathered[0][0], batch.targets, self._head, self._transform)
         return log_probs_of_logits(logits[0], batch.targets)
 
     # Many batches
@@ -370,6 +384,7 @@ class GradientEngine:
             for parameter in trainable:
                 parameter.requires_grad_(False)
             stack.enter_context(tapped(self.layers))
+            stack.enter_context(fused(self._norms))
             if self.gradient_checkpointing:
                 stack.enter_context(_checkpointed(self._modules))
             yield
@@ -416,7 +431,7 @@ class GradientEngine:
             return ramp
 
         try:
-            with _replaced_forward(self._head, show_ramp):
+            with replaced_forward(self._head, show_ramp):
                 ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
                 transformed = self.model(input_ids=ids, use_cache=False).logits
         finally:
@@ -436,24 +451,17 @@ class GradientEngine:
             return None
         return LogitTransform.identify(ramp, transformed, self._config)
 
+    @torch.no_grad()
+    def _find_last_layer(self) -> LastLayer | None:
+        """The last decoder layer if it can run at supervised positions only; tried on six tokens."""
+        layer = LastLayer.find(getattr(self.model.get_base_model().get_decoder(), "layers", None))
+        ids = torch.arange(6, device=self.device).view(2, 3) % self._head_weight().shape[0]
+        if layer is None or not layer.agrees(lambda: self.model(input_ids=ids, use_cache=False)):
+            return None
+        return layer
+
     def _head_weight(self) -> Tensor:
         return self._head.weight if self._head_layer is None else self._head_layer.weight
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of a flattened tensor; the backward pass copies them back, which needs no atomic additions."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, source: Tensor) -> Tensor:
-        ctx.shape = hidden.shape
-        ctx.save_for_backward(source)
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, source)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        (source,) = ctx.saved_tensors
-        full = gradient.new_zeros(ctx.shape[0] * ctx.shape[1], ctx.shape[2])
-        return full.index_copy_(0, source, gradient).view(ctx.shape), None
 
 
 def _sum_by_example(log_probs: Tensor, batch: Batch) -> Tensor:
@@ -501,26 +509,13 @@ def _recorder(layer: AdaptedLinear, calls: dict[str, int], shape: tuple[int, int
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    saved = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if saved is None:
-            del module.forward
-        else:
-            module.forward = saved
-
-
-@contextmanager
 def _checkpointed(modules: list[nn.Module]) -> Iterator[None]:
     """Decoder layers recompute their activations in the backward pass (transformers itself does so in
     training only)."""
     with ExitStack() as stack:
         for layer in modules:
             if isinstance(layer, GradientCheckpointingLayer):
-                stack.enter_context(_replaced_forward(layer, _recomputing(layer.forward)))
+                stack.enter_context(replaced_forward(layer, _recomputing(layer.forward)))
         yield
 
 

@@ -271,6 +271,42 @@ def test_nothing_below_the_lowest_adapted_layer_is_recorded():
     assert recorded["base_model.model.model.layers.1.mlp.down_proj"][-1]
 
 
+GATHERED_LAST_LAYER = {"llama", "qwen2", "qwen3", "mistral", "gemma"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "granite", "gpt2"])
+def test_only_supervised_positions_pass_the_last_mlp_where_the_layer_is_known(family):
+    model, examples = make_model(family), make_examples(4)
+    mlp = [module for name, module in model.named_modules() if name.endswith("mlp")][-1]
+    engine = GradientEngine(model, token_budget=10**6)
+    seen = []
+    hook = mlp.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
+    engine.mean_log_probs(examples)
+    hook.remove()
+    supervised = sum(int(example.loss_mask.sum()) for example in examples)
+    width = max(int(np.flatnonzero(example.loss_mask)[-1]) for example in examples)
+    assert seen == [(1, supervised) if family in GATHERED_LAST_LAYER else (4, width)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_layer_that_computes_something_else_runs_as_it_is(dtype):
+    """Its parts have the known names, but it scales what the MLP adds."""
+    model, examples = make_model("llama", torch.float32), make_examples(3)
+    layer = model.get_base_model().model.layers[-1]
+
+    def forward(hidden_states, **settings):
+        attended, _ = layer.self_attn(layer.input_layernorm(hidden_states), **settings)
+        hidden = hidden_states + attended
+        return hidden + 0.9 * layer.mlp(layer.post_attention_layernorm(hidden))
+
+    layer.forward = forward
+    found = engine_gradients(GradientEngine(model), examples)
+    for index, example in enumerate(examples):
+        for name, gradient in naive_gradient(model, example).items():
+            assert relative_error(found[index][name], gradient) <= 1e-4, name
+    assert GradientEngine(model.to(dtype))._last_layer is None
+
+
 def test_order_padding_and_batch_size_do_not_matter():
     model, examples = make_model("llama"), make_examples(12)
     engine, sketch = GradientEngine(model, token_budget=40), Sketch(128, seed=1)
