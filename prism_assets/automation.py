@@ -176,16 +176,34 @@ def inbox_sensor(
     shard_of: dict[str, str] = json.loads(context.cursor) if context.cursor else {}
     held = {str(file.path): file.key if file.settled else shard_of.get(str(file.path)) for file in found.files}
     held = {path: key for path, key in held.items() if key is not None}
-    context.update_cursor(json.dumps(held))
-    live = [*held.values(), *(file.key for file in found.files if file.key in known)]
+    live = {*held.values(), *(file.key for file in found.files if file.key in known)}
     added, removed = reconcile_shards(context.instance, live)
-    if not added and not removed:
+    # New shards are made by the condition of `candidates`, and the manifest follows them. A retirement updates no
+    # asset, so it asks for the manifest itself: as long as the manifest shows a shard that is gone, for a daemon may
+    # die between the retirement and its request. The key keeps one state from being asked for twice.
+    manifest, shown = _manifest_shards(lake)
+    requests = []
+    if shown - live:
+        requests = [
+            dg.RunRequest(
+                run_key=f"retire:{manifest}:{digest(sorted(live))}", asset_selection=[dg.AssetKey("live_pool")]
+            )
+        ]
+    cursor = json.dumps(held)
+    if not added and not removed and not requests:
+        context.update_cursor(cursor)
         return dg.SkipReason(f"{len(live)} shards, nothing new.")
-    # New shards are made by the condition of `candidates`, and the manifest follows them. A retirement alone
-    # updates no asset, so it asks for the manifest itself.
-    requests = [dg.RunRequest(asset_selection=[dg.AssetKey("live_pool")])] if removed else []
     context.log.info(f"Inbox: {len(added)} new shards, {len(removed)} retired.")
-    return dg.SensorResult(run_requests=requests, cursor=json.dumps(held))
+    return dg.SensorResult(run_requests=requests, cursor=cursor)
+
+
+def _manifest_shards(lake: Lake) -> tuple[str, set[str]]:
+    """Fingerprint and shards of the manifest that was shown last; nothing where there is none."""
+    last = max(lake.heads("live_pool"), key=lambda entry: entry["time"], default=None)
+    manifest = lake.get("live_pool", last["fingerprint"]) if last else None
+    if manifest is None:
+        return "", set()
+    return manifest.fingerprint, set(lake.read_table(manifest, ["shard"])["shard"].to_pylist())
 
 
 @dg.sensor(

@@ -65,6 +65,7 @@ def _expected_failures() -> Iterator[None]:
 
 # By name, so that catching them imports nothing.
 _USER_ERRORS = {
+    "UserMistake",
     *("ModelError", "UnsupportedModelError", "UnusableTokenizer"),
     *("CannotExplain", "QueryRefused", "UnknownThing"),
 }

@@ -1,6 +1,7 @@
 """`prism run`: the whole graph in its order, run by run, on the Dagster instance that the UI shows."""
 
 import os
+import re
 import shutil
 import time
 import uuid
@@ -23,6 +24,22 @@ _PROCESS_TAG = "prism/process"
 
 class PipelineError(Exception):
     """A run failed; the message carries the step's own reason."""
+
+
+class UserMistake(PipelineError):
+    """A run failed for a reason that the user must change something about: settings, model, target or inbox files."""
+
+
+# By name: what Dagster keeps of a step's error is text.
+_MISTAKES = {
+    "SettingsError",
+    "ModelError",
+    "UnsupportedModelError",
+    "UnusableTokenizer",
+    "UnreadableFile",
+    "MixedTargets",
+    "UnusableTargets",
+}
 
 
 class Step(NamedTuple):
@@ -120,11 +137,11 @@ def _run_steps(
     lake = definitions.resources["lake"]
     inbox = settings.candidates.inbox
     if not inbox.is_dir():
-        raise PipelineError(f"candidates.inbox: there is no folder {inbox}. Make it and put JSON Lines or Parquet there.")
+        raise UserMistake(f"candidates.inbox: there is no folder {inbox}. Make it and put JSON Lines or Parquet there.")
     found = scan(inbox, lake.cache / "inbox.json", at_rest_seconds=0)
     if not found.files:
         ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
-        raise PipelineError(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
+        raise UserMistake(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
     reconcile_shards(instance, [file.key for file in found.files])
     results = []
     for step in steps:
@@ -261,17 +278,23 @@ def _execute(
         raise_on_error=False,
     )
     if not result.success:
-        if any(_interrupted(event) for event in result.all_events):
+        if any(error.cls_name == "DagsterExecutionInterruptedError" for error in _errors(result)):
             raise KeyboardInterrupt  # Dagster turned Ctrl-C into a failed step
-        raise PipelineError(_reason(step, result))
+        raise (UserMistake if _is_mistake(result) else PipelineError)(_reason(step, result))
     return result.run_id, _computed(result)
 
 
-def _interrupted(event: Any) -> bool:
-    error = event.step_failure_data.error if event.is_step_failure else None
-    while error is not None and error.cls_name != "DagsterExecutionInterruptedError":
-        error = error.cause
-    return error is not None
+def _errors(result: Any) -> "Iterator[Any]":
+    """Every error of a failed run, wrapped ones included."""
+    for event in result.all_events:
+        error = event.step_failure_data.error if event.is_step_failure else None
+        while error is not None:
+            yield error
+            error = error.cause
+
+
+def _is_mistake(result: Any) -> bool:
+    return any(str(error.cls_name) in _MISTAKES for error in _errors(result))
 
 
 def _reason(step: Step, result: Any) -> str:
@@ -283,6 +306,7 @@ def _reason(step: Step, result: Any) -> str:
             while error is not None and error.cause is not None and str(error.cls_name).startswith("Dagster"):
                 error = error.cause
             message = error.message.strip() if error else "no reason was given"
+            message = re.sub(r"\A(?:\w+\.)*[A-Z]\w*(?:Error|Failure|File|Targets|Mistake|Tokenizer): ", "", message)
             return f"{step.title}: {event.step_key} failed: {message}\n(run {result.run_id})"
     return f"{step.title}: the run {result.run_id} failed."
 

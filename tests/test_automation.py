@@ -30,9 +30,11 @@ def look(project) -> Callable[..., dg.SensorResult | dg.SkipReason]:
             resources={"settings": project.settings, "lake": project.lake},
             definitions=project.definitions,
         )
-        result = sensor(context)
-        evaluate.cursor = getattr(result, "cursor", None) or context.cursor
-        return result
+        tick = sensor.evaluate_tick(context)  # what the daemon does, with the checks that it makes
+        evaluate.cursor = tick.cursor
+        if not tick.run_requests:
+            return dg.SkipReason(tick.skip_message)
+        return dg.SensorResult(run_requests=tick.run_requests, cursor=tick.cursor)
 
     return evaluate
 
@@ -50,9 +52,9 @@ def shards(project) -> set[str]:
 
 
 def test_settled_files_become_shards_and_the_manifest_is_not_asked_for_by_hand(project, look):
-    result = look(inbox_sensor)
+    nothing_asked = look(inbox_sensor)
     assert shards(project) == {path.stem for path in project.inbox.iterdir()}
-    assert result.run_requests == []  # the condition of `candidates` takes it from here
+    assert isinstance(nothing_asked, dg.SkipReason)  # the condition of `candidates` takes it from here
     assert isinstance(look(inbox_sensor), dg.SkipReason)
 
 
@@ -66,8 +68,18 @@ def test_a_file_that_is_still_being_written_waits(project, look):
     assert shards(project) == before | {"late"}
 
 
+def ingest(project) -> None:
+    """Read what the sensor registered, and show it in a manifest."""
+    execute(project, ["base_model"])
+    for key in project.instance.get_dynamic_partitions("shard"):
+        execute(project, ["candidates"], key)
+    execute(project, ["targets"], "plain")
+    execute(project, ["live_pool"])
+
+
 def test_an_edited_file_is_a_new_shard_and_its_old_one_is_retired_with_a_new_manifest(project, look):
     look(inbox_sensor)
+    ingest(project)
     keys = set(project.instance.get_dynamic_partitions("shard"))
     path = next(iter(sorted(project.inbox.iterdir())))
     path.write_text(path.read_text() + json.dumps({"prompt": "copy: zz=", "completion": "zz"}) + "\n")
@@ -80,11 +92,17 @@ def test_an_edited_file_is_a_new_shard_and_its_old_one_is_retired_with_a_new_man
 
 def test_a_removed_file_is_retired_although_nothing_new_arrives(project, look):
     look(inbox_sensor)
+    ingest(project)
     path = next(iter(sorted(project.inbox.iterdir())))
     path.unlink()
     result = look(inbox_sensor)
     assert path.stem not in shards(project)
     assert [request.asset_selection for request in result.run_requests] == [[dg.AssetKey("live_pool")]]
+    # Until the manifest is made the same request stands, under the same key, so it runs once.
+    again = look(inbox_sensor, result.cursor)
+    assert [request.run_key for request in again.run_requests] == [request.run_key for request in result.run_requests]
+    execute(project, ["live_pool"])
+    assert isinstance(look(inbox_sensor, result.cursor), dg.SkipReason)
 
 
 def test_a_changed_target_file_asks_for_its_target_alone_and_once(project, look):

@@ -25,6 +25,10 @@ POOL_VERSION = 1
 GROUP = "corpus"
 
 
+class UnusableTargets(Exception):
+    """A target or eval file is missing or has no usable row; the message says which and why."""
+
+
 def corpus_version(settings: Settings, model: LanguageModel) -> str:
     """What tokens depend on beside the records: tokenizer and template. Heads of the corpus are kept under it."""
     return digest([VERSION, model.identify().tokenizer, settings.tokenization.model_dump()])[:12]
@@ -239,7 +243,7 @@ def build_targets(settings: Settings) -> dg.AssetsDefinition:
                 ("eval_examples", "eval", settings.targets[name].eval),
             ):
                 if not path.is_file():
-                    raise FileNotFoundError(f"targets.{name}: there is no file {path}")
+                    raise UnusableTargets(f"targets.{name}: there is no file {path}")
                 recipe = Recipe(
                     table,
                     VERSION,
@@ -261,7 +265,7 @@ def build_targets(settings: Settings) -> dg.AssetsDefinition:
                 if not rows.notes["rows"]:
                     first = lake.read_table(rejects).slice(0, 1).to_pylist()
                     why = f" The first is refused because: {first[0]['reason']}." if first else ""
-                    raise ValueError(f"targets.{name}: {path} holds no usable row.{why}")
+                    raise UnusableTargets(f"targets.{name}: {path} holds no usable row.{why}")
                 lake.point(rows, name, version, context.run_id)
                 lake.point(rejects, name, version, context.run_id)
                 refused += [{"file": path.name, **one} for one in lake.read_table(rejects).to_pylist()]
