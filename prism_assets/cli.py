@@ -63,6 +63,8 @@ def _expected_failures() -> Iterator[None]:
         raise
 
 
+_CHECK_WIDTH = 240
+
 # By name, so that catching them imports nothing.
 _USER_ERRORS = {
     "UserMistake",
@@ -142,6 +144,7 @@ def run(
 
 def _run(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     from prism_assets import pipeline
 
@@ -152,6 +155,9 @@ def _run(settings: "Settings", targets: Sequence[str] | None = None, as_json: bo
     def on_result(result: "pipeline.StepResult") -> None:
         done = f"{result.computed} computed" if result.computed else "up to date"
         console.print(f"[green]✓[/] {result.step.title:<40} {done:>14}  {result.seconds:6.1f} s", highlight=False)
+        for check in result.failed_checks:
+            text = check if len(check) <= _CHECK_WIDTH else check[: _CHECK_WIDTH - 1] + "…"
+            console.print(f"  [yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
 
     with pipeline.instance_of(settings) as instance:
         results = pipeline.run_pipeline(

@@ -101,7 +101,7 @@ def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding
         return []
     keys = sorted(inbox_files(settings, lake, at_rest_seconds=0))
     unread = [key for key in keys if lake.head("candidates", key, corpus) is None]
-    findings = [_share("candidates", len(unread), len(keys), "files are not ingested")]
+    findings = [_share("candidates", len(unread), len(keys), "files are not ingested"), *_refused(lake, keys, corpus)]
     if lake.head("warmup_checkpoints", None, warmup_scope(settings, model)) is None:
         return [*findings, Finding("note", "stale", "no warm-up for these settings yet: `prism run` makes it")]
     version = feature_version(settings, lake, model)
@@ -127,6 +127,21 @@ def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding
                 old.append(f"{target}/{strategy}")
     total = len(settings.targets) * len(settings.strategies)
     findings.append(_share("selection", len(old), total, f"do not show the current inputs ({', '.join(old[:5])})"))
+    return findings
+
+
+def _refused(lake: Lake, keys: list[str], corpus: str) -> list[Finding]:
+    """Files that could not be read, and how many records of the others were refused."""
+    findings, count = [], 0
+    for key in keys:
+        rejects = lake.head("rejects", key, corpus)
+        for row in lake.read_table(rejects).to_pylist() if rejects and rejects.notes["rows"] else ():
+            if row["field"] == "file":
+                findings.append(Finding("problem", "unreadable", f"{key}: {row['reason']}"))
+            else:
+                count += 1
+    if count:
+        findings.append(Finding("note", "rejects", f"{count} records were refused: prism sql \"SELECT * FROM rejects\""))
     return findings
 
 

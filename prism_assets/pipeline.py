@@ -70,6 +70,7 @@ class StepResult(NamedTuple):
     run_ids: list[str]
     computed: int  # artefacts made; 0 where everything was found
     seconds: float
+    failed_checks: list[str]  # "asset.check: facts"
 
 
 def dagster_home(settings: Settings) -> Path:
@@ -153,8 +154,9 @@ def _run_steps(
             _execute(definitions, instance, step, {**tags, **partition_tags})
             for partition_tags in _partition_tags(settings, definitions, instance, step, chosen)
         ]
-        computed = sum(count for _, count in runs)
-        results.append(StepResult(step, [run for run, _ in runs], computed, time.monotonic() - started))
+        computed = sum(count for _, count, _ in runs)
+        failed = [check for *_, checks in runs for check in checks]
+        results.append(StepResult(step, [run for run, *_ in runs], computed, time.monotonic() - started, failed))
         on_result(results[-1])
     catalog.refresh(lake)
     return results
@@ -262,7 +264,7 @@ def _range(keys: Sequence[str]) -> dict[str, str]:
 
 def _execute(
     definitions: "dg.Definitions", instance: "dg.DagsterInstance", step: Step, tags: dict[str, str]
-) -> tuple[str, int]:
+) -> tuple[str, int, list[str]]:
     import dagster as dg
 
     job = definitions.resolve_implicit_global_asset_job_def()
@@ -281,7 +283,7 @@ def _execute(
         if any(error.cls_name == "DagsterExecutionInterruptedError" for error in _errors(result)):
             raise KeyboardInterrupt  # Dagster turned Ctrl-C into a failed step
         raise (UserMistake if _is_mistake(result) else PipelineError)(_reason(step, result))
-    return result.run_id, _computed(result)
+    return result.run_id, _computed(result), list(_failed_checks(result))
 
 
 def _errors(result: Any) -> "Iterator[Any]":
@@ -309,6 +311,27 @@ def _reason(step: Step, result: Any) -> str:
             message = re.sub(r"\A(?:\w+\.)*[A-Z]\w*(?:Error|Failure|File|Targets|Mistake|Tokenizer): ", "", message)
             return f"{step.title}: {event.step_key} failed: {message}\n(run {result.run_id})"
     return f"{step.title}: the run {result.run_id} failed."
+
+
+def _failed_checks(result: Any) -> "Iterator[str]":
+    """The checks of a run that did not pass, with their facts, a line each."""
+    for event in result.all_events:
+        if event.event_type_value != "ASSET_CHECK_EVALUATION" or event.asset_check_evaluation_data.passed:
+            continue
+        check = event.asset_check_evaluation_data
+        name = f"{check.asset_key.to_user_string()}.{check.check_name}"
+        facts = {key: value.value for key, value in check.metadata.items()}
+        # Of a run over several partitions, those that did not pass.
+        by_partition = {key: one for key, one in facts.items() if isinstance(one, dict) and "passed" in one}
+        for key, one in by_partition.items():
+            if not one["passed"]:
+                yield f"{name} [{key}]: {_listed(one)}"
+        if not by_partition:
+            yield f"{name}: {_listed(facts)}"
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if name != "passed")
 
 
 def _computed(result: Any) -> int:
