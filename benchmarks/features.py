@@ -1,4 +1,4 @@
-"""What gradient features cost, against a plain training pass, LESS's loop and bergson; and how exact they are.
+"""What gradient features cost against a plain training pass, LESS's loop and bergson, and how exact they are.
 
     python -m benchmarks.features --json [--peers] [--quick]
 
@@ -8,12 +8,12 @@ the median over rounds of the arm's CPU seconds over ours in the same round (abo
 - ours: `GradientEngine.feature_rows` with the Adam diagonal and the sketch.
 - plain: forward and backward of the PEFT model as a trainer does them, batches of the same rows sorted by
   length, at the batch size that is best in a trial of several. It leaves no per-example features at all.
-- less_without_projection: LESS's loop, a batch of one, gradients concatenated and taken through its Adam form.
+- less_without_projection: LESS's loop, a batch of one, the gradients as one vector in LESS's Adam form.
 - less: the same, and its dense Rademacher projection, whose matrix is drawn anew in blocks of 128 columns
   for every 16 rows, as LESS and TRAK's projector do without a GPU.
 - bergson (--peers): `bergson build` in an environment of its own; a run with few rows is subtracted from one
-  with many, CPU seconds per token are compared with ours, at bergson's output dimension (projection_dim squared
-  for each of its modules, two a LoRA layer).
+  with many, CPU seconds per token are compared with ours, at bergson's output dimension (the square of
+  its projection_dim for each of its modules, two a LoRA layer).
 
 All arms but bergson's comparison have the output dimension `--sketch-dim` (8,192, which is LESS's). Rows are
 real ones where a pool is found (--pool, PRISM_REAL_DATA, ../shared/data/sft), else generated with the same
@@ -79,7 +79,8 @@ LESS_PROJECTION_ROUNDS = 2  # it depends on no row, only on the number of parame
 BERGSON_PROJECTION_DIM = 8
 BERGSON_TOKENS = 1024  # a batch
 BERGSON_FEW_ROWS = 8
-PEERS = Path(__file__).resolve().parents[1] / ".venv-peers"
+PROJECT = Path(__file__).resolve().parents[1]
+PEERS = PROJECT / ".venv-peers"
 
 
 class Options(NamedTuple):
@@ -210,7 +211,7 @@ def time_arms(
                for cost in values]
         for name, values in costs.items()
     }  # fmt: skip
-    projection = Cost(*(statistics.median(values) for values in zip(*per_row["less_projection"], strict=True)))
+    projection = Cost(*map(statistics.median, zip(*per_row["less_projection"], strict=True)))
     per_row["less"] = [
         Cost(loop.cpu + projection.cpu, loop.wall + projection.wall)
         for loop in per_row["less_without_projection"]
@@ -335,7 +336,7 @@ def peak_memory(folder: Path, options: Options, batch_size: int) -> dict[str, di
     for arm in ("ours", "plain", "less_without_projection", "less"):
         command = [sys.executable, "-m", "benchmarks.features", "--memory-of", arm, "--folder", str(folder)]
         command += ["--sketch-dim", str(options.sketch_dim), "--batch-size", str(batch_size)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
         if done.returncode:
             raise RuntimeError(f"memory of {arm}: {last_line(done.stderr)}")
         result[arm] = json.loads(last_line(done.stdout))
@@ -414,7 +415,8 @@ def benchmark_model(
         result["peak_memory"] = peak_memory(folder, options, batch_size) if options.memory else None
     fidelity: dict[str, Any] = {}
     shortest = sorted(examples, key=lambda example: len(example.input_ids))
-    fidelity["autograd_relative_error"] = autograd_error(model, shortest[:: len(shortest) // options.autograd_rows])
+    few = shortest[:: len(shortest) // options.autograd_rows]
+    fidelity["autograd_relative_error"] = autograd_error(model, few)
     if fidelity_of_sketch:
         candidates, targets = others[: options.candidates], others[options.candidates :]
         fidelity |= sketch_and_reranking(model, candidates, targets, options.dims, options.sketch_seeds)
@@ -436,16 +438,20 @@ def benchmark(
         "torch": torch.__version__,
         "output_dimension": options.sketch_dim,
         "rounds": options.rounds,
-        "models": {name: benchmark_model(name, size, pool, options, peers, log) for name, size in models.items()},
+        "models": {
+            name: benchmark_model(name, size, pool, options, peers, log) for name, size in models.items()
+        },
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print JSON on one line")
     parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny model")
-    parser.add_argument("--peers", action="store_true", help="time bergson too; makes .venv-peers at the first use")
+    parser.add_argument("--peers", action="store_true", help="time bergson too (makes .venv-peers)")
     parser.add_argument("--pool", type=Path, help="JSON Lines with prompt and completion")
     parser.add_argument("--generated", action="store_true", help="generated rows even where a pool is found")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
@@ -461,8 +467,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     options = QUICK if given.quick else Options()
-    changes = {name: getattr(given, name) for name in ("rows", "rounds", "sketch_dim") if getattr(given, name)}
-    options = options._replace(**changes)
+    changes = {name: getattr(given, name) for name in ("rows", "rounds", "sketch_dim")}
+    options = options._replace(**{name: value for name, value in changes.items() if value})
     if given.no_memory:
         options = options._replace(memory=False)
     if given.memory_of:

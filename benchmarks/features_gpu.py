@@ -211,9 +211,8 @@ def operations(shape: ModelShape, rank: int, examples: Sequence[Example]) -> dic
     query, key_value = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     sides = {
         "attention": [(shape.hidden, query), (shape.hidden, key_value), (shape.hidden, key_value)],
-        "after": [(query, shape.hidden), (shape.hidden, shape.intermediate), (shape.hidden, shape.intermediate),
-                  (shape.intermediate, shape.hidden)],
-    }  # fmt: skip
+        "after": [(query, shape.hidden), *[(shape.hidden, shape.intermediate)] * 3],  # gate, up, down
+    }
     # A token at a layer: frozen weight forward and backward by the input; A and B the same and by the factor.
     cost = {
         part: sum(4 * i * o + 6 * rank * (i + o) for i, o in layers) for part, layers in sides.items()
@@ -351,7 +350,9 @@ def benchmark(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print JSON on one line")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", choices=list(SHAPES), default="0.6b")
@@ -363,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print(
-            "features_gpu needs a CUDA device and torch finds none. On a CPU only the code path can be tried: "
+            "features_gpu needs a CUDA device and torch finds none. On a CPU only the code path runs: "
             "--device cpu --tiny",
             file=sys.stderr,
         )

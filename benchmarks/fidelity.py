@@ -1,4 +1,4 @@
-"""How exact features are: engine against autograd, sketch against exact inner products, re-ranking against both.
+"""How exact features are: engine against autograd, sketch against exact products, re-ranking against both.
 
 A part of `python -m benchmarks.features`; every figure is computed from the model and rows it is given.
 """

@@ -10,8 +10,8 @@ gradient is asked of autograd, nothing below the lowest adapted layer is recorde
 go through preconditioner and sketch while the backward pass is at that layer, so that no two layers'
 gradients are ever held together.
 
-A few modules run in a cheaper form where it is seen to give the same: the last decoder layer (`last_layer`)
-and RMS norms (`norms`).
+Behind its attention, the last decoder layer too sees supervised positions only, where it is of a kind known
+to allow it (`last_layer`).
 
 Gradients are formed in float32 whatever the model's precision (float64 for a float64 model).
 """
@@ -58,13 +58,12 @@ from prism_assets.features.lora import (
     is_plain_linear,
     tapped,
 )
-from prism_assets.features.norms import find_rms_norms, fused
 from prism_assets.features.preconditioner import Preconditioner
 from prism_assets.features.sketch import Projection
 
 # Below this norm a gradient is rounding noise of float32 log-probabilities; its direction means nothing.
 NORM_FLOOR = 1e-7
-TOKEN_BUDGET_CPU = 768  # small enough that a layer's activations stay in the cache
+TOKEN_BUDGET_CPU = 512  # a layer's activations stay in the cache, and little is padded
 TOKEN_BUDGET_GPU = 32768
 
 Progress = Callable[[int, int], None]
@@ -125,7 +124,6 @@ class GradientEngine:
         self._config = model.config.get_text_config()
         self._head = _output_embeddings(model)
         self._head_layer = next((layer for layer in self.layers if layer.module is self._head), None)
-        self._norms = find_rms_norms(model)
         self._fits_tokens: int | None = None  # lowered by running out of memory
         with self._prepared():
             self._transform = self._probe()
@@ -384,7 +382,6 @@ class GradientEngine:
             for parameter in trainable:
                 parameter.requires_grad_(False)
             stack.enter_context(tapped(self.layers))
-            stack.enter_context(fused(self._norms))
             if self.gradient_checkpointing:
                 stack.enter_context(_checkpointed(self._modules))
             yield

@@ -1,8 +1,8 @@
 """The last decoder layer, run at the supervised positions only behind its attention.
 
 No later layer attends to what the last one leaves at other positions, and the head reads supervised positions
-alone. So in the last layer the attention's output projection, the second norm and the MLP need the N supervised
-positions instead of all b * T; keys, values and queries are as before.
+alone. So in the last layer the attention's output projection, the second norm and the MLP need the N
+supervised positions instead of all b * T; keys, values and queries are as before.
 
 This is the one place that knows a family's shape: the pre-norm layer of Llama, Mistral, Qwen and Gemma,
 
@@ -42,7 +42,7 @@ class LastLayer:
         return cls(last)
 
     def agrees(self, run_model: Callable[[], Any]) -> bool:
-        """Whether the layer, given at some positions what it gets when the model runs, adds the same to them."""
+        """Whether the layer, at some positions, adds to them what it does when the model runs."""
         calls = []
         hook = self.layer.register_forward_hook(
             lambda _, args, settings, outputs: calls.append((args, settings, outputs)), with_kwargs=True
@@ -66,8 +66,8 @@ class LastLayer:
 
     @contextmanager
     def at(self, source: Tensor) -> Iterator[None]:
-        """Within the context the layer takes [b, T, H] and gives [1, N, H]: its outputs at `source`, int64 [N]
-        into the flattened [b * T]."""
+        """Within the context the layer takes [b, T, H] and gives [1, N, H]: its outputs at `source`,
+        int64 [N] into the flattened [b * T]."""
         layer, projection = self.layer, self.layer.self_attn.o_proj
         project = projection.forward
 
