@@ -31,8 +31,20 @@ def reconcile_shards(instance: dg.DagsterInstance, live: "Iterable[str]") -> tup
     known = set(instance.get_dynamic_partitions(shards.name))
     added = sorted(set(live) - known)
     removed = sorted(known - set(live))
-    if added:
+    try:
         instance.add_dynamic_partitions(shards.name, added)
+    except Exception:
+        # Another process may have added some of them since we looked; Dagster's storage then refuses all.
+        for key in added:
+            _add_unless_there(instance, key)
     for key in removed:
         instance.delete_dynamic_partition(shards.name, key)
     return added, removed
+
+
+def _add_unless_there(instance: dg.DagsterInstance, key: str) -> None:
+    try:
+        instance.add_dynamic_partitions(shards.name, [key])
+    except Exception:
+        if not instance.has_dynamic_partition(shards.name, key):
+            raise

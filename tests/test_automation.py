@@ -207,3 +207,27 @@ def test_the_whole_pool_is_never_trained_on_without_a_hand(project, look):
     asked, _ = requested(project, cursor)
     assert asked["selection"] == {"prism|plain", "random|plain"}
     assert not any(key.startswith("full|") for keys in asked.values() for key in keys if key)
+
+
+def test_shards_that_another_process_added_meanwhile_do_no_harm(monkeypatch):
+    from prism_assets.partitions import reconcile_shards
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        add = dg.DagsterInstance.add_dynamic_partitions
+
+        def refuse_what_is_there(self, name, keys):
+            if set(keys) & set(self.get_dynamic_partitions(name)):
+                raise RuntimeError("UNIQUE constraint failed")
+            add(self, name, keys)
+
+        def look_then_lose_the_race(self, name):
+            monkeypatch.undo()
+            seen = self.get_dynamic_partitions(name)
+            add(self, name, ["b-2"])  # the other process
+            monkeypatch.setattr(dg.DagsterInstance, "add_dynamic_partitions", refuse_what_is_there)
+            return seen
+
+        monkeypatch.setattr(dg.DagsterInstance, "get_dynamic_partitions", look_then_lose_the_race)
+        assert reconcile_shards(instance, ["a-1", "b-2"]) == (["a-1", "b-2"], [])
+        monkeypatch.undo()
+        assert set(instance.get_dynamic_partitions("shard")) == {"a-1", "b-2"}
