@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 DEFAULT_FILE = "prism.yaml"
-STRATEGIES = ("prism", "uniform", "less", "random", "full")
+STRATEGIES = ("prism", "uniform", "less", "prism-unit", "random", "full")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
 
 

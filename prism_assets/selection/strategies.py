@@ -48,6 +48,10 @@ def _less(targets: TargetScores) -> np.ndarray:
     return 1 / (targets.norms * targets.scores.shape[1])
 
 
+def _prism_unit(targets: TargetScores) -> np.ndarray:
+    return _prism(targets) / targets.norms
+
+
 def _keyed_hash(ids: Sequence[str], seed: int) -> np.ndarray:
     """A uniform number per id that no other row can change: the first 8 bytes of SHA-256 of seed and id."""
     keys = [hashlib.sha256(f"{seed}:{one}".encode()).digest()[:8] for one in ids]
@@ -64,6 +68,7 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("prism", "targets weighted by the model's preference, gradients not normalised", weigh=_prism),
         Strategy("uniform", "the same with equal weights: what the weighting alone is worth", weigh=_uniform),
         Strategy("less", "mean of unit target gradients, as LESS (Xia et al. 2024) does for one task", weigh=_less),
+        Strategy("prism-unit", "PRISM's weights on unit target gradients: weighting and normalisation", weigh=_prism_unit),
         Strategy("random", "a keyed hash of (seed, id): arrivals disturb it least", order=_keyed_hash),
         Strategy("full", "the whole pool, for comparison; never automated", order=_all_equal, whole_pool=True),
     )

@@ -20,7 +20,7 @@ def test_the_settings_know_exactly_the_strategies_there_are():
     for name, strategy in STRATEGIES.items():
         assert strategy.name == name and strategy.description
         assert (strategy.weigh is None) != (strategy.order is None)
-        assert strategy.needs_direction == (name in ("prism", "uniform", "less"))
+        assert strategy.needs_direction == (name in ("prism", "uniform", "less", "prism-unit"))
 
 
 def test_prism_weights_are_a_softmax_per_checkpoint(targets):
@@ -138,3 +138,9 @@ def test_full_takes_everything_in_the_order_of_the_ids():
     keys = STRATEGIES["full"].order(["b", "a", "c"], 0)
     assert ranking(keys, ["b", "a", "c"]).tolist() == [1, 0, 2]
     assert STRATEGIES["full"].whole_pool and not STRATEGIES["random"].whole_pool
+
+
+def test_prism_unit_weighs_as_prism_and_normalises_as_less():
+    targets = TargetScores(np.array([[-0.5, -2.0, -1.0]]), np.array([[3.0, 0.5, 2.0]]), "plain", 1.0)
+    expected = np.exp(targets.scores) / np.exp(targets.scores).sum() / targets.norms
+    np.testing.assert_allclose(STRATEGIES["prism-unit"].weigh(targets), expected, rtol=1e-12)
