@@ -131,10 +131,17 @@ def init(
 def run(
     config: Config = None,
     target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Only this target (repeatable).")] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorboard, mlflow or wandb (repeatable): gets the losses of what is trained in this run."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring everything up to date: from the files in the inbox to the report. What exists is not computed again."""
     with _expected_failures():
+        if report_to:
+            # An override like any other: definitions.py reads the same settings.
+            os.environ["PRISM_TRAINING__REPORT_TO"] = json.dumps(report_to)
         settings = _settings(config)
         unknown = [name for name in target or () if name not in settings.targets]
         if unknown:

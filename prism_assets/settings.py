@@ -7,6 +7,7 @@ relative to the file that names them. `PRISM_CONFIG` names the file where no oth
 import difflib
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 DEFAULT_FILE = "prism.yaml"
 STRATEGIES = ("prism", "uniform", "less", "prism-unit", "random", "full")
+# Variables of ours that override nothing.
+_NO_SETTINGS = {"PRISM_CONFIG", "PRISM_REAL_DATA"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
 
 
@@ -25,6 +28,14 @@ class SettingsError(Exception):
 class _Section(BaseModel):
     # Defaults are validated too, so that a default of 32 and a given 32 are the same float in a fingerprint.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def _installed(trackers: tuple[str, ...]) -> tuple[str, ...]:
+    """Said before any work: a tracker that is not there would stop a run at its first training step."""
+    for name in trackers:
+        if find_spec(name) is None:
+            raise ValueError(f"{name} is not installed: `pip install {name}`, or leave it out")
+    return trackers
 
 
 class ModelSettings(_Section):
@@ -66,6 +77,10 @@ class TrainingSettings(_Section):
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    # Left out of what is dumped: where losses are shown is no part of what an adapter is.
+    report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], AfterValidator(_installed)] = Field(
+        (), exclude=True, description="trackers that get the loss and learning rate of every step"
+    )
 
 
 class WarmupSettings(_Section):
@@ -254,8 +269,12 @@ def _overridden(content: dict[str, Any]) -> dict[str, Any]:
     """The content with `PRISM_<KEY>__<KEY>…` from the environment laid over it; values are read as YAML."""
     for name, text in sorted(os.environ.items()):
         keys = name.removeprefix("PRISM_").lower().split("__")
-        if not name.startswith("PRISM_") or (len(keys) == 1 and keys[0] not in Settings.model_fields):
-            continue  # PRISM_CONFIG and other people's variables
+        if not name.startswith("PRISM_") or name in _NO_SETTINGS:
+            continue
+        section = Settings.model_fields.get(keys[0])
+        known = getattr(section.annotation, "model_fields", None) if section and len(keys) > 1 else None
+        if section is None or (known is not None and keys[1] not in known):
+            raise SettingsError(f"The environment variable {name} names no key of prism.yaml; {_nearest_variable(name)}")
         try:
             value: Any = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -264,6 +283,17 @@ def _overridden(content: dict[str, Any]) -> dict[str, Any]:
             value = {key: value}
         content = _merge(content, value)
     return content
+
+
+def _nearest_variable(name: str) -> str:
+    """Advice on a variable whose name fits no key: the nearest one that does."""
+    known = [f"PRISM_{section}".upper() for section in Settings.model_fields]
+    for section, field in Settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            known += [f"PRISM_{section}__{key}".upper() for key in field.annotation.model_fields]
+    by_flat = {one.replace("__", "_"): one for one in known} | {f"PRISM_{one.split('__')[-1]}": one for one in known if "__" in one}
+    near = difflib.get_close_matches(name.upper().replace("__", "_"), by_flat, n=1, cutoff=0.6)
+    return f"did you mean {by_flat[near[0]]}?" if near else "a key of a section is written PRISM_SECTION__KEY."
 
 
 def _merge(below: Any, above: Any) -> Any:

@@ -141,10 +141,32 @@ def test_other_variables_of_the_same_prefix_are_nobodys_settings(load, monkeypat
     assert load().lora.rank == 16
 
 
-@pytest.mark.parametrize("variable", ["PRISM_LORA__RANKS", "PRISM_LORAS__RANK"])
-def test_a_variable_that_names_no_setting_is_refused(load, monkeypatch, variable):
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("PRISM_LORA__RANKS", "PRISM_LORA__RANK"),
+        ("PRISM_LORAS__RANK", "PRISM_LORA__RANK"),
+        ("PRISM_SELECTION_BUDGET", "PRISM_SELECTION__BUDGET"),
+        ("PRISM_BUDGET", "PRISM_SELECTION__BUDGET"),
+        ("PRISM_TARGET", "PRISM_TARGETS"),
+    ],
+)
+def test_a_variable_that_names_no_setting_is_refused(load, monkeypatch, variable, meant):
     monkeypatch.setenv(variable, "3")
-    assert re.search(r"loras?.*unknown key; did you mean `(rank|lora)`", refusal(load, {}))
+    message = refusal(load, {})
+    assert f"variable {variable} names no key" in message and f"did you mean {meant}?" in message
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_any_work(load, monkeypatch):
+    monkeypatch.setattr("prism_assets.settings.find_spec", lambda name: None)
+    assert "wandb is not installed" in refusal(load, {"training": {"report_to": ["wandb"]}})
+
+
+def test_trackers_are_no_part_of_what_is_fingerprinted(load, monkeypatch):
+    monkeypatch.setattr("prism_assets.settings.find_spec", lambda name: object())
+    plain, tracked = load({}), load({"training": {"report_to": ["tensorboard"]}})
+    assert tracked.training.report_to == ("tensorboard",)
+    assert plain.model_dump() == tracked.model_dump()
 
 
 def test_a_variable_that_is_no_yaml_is_named(load, monkeypatch):

@@ -9,6 +9,7 @@ import dagster as dg
 from prism_assets import stage
 from prism_assets.partitions import target_strategies_of
 from prism_assets.reference.assets import adapted, lora_identity, pad_token_id
+from prism_assets.selection.assets import split_key
 from prism_assets.settings import Settings
 from resources.lake import Artifact, Lake, Recipe, hash_table
 from resources.language_model import LanguageModel
@@ -118,6 +119,9 @@ def _publish_adapter(
             weight_decay=options.weight_decay,
             gradient_accumulation=options.gradient_accumulation,
             pad_token_id=pad_token_id(model),
+            report_to=options.report_to,
+            tracking=settings.storage.root / "tracking" / Path(*split_key(key)) / f"seed-{seed}",
+            run_name=f"{'/'.join(split_key(key))}/seed-{seed}",
             progress=lambda done, total, loss: progress.update(done, f"(loss {loss:.3f})"),
         )
 

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -77,6 +78,8 @@ def fine_tune(
     checkpoints: int = 1,
     bf16: bool = False,
     report_to: Sequence[str] = (),
+    tracking: Path | None = None,
+    run_name: str | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Train the LoRA parameters of `model` in place, on the device that it is on, with AdamW.
@@ -87,6 +90,9 @@ def fine_tune(
     forward pass in bfloat16 autocast. The model's train/eval mode and its `use_cache` are as before when
     this returns.
 
+    `report_to` names trackers of the Trainer (tensorboard, mlflow, wandb), which get loss and learning rate
+    of every step under `run_name`; TensorBoard's event files go to the folder `tracking`.
+
     Raises ValueError for examples or settings that cannot be trained on, FloatingPointError, naming the
     step, for a loss or parameters that are not finite.
     """
@@ -96,7 +102,7 @@ def fine_tune(
     recorder = _Recorder(model, names, checkpoint_steps(steps, checkpoints), progress)
     loss_of_batch = _TokenLoss()
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, _training_state(model):
+    with tempfile.TemporaryDirectory() as folder, _training_state(model), _tensorboard_folder(tracking):
         arguments = TrainingArguments(
             output_dir=folder,
             save_strategy="no",
@@ -106,6 +112,7 @@ def fine_tune(
             report_to=list(report_to) or "none",
             logging_strategy="steps" if report_to else "no",
             logging_steps=1,
+            run_name=run_name,
             seed=seed,
             data_seed=seed,
             max_steps=steps,
@@ -369,6 +376,21 @@ class _Recorder(TrainerCallback):
             betas=tuple(group["betas"]),
             eps=float(group["eps"]),
         )
+
+
+@contextlib.contextmanager
+def _tensorboard_folder(folder: Path | None) -> Iterator[None]:
+    """TensorBoard's event files go to `folder`; the Trainer's own place for them is deleted with its output."""
+    before = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if folder is not None:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = before
+        elif folder is not None:
+            os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -310,3 +311,21 @@ def test_a_saved_adapter_loads_and_its_bytes_are_deterministic(tmp_path):
     model.eval()
     assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
     assert not torch.equal(make_base()(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_tensorboard_gets_every_step_where_it_was_told_to_write(tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    model, examples = make_model(), make_examples()
+    result = sft.fine_tune(
+        model, examples, seed=0, pad_token_id=PAD, max_steps=4, report_to=["tensorboard"], tracking=tmp_path / "events"
+    )
+    events = event_accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    # The Trainer rounds what it logs to four digits.
+    np.testing.assert_allclose(losses, result.losses, atol=1e-4)
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+    quiet = make_model()
+    plain = sft.fine_tune(quiet, examples, seed=0, pad_token_id=PAD, max_steps=4)
+    assert plain.losses == result.losses
