@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
 from prism_assets.settings import Settings
-from resources.lake import Lake
+from resources.lake import Lake, LakeError
 from resources.language_model import LanguageModel, ModelError
 
 PACKAGES = ("dagster", "torch", "transformers", "peft", "faiss", "duckdb", "pyarrow")
@@ -90,7 +90,7 @@ def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding
     from prism_assets.corpus.assets import corpus_version, inbox_files
     from prism_assets.features.assets import feature_version
     from prism_assets.reference.assets import warmup_scope
-    from prism_assets.selection.assets import direction_scope, join_key
+    from prism_assets.selection.assets import join_key, selection_inputs
     from prism_assets.selection.strategies import STRATEGIES
 
     try:
@@ -114,15 +114,13 @@ def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding
     for target in settings.targets:
         for strategy in settings.strategies:
             selection = lake.head("selection", join_key(target, strategy))
-            inputs = selection.header["inputs"] if selection else {}
-            expected = {"index": index} if STRATEGIES[strategy].needs_direction else {}
-            if STRATEGIES[strategy].needs_direction:
-                expected["direction"] = lake.head("target_directions", target, direction_scope(version, strategy))
-            else:
-                expected["pool"] = lake.head("live_pool", None, corpus)
-            if selection is None or any(
-                one is None or inputs.get(role, {}).get("content_hash") != one.content_hash
-                for role, one in expected.items()
+            shown = selection.header["inputs"] if selection else {}
+            try:
+                expected = selection_inputs(settings, lake, model, target, STRATEGIES[strategy])
+            except LakeError:  # something that it is made from is not there yet
+                expected = None
+            if expected is None or any(
+                shown.get(role, {}).get("content_hash") != one.content_hash for role, one in expected.items()
             ):
                 old.append(f"{target}/{strategy}")
     total = len(settings.targets) * len(settings.strategies)

@@ -419,20 +419,36 @@ class Explainer:
                 if direction is None:
                     continue
                 rank, of, score = _rank(self.lake, self.index, direction, position, place.row)
-            else:
-                rank, of = self._rank_by_order(strategy, place.id)
+            elif name == "random":
+                rank, of = self._random_rank(place.id)
                 score = None
+            else:
+                found = self._in_selection(name, place.id)
+                if found is None:
+                    continue
+                rank, of, score = found
             yield Rank(name, rank, of, score, self._selected(name, place.id))
 
-    def _rank_by_order(self, strategy: Any, name: str) -> tuple[int, int]:
-        """The rank in a pool strategy's order, over canonical rows: it does not know of refused gradients."""
+    def _random_rank(self, name: str) -> tuple[int, int]:
+        """The rank in the order of `random`, over canonical rows: it does not know of refused gradients."""
         import numpy as np
 
         from prism_assets.selection.explain import rank_of
+        from prism_assets.selection.strategies.plain import keyed_hash
 
         names = [place.id for place in self.places if place.excluded is None]
-        keys = strategy.order(names, self.settings.selection.seed)
+        keys = keyed_hash(names, self.settings.selection.seed)
         return rank_of(keys[names.index(name)], name, keys, np.array(names, dtype=object)), len(names)
+
+    def _in_selection(self, strategy: str, name: str) -> tuple[int | None, int, float | None] | None:
+        """Rank (None where it is not among the selected), rows ranked, and score in a strategy's current selection;
+        None where there is no selection. Orders of sets of rows say nothing beyond what they select."""
+        selection = self.lake.head("selection", join_key(self.target, strategy))
+        if selection is None:
+            return None
+        rows = self.lake.read_table(selection, ["id", "rank", "score"]).to_pylist()
+        found = next((row for row in rows if row["id"] == name), {"rank": None, "score": None})
+        return found["rank"], selection.notes["pool_rows"], found["score"]
 
     def _selected(self, strategy: str, name: str) -> bool | None:
         selection = self.lake.head("selection", join_key(self.target, strategy))

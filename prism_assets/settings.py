@@ -15,7 +15,11 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 DEFAULT_FILE = "prism.yaml"
-STRATEGIES = ("prism", "uniform", "less", "prism-unit", "random", "full")
+STRATEGIES = (
+    *("prism", "uniform", "less", "prism-unit"),  # one direction
+    *("prism-cover", "prism-round-robin", "less-max"),  # several
+    *("random", "length", "full"),  # none
+)
 # Variables of ours that override nothing.
 _NO_SETTINGS = {"PRISM_CONFIG", "PRISM_REAL_DATA"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")

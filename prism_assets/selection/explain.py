@@ -57,7 +57,7 @@ class Rank(NamedTuple):
     """A place in one ranking of the canonical live rows."""
 
     strategy: str
-    rank: int
+    rank: int | None  # None where the strategy orders only what it selects, and this row is not among it
     of: int  # rows that are ranked
     score: float | None  # None for a strategy without scores
     selected: bool | None  # whether it stands in that strategy's current selection; None where there is none

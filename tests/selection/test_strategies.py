@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from prism_assets.selection.strategies import STRATEGIES, TargetScores, cut, ranking
+from prism_assets.selection.ranking import cut, ranking
+from prism_assets.selection.strategies import STRATEGIES, TargetScores
+from prism_assets.selection.strategies.plain import keyed_hash
 from prism_assets.settings import STRATEGIES as STRATEGY_NAMES
 
 
@@ -15,11 +17,20 @@ def targets():
     return TargetScores(rng.normal(-1, 1, (2, 5)), rng.uniform(0.1, 3, (2, 5)), "plain", 0.7)
 
 
+class FakePool:
+    """A pool whose columns are given."""
+
+    def __init__(self, **columns):
+        self.seed, self.wanted = columns.pop("seed", 0), columns.pop("wanted", 10**9)
+        for name, value in columns.items():
+            setattr(self, name, value if name in ("ids", "completion_tokens") else lambda value=value: value)
+
+
 def test_the_settings_know_exactly_the_strategies_there_are():
     assert set(STRATEGY_NAMES) == set(STRATEGIES)
     for name, strategy in STRATEGIES.items():
         assert strategy.name == name and strategy.description
-        assert (strategy.weigh is None) != (strategy.order is None)
+        assert (strategy.weigh is None) != (strategy.rank is None)
         assert strategy.needs_direction == (name in ("prism", "uniform", "less", "prism-unit"))
 
 
@@ -109,7 +120,7 @@ def test_a_ranking_does_not_depend_on_the_order_of_the_rows():
 
 
 def random_order(ids, seed=0):
-    return [ids[row] for row in ranking(STRATEGIES["random"].order(ids, seed), ids)]
+    return [ids[row] for row in ranking(keyed_hash(ids, seed), ids)]
 
 
 def test_random_keeps_the_order_of_the_old_rows_when_new_ones_arrive():
@@ -128,15 +139,15 @@ def test_random_depends_on_the_seed_and_on_nothing_else():
 
 
 def test_random_is_uniform():
-    keys = STRATEGIES["random"].order([f"id {number}" for number in range(4000)], 0)
+    keys = keyed_hash([f"id {number}" for number in range(4000)], 0)
     assert ((keys >= 0) & (keys < 1)).all()
     counts = np.histogram(keys, bins=10, range=(0, 1))[0]
     assert np.abs(counts - 400).max() < 5 * np.sqrt(400)
 
 
 def test_full_takes_everything_in_the_order_of_the_ids():
-    keys = STRATEGIES["full"].order(["b", "a", "c"], 0)
-    assert ranking(keys, ["b", "a", "c"]).tolist() == [1, 0, 2]
+    found = STRATEGIES["full"].rank(FakePool(ids=["b", "a", "c"]))
+    assert found.order.tolist() == [1, 0, 2] and found.scores is None
     assert STRATEGIES["full"].whole_pool and not STRATEGIES["random"].whole_pool
 
 

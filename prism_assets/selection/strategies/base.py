@@ -1,0 +1,98 @@
+"""What a strategy is, what it may look at, and what it answers."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from prism_assets.selection.preference import TargetKind
+
+# What a strategy reads beside ids and token counts; it becomes part of what a selection is made from.
+#   seed             selection.seed
+#   text             prompts and completions of candidates and targets
+#   features         what the gradient pass stored of each candidate
+#   target_features  scores and gradients of the targets (needs features)
+#   hidden_states    a forward pass of the starting model over candidates and targets
+Input = Literal["seed", "text", "features", "target_features", "hidden_states"]
+
+
+class TargetScores(NamedTuple):
+    """What a weighting may look at, for C checkpoints and m targets."""
+
+    scores: np.ndarray  # float64 [C, m] preference scores s_kj
+    norms: np.ndarray  # float64 [C, m] exact gradient norms ‖g_kj‖
+    kind: TargetKind
+    temperature: float
+
+
+class Texts(NamedTuple):
+    """Prompts and completions, in one order."""
+
+    prompts: Sequence[str]
+    completions: Sequence[str]
+
+
+class HiddenStates(NamedTuple):
+    """Unit vectors of n candidates and m targets."""
+
+    candidates: np.ndarray  # float32 [n, H]
+    targets: np.ndarray  # float32 [m, H]
+
+
+class Pool(Protocol):
+    """The n rows that may be ranked, and the m targets. Everything beyond ids is read when it is asked for.
+
+    Labels (`source`, the record's own id) are not among it: no strategy can see them. Nor are held-out records.
+    """
+
+    ids: Sequence[str]  # [n]
+    completion_tokens: np.ndarray  # int64 [n]
+    seed: int
+    wanted: int  # an order of so many rows surely fills the budget
+
+    def texts(self) -> Texts: ...  # of the candidates [n]
+    def target_texts(self) -> Texts: ...  # of the targets [m] (of pairs: the wanted completions)
+    def mean_log_probs(self) -> np.ndarray: ...  # float64 [n] at the last checkpoint
+    def influences(self) -> np.ndarray: ...  # float32 [n, m] mean cosine of a row with each target's gradient
+    def target_scores(self) -> TargetScores: ...
+    def target_groups(self) -> Sequence[str]: ...  # [m] the subtask of each target; "" where it has none
+    def hidden_states(self) -> HiddenStates: ...
+
+
+class Ranking(NamedTuple):
+    """Rows of the pool, best first, as far as they are wanted."""
+
+    order: np.ndarray  # int64 [k] positions in the pool
+    scores: np.ndarray | None = None  # float32 [k] of these rows, where the strategy has scores
+
+
+class Strategy(NamedTuple):
+    """A named way to rank. Exactly one of `weigh` and `rank` is set.
+
+    A direction strategy (`weigh`) says how the target gradients are weighted into one direction; candidates are ranked
+    by the inner product of their features with it. Any other one (`rank`) orders the rows of a pool itself.
+    """
+
+    name: str
+    description: str
+    weigh: Callable[[TargetScores], np.ndarray] | None = None  # -> coefficients [C, m] of the raw gradients
+    rank: Callable[[Pool], Ranking] | None = None
+    reads: frozenset[Input] = frozenset()
+    whole_pool: bool = False  # takes every row, whatever the budget
+
+    @property
+    def needs_direction(self) -> bool:
+        return self.weigh is not None
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether only rows with usable gradient features can be ranked."""
+        return self.needs_direction or "features" in self.reads
+
+
+def by_scores(scores: np.ndarray, ids: Sequence[str], *, shown: bool = True) -> Ranking:
+    """All rows by descending score [n]; ties by ascending id. `shown`: the scores say something to a reader."""
+    from prism_assets.selection.ranking import ranking
+
+    order = ranking(scores, ids)
+    return Ranking(order, np.asarray(scores)[order].astype(np.float32) if shown else None)

@@ -1,0 +1,34 @@
+"""Strategies with one direction: how target gradients are weighted into it.
+
+The 2 × 2 of weighting (preference or equal) and normalisation (raw or unit gradients): prism, uniform, prism-unit, less.
+"""
+
+import numpy as np
+
+from prism_assets.selection.preference import preference_weights
+from prism_assets.selection.strategies.base import Strategy, TargetScores
+
+
+def preference(targets: TargetScores) -> np.ndarray:
+    """w [C, m], summing to 1 at each checkpoint."""
+    return np.stack([preference_weights(s, targets.kind, targets.temperature).weights for s in targets.scores])
+
+
+def _uniform(targets: TargetScores) -> np.ndarray:
+    return np.full_like(targets.scores, 1 / targets.scores.shape[1])
+
+
+def _less(targets: TargetScores) -> np.ndarray:
+    return 1 / (targets.norms * targets.scores.shape[1])
+
+
+def _prism_unit(targets: TargetScores) -> np.ndarray:
+    return preference(targets) / targets.norms
+
+
+PRISM = Strategy("prism", "targets weighted by the model's preference, gradients not normalised", weigh=preference)
+UNIFORM = Strategy("uniform", "the same with equal weights: what the weighting alone is worth", weigh=_uniform)
+LESS = Strategy("less", "mean of unit target gradients, as LESS (Xia et al. 2024) does for one task", weigh=_less)
+PRISM_UNIT = Strategy(
+    "prism-unit", "PRISM's weights on unit target gradients: weighting and normalisation", weigh=_prism_unit
+)

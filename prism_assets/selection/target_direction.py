@@ -1,0 +1,373 @@
+"""A door: target directions. Target gradients are weighed and added up; what is published says what was measured of it."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import dagster as dg
+
+from prism_assets import stage
+from prism_assets.corpus.assets import corpus_version
+from prism_assets.features.assets import GradientPass, feature_version, gradient_pass, target_set
+from prism_assets.partitions import targets_of
+from prism_assets.reference.assets import warmup_scope
+from prism_assets.settings import Settings
+from resources.lake import Artifact, Lake, Recipe, digest
+from resources.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from prism_assets.selection.strategies import Strategy, TargetScores
+
+DIRECTION_VERSION = 1
+
+GROUP = "selection"
+
+# What is always measured beside what the settings ask for: the two directions that the report compares.
+COMPARED = ("prism", "uniform")
+
+
+def direction_scope(version: str, strategy: str) -> str:
+    """Heads of directions: one per feature version and strategy."""
+    return f"{version}/{strategy}"
+
+
+def build_target_direction(settings: Settings) -> dg.AssetsDefinition:
+    """The asset `target_direction`, one partition per target of the settings."""
+
+    @dg.asset(
+        partitions_def=targets_of(settings),
+        group_name=GROUP,
+        kinds={"pytorch", "safetensors"},
+        code_version=str(DIRECTION_VERSION),
+        deps=["target_features", "targets", "warmup_checkpoints"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        pool="model",
+        check_specs=[
+            dg.AssetCheckSpec(
+                "enough_effective_targets",
+                asset="target_direction",
+                description="The weights rest on at least three targets' worth (1/Σw²); below that one or two examples "
+                "decide what is selected: add targets or raise `preference.temperature`.",
+            ),
+            dg.AssetCheckSpec(
+                "first_order_holds",
+                asset="target_direction",
+                description="A small step along the PRISM direction raises J, by between half and twice what is predicted.",
+            ),
+            dg.AssetCheckSpec(
+                "held_out_improves",
+                asset="target_direction",
+                description="The same step raises the mean log-probability of the held-out examples.",
+            ),
+        ],
+    )
+    def target_direction(
+        context: dg.AssetExecutionContext,
+        settings: dg.ResourceParam[Settings],
+        lake: Lake,
+        language_model: LanguageModel,
+    ) -> dg.MaterializeResult:
+        """Target gradients added up with the weights of each gradient strategy: t per checkpoint, unsketched, and the query.
+
+        Measured on the way: what a small step along the PRISM and the uniform direction does to J and to the held-out
+        examples, against what first order predicts.
+        """
+        warmup = lake.require("warmup_checkpoints", None, warmup_scope(settings, language_model))
+
+        with gradient_pass(settings, language_model, warmup) as work:
+            return stage.each_partition(
+                context, lambda name: _target_outcome(context, settings, lake, work, warmup, name)
+            )
+
+    return target_direction
+
+
+class _Inputs(NamedTuple):
+    """What the directions of one target are made from."""
+
+    name: str
+    version: str
+    features: Artifact
+    targets: Artifact
+    eval_examples: Artifact
+    warmup: Artifact
+
+
+def _target_outcome(
+    context: dg.AssetExecutionContext, settings: Settings, lake: Lake, work: GradientPass, warmup: Artifact, name: str
+) -> stage.Outcome:
+    from prism_assets.selection.strategies import STRATEGIES
+
+    version = feature_version(settings, lake, work.model)
+    corpus = corpus_version(settings, work.model)
+    inputs = _Inputs(
+        name,
+        version,
+        lake.require("target_features", name, version),
+        lake.require("targets", name, corpus),
+        lake.require("eval_examples", name, corpus),
+        warmup,
+    )
+    wanted = [s for s in STRATEGIES.values() if s.needs_direction and (s.name in settings.strategies or s.name in COMPARED)]
+    computed = 0
+    directions = {}
+    for strategy in wanted:
+        directions[strategy.name], made = _publish_direction(context, settings, lake, work, inputs, strategy)
+        computed += made
+    weights, made = _publish_weights(context, settings, lake, work, inputs, directions)
+    computed += made
+    for strategy, artifact in directions.items():
+        lake.point(artifact, name, direction_scope(version, strategy), context.run_id)
+    lake.point(weights, name, version, context.run_id)
+    return _direction_outcome(settings, lake, [*directions.values(), weights], weights, computed)
+
+
+def _temperature(settings: Settings, features: "pa.Table", pairs: bool) -> float:
+    import numpy as np
+
+    from prism_assets.selection.preference import default_temperature
+
+    if settings.preference.temperature is not None:
+        return settings.preference.temperature
+    return default_temperature("pairs" if pairs else "plain", np.array(features["base_score"].to_pylist()))
+
+
+def scores_of(settings: Settings, features: "pa.Table", pairs: bool) -> "tuple[TargetScores, np.ndarray]":
+    """What a weighting may look at, over the usable targets, and the positions [m'] of these."""
+    import numpy as np
+
+    from prism_assets.selection.strategies import TargetScores
+
+    usable = np.array([reason is None for reason in features["refused"].to_pylist()])
+    positions = np.flatnonzero(usable)
+    rows = features.take(positions)
+    return (
+        TargetScores(
+            np.array(rows["score"].to_pylist()).T,
+            np.array(rows["norm"].to_pylist()).T,
+            "pairs" if pairs else "plain",
+            _temperature(settings, rows, pairs),
+        ),
+        positions,
+    )
+
+
+def _publish_direction(
+    context: dg.AssetExecutionContext,
+    settings: Settings,
+    lake: Lake,
+    work: GradientPass,
+    inputs: _Inputs,
+    strategy: "Strategy",
+) -> tuple[Artifact, int]:
+    """t per checkpoint (unsketched, fp32), its sketch and norm, and the query, as one safetensors file."""
+    import torch
+
+    from prism_assets.selection.direction import norm, query_vector, target_vector
+
+    table = lake.read_table(inputs.targets)
+    scores, usable = scores_of(settings, lake.read_table(inputs.features), target_set(table).pairs)
+    weights = strategy.weigh(scores)
+    recipe = Recipe(
+        "target_directions",
+        DIRECTION_VERSION,
+        {"weights": digest(weights.tolist())},
+        {"targets": inputs.targets, "features": inputs.features, "warmup": inputs.warmup},
+        partition=inputs.name,
+        version=inputs.version,
+    )
+    artifact = lake.find(recipe)
+    if artifact is not None:
+        return artifact, 0
+    # Refused targets are left out, not weighted with zero: zero times NaN is NaN.
+    chosen = target_set(table.take(usable))
+    tensors: dict[str, torch.Tensor] = {}
+    sketches, norms = [], []
+    for position, checkpoint in enumerate(work.checkpoints):
+        engine = work.at(checkpoint)
+        vector = target_vector(engine, chosen, weights[position])
+        norms.append(norm(vector))
+        sketches.append(work.projection(engine).sketch_vector(vector).cpu().numpy())
+        tensors |= {f"t/{position}/{name}": tensor.float() for name, tensor in vector.items()}
+    rates = [checkpoint.mean_learning_rate for checkpoint in work.checkpoints]
+    tensors["query"] = torch.from_numpy(query_vector(sketches, norms, rates))
+    tensors["norms"] = torch.tensor(norms, dtype=torch.float64)
+    return lake.publish_tensors(recipe, tensors, run_id=context.run_id, notes={"strategy": strategy.name}), 1
+
+
+def load_direction(lake: Lake, artifact: Artifact) -> "tuple[np.ndarray, list[dict[str, Any]]]":
+    """The query [C·K] and t per checkpoint (parameter name -> tensor) of a direction."""
+    tensors = lake.read_tensors(artifact)
+    vectors: list[dict[str, Any]] = [{} for _ in range(len(tensors["norms"]))]
+    for name, tensor in tensors.items():
+        if name.startswith("t/"):
+            _, position, parameter = name.split("/", 2)
+            vectors[int(position)][parameter] = tensor
+    return tensors["query"].numpy(), vectors
+
+
+def _publish_weights(
+    context: dg.AssetExecutionContext,
+    settings: Settings,
+    lake: Lake,
+    work: GradientPass,
+    inputs: _Inputs,
+    directions: Mapping[str, Artifact],
+) -> tuple[Artifact, int]:
+    """One row per target with its score, preference and weights (last checkpoint); diagnostics in the notes."""
+    import numpy as np
+    import pyarrow as pa
+
+    from prism_assets.selection.preference import effective_number, preference_weights
+    from prism_assets.selection.strategies import STRATEGIES
+
+    table = lake.read_table(inputs.targets)
+    chosen = target_set(table)
+    features = lake.read_table(inputs.features)
+    scores, usable = scores_of(settings, features, chosen.pairs)
+    recipe = Recipe(
+        "target_weights",
+        DIRECTION_VERSION,
+        {"temperature": scores.temperature, "probe_step": settings.preference.probe_step},
+        {**directions, "features": inputs.features, "eval_examples": inputs.eval_examples},
+        partition=inputs.name,
+        version=inputs.version,
+    )
+    artifact = lake.find(recipe)
+    if artifact is not None:
+        return artifact, 0
+    weights = {name: STRATEGIES[name].weigh(scores) for name in directions}
+    per_checkpoint = [preference_weights(s, scores.kind, scores.temperature) for s in scores.scores]
+    last = per_checkpoint[-1]
+
+    def column(values: "np.ndarray") -> "pa.Array":
+        full = np.full(chosen.size, np.nan)
+        full[usable] = values
+        return pa.array(full, from_pandas=True)
+
+    rows = pa.table(
+        {
+            "id": table["id"],
+            "group": table["group"],
+            "prompt": table["prompt"],
+            "completion": table["completion"],
+            "score": column(scores.scores[-1]),
+            "preference": column(last.preferences),
+            "gradient_norm": column(scores.norms[-1]),
+            **{name: column(values[-1] / values[-1].sum()) for name, values in weights.items()},
+        }
+    )
+    notes = {
+        "kind": scores.kind,
+        "number_of_targets": chosen.size,
+        "temperature": scores.temperature,
+        "log_z": last.log_z,
+        "objective": last.objective,
+        "checkpoints": len(per_checkpoint),
+        "effective_number_of_targets": {name: effective_number(values[-1]) for name, values in weights.items()},
+        "weight_rank_agreement": _rank_agreement([one.weights for one in per_checkpoint]),
+        "first_order": _first_order(settings, lake, work, inputs, directions, scores, usable),
+    }
+    return lake.publish_table(recipe, rows, run_id=context.run_id, notes=notes), 1
+
+
+def _rank_agreement(weights: "list[np.ndarray]") -> float | None:
+    """Smallest Spearman correlation between the weights of the last checkpoint and those of another; None for one."""
+    import numpy as np
+
+    if len(weights) < 2 or len(weights[0]) < 2:
+        return None
+    ranks = [np.argsort(np.argsort(one)) for one in weights]
+    return float(min(np.corrcoef(ranks[-1], other)[0, 1] for other in ranks[:-1]))
+
+
+def _first_order(
+    settings: Settings,
+    lake: Lake,
+    work: GradientPass,
+    inputs: _Inputs,
+    directions: Mapping[str, Artifact],
+    scores: "TargetScores",
+    usable: "np.ndarray",
+) -> dict[str, Any]:
+    """Predicted and measured gains of one small step, the same length for each direction, at the last checkpoint.
+
+    The length is the one at which J is predicted to rise by the share `preference.probe_step` along PRISM.
+    """
+    import numpy as np
+
+    from prism_assets.selection.direction import TargetSet, first_order_gain, norm
+    from prism_assets.selection.preference import preference_weights
+
+    table = lake.read_table(inputs.targets).take(usable)
+    chosen = target_set(table)
+    held_out: TargetSet = target_set(lake.read_table(inputs.eval_examples))
+    held_out_examples = held_out.examples[: held_out.size]
+    engine = work.at(work.checkpoints[-1])
+
+    def preference(values: "np.ndarray") -> Any:
+        return preference_weights(values, scores.kind, scores.temperature)
+
+    now = preference(chosen.scores(engine.mean_log_probs(chosen.examples)))
+    before = (now.objective, float(np.mean(engine.mean_log_probs(held_out_examples))))
+    vectors = {name: load_direction(lake, directions[name])[1][-1] for name in COMPARED}
+    z = float(np.exp(now.log_z))
+    gradient = {name: tensor * z for name, tensor in vectors["prism"].items()}
+    size = settings.preference.probe_step * now.objective / norm(gradient)
+    gains = {
+        name: first_order_gain(
+            engine, vector, gradient, size, lambda values: preference(values).objective, chosen, held_out_examples, before
+        )._asdict()
+        for name, vector in vectors.items()
+    }
+    return {"step": size, "objective": now.objective, **gains}
+
+
+def _direction_outcome(
+    settings: Settings, lake: Lake, artifacts: list[Artifact], weights: Artifact, computed: int
+) -> stage.Outcome:
+    from prism_assets.evaluation import plots
+
+    notes = weights.notes
+    rows = lake.read_table(weights).to_pylist()
+    gain = notes["first_order"]["prism"]
+    ratio = gain["measured"] / gain["predicted"] if gain["predicted"] else float("nan")
+    effective = notes["effective_number_of_targets"]["prism"]
+    top = sorted((row for row in rows if row["prism"] is not None), key=lambda row: -row["prism"])
+    return stage.Outcome(
+        artifacts,
+        computed,
+        metadata={
+            "dagster/row_count": notes["number_of_targets"],
+            **stage.column_lineage(
+                **{name: ("targets", name) for name in ("id", "group", "prompt", "completion")},
+                score=("target_features", "score"),
+                gradient_norm=("target_features", "norm"),
+            ),
+            "effective_number_of_targets": effective,
+            "temperature": notes["temperature"],
+            "log_z": notes["log_z"],
+            "objective": notes["objective"],
+            "first_order": dg.MetadataValue.json(notes["first_order"]),
+            "weights": dg.MetadataValue.md(
+                plots.as_markdown_image(plots.target_weights(top), "target weights")
+            ),
+            "gains": dg.MetadataValue.md(
+                plots.as_markdown_image(plots.first_order_gains(notes["first_order"]), "first-order gains")
+            ),
+            "rows": stage.preview([{k: row[k] for k in ("prism", "preference", "prompt", "completion")} for row in top]),
+        },
+        checks={
+            "enough_effective_targets": (effective >= min(3, len(rows)), {"effective": effective, "targets": len(rows)}),
+            "first_order_holds": (0.5 <= ratio <= 2, {"measured_over_predicted": ratio, **gain}),
+            "held_out_improves": (
+                gain["held_out_mean_log_prob"] > 0,
+                {
+                    "prism": gain["held_out_mean_log_prob"],
+                    "uniform": notes["first_order"]["uniform"]["held_out_mean_log_prob"],
+                },
+            ),
+        },
+    )
