@@ -12,7 +12,8 @@ Reported per situation and strategy: `target_preference` (held-out mean per-toke
 `precision` (share of right rows among the selected), `r_precision` (among the first n of the ranking, n being their
 number in the pool; gradient strategies only), each with mean, standard deviation and 95% interval over seeds;
 `gap_recovered` (ratio of means of target_preference, random → oracle, with a paired bootstrap interval); and paired
-differences of PRISM to the others.
+differences of `prism` and `prism-cover` to the others. `less-max` knows the subtasks (the skills) where all targets are
+wanted; elsewhere it has none and equals `less`.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ import yaml
 
 # Held-out mean per-token probability, exact match, share of right rows.
 METRICS = ("target_preference", "exact_match", "precision", "r_precision")
+# With one direction, so with a ranking of the whole pool; then those that keep the targets apart.
 GRADIENT = ("prism", "uniform", "less", "prism-unit")
+SEVERAL = ("prism-cover", "prism-round-robin", "less-max")
 TARGETS = 32
 HELD_OUT = 150
-COUNTERPARTS = ("uniform", "less", "prism-unit", "random")
+COUNTERPARTS = ("uniform", "less", "less-max", "prism-unit", "random")
+# Whose differences to the counterparts are reported.
+REPORTED = ("prism", "prism-cover")
 
 
 class Situation(NamedTuple):
@@ -70,7 +75,10 @@ def write_project(folder: Path, seed: int, situations: list[str]) -> None:
         place = folder / "targets" / name
         place.mkdir(parents=True, exist_ok=True)
         targets = _in_parts(situation.targets, TARGETS, rng, used)
-        data._write_lines(place / "target.jsonl", map(data._record, targets))
+        # Subtasks are known where all targets are wanted; nobody labels noise.
+        labelled = set(situation.targets) == set(situation.right)
+        records = [{**data._record(row), **({"group": row.source} if labelled else {})} for row in targets]
+        data._write_lines(place / "target.jsonl", records)
         held_out = _in_parts(situation.right, HELD_OUT, rng, used)
         data._write_lines(place / "eval.jsonl", ({**data._record(row), "answer": row.completion} for row in held_out))
     pool = [row for skill in SKILLS for row in data.draw_fresh(skill, data.ROWS_PER_SKILL, rng, used)]
@@ -99,7 +107,7 @@ def project_settings(folder: Path, seed: int, situations: list[str]) -> Any:
     content["warmup"]["seed"] = content["features"]["seed"] = seed
     content["selection"]["seed"] = seed
     content["seeds"] = [seed]
-    content["strategies"] = [*GRADIENT, "random"]
+    content["strategies"] = [*GRADIENT, *SEVERAL, "random"]
     content["targets"] = {
         name: {kind: str(folder / "targets" / name / f"{file}.jsonl") for kind, file in (("examples", "target"), ("eval", "eval"))}
         for name in situations
@@ -233,14 +241,24 @@ def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
             entry["gap_recovered"] = gap_recovered(*shares)._asdict()
             strategies[strategy] = entry
         differences = {
-            other: paired_difference(values("prism", "target_preference"), values(other, "target_preference"))
-            for other in COUNTERPARTS
+            one: {
+                other: paired_difference(values(one, "target_preference"), values(other, "target_preference"))
+                for other in COUNTERPARTS
+            }
+            for one in REPORTED
         }
         result[name] = {
             "unseen": SITUATIONS[name].unseen,
             "strategies": strategies,
-            "prism_minus": {other: one._asdict() for other, one in differences.items()},
-            "verdict": [compared("prism", other, one, "target_preference") for other, one in differences.items()],
+            "differences": {
+                one: {other: difference._asdict() for other, difference in others.items()}
+                for one, others in differences.items()
+            },
+            "verdict": [
+                compared(one, other, difference, "target_preference")
+                for one, others in differences.items()
+                for other, difference in others.items()
+            ],
         }
     return result
 

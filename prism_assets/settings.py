@@ -211,7 +211,9 @@ class Settings(_Section):
     selection: SelectionSettings = SelectionSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    strategies: tuple[Literal[STRATEGIES], ...] = Field(("prism", "uniform", "less", "random"), min_length=1)
+    strategies: tuple[Literal[STRATEGIES], ...] = Field(
+        ("prism", "prism-cover", "uniform", "less", "random"), min_length=1
+    )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     storage: StorageSettings = StorageSettings()
 

@@ -89,7 +89,7 @@ def demo_settings(folder: Path | str) -> dict[str, Any]:
         "selection": {"budget": "5%"},
         "training": {"epochs": 10, "steps": 80, "batch_size": 16, "learning_rate": 2.0e-3},
         "evaluation": {"max_new_tokens": 10, "batch_size": HELD_OUT_ROWS},
-        "strategies": ["prism", "uniform", "less", "random"],
+        "strategies": ["prism", "prism-cover", "uniform", "less", "random"],
         "seeds": [0, 1, 2],
         "storage": {"root": str(folder / "lake"), "report": str(folder / "report")},
     }

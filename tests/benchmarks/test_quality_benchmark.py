@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.quality import HELD_OUT, SITUATIONS, TARGETS, summary, write_project
+from benchmarks.quality import GRADIENT, HELD_OUT, SEVERAL, SITUATIONS, TARGETS, summary, write_project
 from prism_assets.demo.skills import SKILLS
 
 
@@ -44,6 +44,14 @@ def test_held_out_records_are_of_the_right_skills_alone(tmp_path):
     assert targets.count("shift") == targets.count("copy") == TARGETS // 2
 
 
+def test_subtasks_are_named_only_where_every_target_is_wanted(tmp_path):
+    write_project(tmp_path, 0, ["three_clean", "sort_noise"])
+    clean = records(tmp_path / "targets" / "three_clean" / "target.jsonl")
+    noisy = records(tmp_path / "targets" / "sort_noise" / "target.jsonl")
+    assert {row["group"] for row in clean} == {"reverse", "sort", "shift"}
+    assert not any("group" in row for row in noisy)
+
+
 def outcomes(gains, seeds=6):
     """Outcomes in which each strategy's preference is random's plus a known gain; seeds shift all alike."""
     rng = np.random.default_rng(0)
@@ -60,18 +68,19 @@ def outcomes(gains, seeds=6):
 
 def test_summary_recovers_planted_shares_and_differences():
     gains = {"base": -0.1, "random": 0, "prism": 0.08, "uniform": 0.02, "less": 0.1, "prism-unit": 0.08, "oracle": 0.1}
+    gains |= {"prism-cover": 0.09, "less-max": 0.05}
     found = summary(outcomes(gains))["sort_noise"]
     assert found["strategies"]["prism"]["gap_recovered"]["mean"] == pytest.approx(0.8, abs=0.01)
     assert found["strategies"]["oracle"]["gap_recovered"]["mean"] == pytest.approx(1)
-    assert found["prism_minus"]["uniform"]["mean"] == pytest.approx(0.06, abs=0.001)
+    assert found["differences"]["prism"]["uniform"]["mean"] == pytest.approx(0.06, abs=0.001)
     verdict = " ".join(found["verdict"])
     assert "prism is above uniform" in verdict and "prism is below less" in verdict
-    assert "not to be told apart from prism-unit" in verdict
+    assert "not to be told apart from prism-unit" in verdict and "prism-cover is above less-max" in verdict
     assert json.dumps(found)
 
 
 def test_a_situation_without_a_gap_has_no_share():
-    gains = dict.fromkeys(["base", "random", "prism", "uniform", "less", "prism-unit", "oracle"], 0.0)
+    gains = dict.fromkeys(["base", "random", *GRADIENT, *SEVERAL, "oracle"], 0.0)
     rng = np.random.default_rng(1)
     made = outcomes(gains)
     for one in made:
