@@ -5,7 +5,7 @@
 Works on the projects of `benchmarks.quality --work FOLDER` (those that are missing are written), in their lakes: a
 variant is the project's settings with one key changed, run through the pipeline up to the target directions. Features
 that a variant shares with the default are found, not computed. R-precision is the share of right rows among the first
-n of the ranking, n being their number in the pool. CPU only.
+n of the ranking, n being their number in the pool; precision is their share within the budget. CPU only.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sketch-1024": {"features": {"sketch_dim": 1024}},
     "sketch-16384": {"features": {"sketch_dim": 16384}},
     "checkpoints-4": {"warmup": {"checkpoints": 4}},
+    "score-sum": {"preference": {"score": "sum"}},
+    # A score is divided by its number of tokens, or by about their mean: what is left is the weighting by length.
+    "score-sum-temperature-5": {"preference": {"score": "sum", "temperature": 5.0}},
+    "fisher-0.01": {"preference": {"fisher_damping": 0.01}},
+    "fisher-0.1": {"preference": {"fisher_damping": 0.1}},
+    "rerank-2": {"selection": {"rerank": 2.0}},
+    "rerank-4": {"selection": {"rerank": 4.0}},
+    "rerank-4-fisher-0.1": {"selection": {"rerank": 4.0}, "preference": {"fisher_damping": 0.1}},
+    "warmup-20%": {"warmup": {"share": 0.2}},
 }
 
 
@@ -44,8 +53,9 @@ def varied(settings: Any, changes: dict[str, dict[str, Any]]) -> Any:
     )
 
 
-def r_precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """R-precision per situation and gradient strategy of one project under one variant."""
+def precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """R-precision and precision at the budget, per situation and strategy with a direction, of one project under one
+    variant."""
     from prism_assets.pipeline import STEPS, instance_of, run_pipeline
 
     situations = list(SITUATIONS)
@@ -63,31 +73,46 @@ def r_precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) ->
     resources = build_resources(settings)
     lake, model, store = (resources[name] for name in ("lake", "language_model", "vector_store"))
     pool = lake.require("live_pool", None, corpus_version(settings, model))
-    found: dict[str, dict[str, float]] = {}
+    budget = max(1, round(settings.selection.budget.amount * pool.notes["canonical_rows"]))
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for name in situations:
         right = set(SITUATIONS[name].right)
         number = _right_rows(lake, pool, right).num_rows
         found[name] = {}
         for strategy in GRADIENT:
-            rows = query_index(settings, lake, model, store, target=name, strategy=strategy, k=number)
-            found[name][strategy] = float(np.mean([row["source"] in right for row in rows]))
+            rows = query_index(
+                settings, lake, model, store, target=name, strategy=strategy, k=max(number, budget),
+                rerank=settings.selection.rerank,
+            )  # fmt: skip
+            is_right = [row["source"] in right for row in rows]
+            found[name][strategy] = {
+                "r_precision": float(np.mean(is_right[:number])),
+                "precision": float(np.mean(is_right[:budget])),
+            }
     return found
 
 
-def summary(measured: dict[str, dict[int, dict[str, dict[str, float]]]]) -> dict[str, Any]:
+def summary(measured: dict[str, dict[int, dict[str, dict[str, dict[str, float]]]]]) -> dict[str, Any]:
     """Per variant, situation and strategy the summary over seeds, and the paired change of it against the default."""
     from prism_assets.evaluation.statistics import paired_difference, summarize_seeds
 
     result: dict[str, Any] = {}
     for variant, seeds in measured.items():
         shared = [seed for seed in seeds if seed in measured["default"]]
+
+        def values(of: str, name: str, strategy: str, metric: str, shared: list[int] = shared) -> list[float]:
+            return [measured[of][seed][name][strategy][metric] for seed in shared]
+
         result[variant] = {
             name: {
                 strategy: {
-                    "r_precision": summarize_seeds([seeds[seed][name][strategy] for seed in shared])._asdict(),
+                    **{
+                        metric: summarize_seeds(values(variant, name, strategy, metric))._asdict()
+                        for metric in ("r_precision", "precision")
+                    },
                     "against_default": paired_difference(
-                        [seeds[seed][name][strategy] for seed in shared],
-                        [measured["default"][seed][name][strategy] for seed in shared],
+                        values(variant, name, strategy, "r_precision"),
+                        values("default", name, strategy, "r_precision"),
                     )._asdict(),
                 }
                 for strategy in GRADIENT
@@ -113,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
             finished = folder / f"ranking-{variant}.json"
             if not finished.exists():
                 started = time.process_time()
-                outcome = r_precisions(folder, seed, VARIANTS[variant])
+                outcome = precisions(folder, seed, VARIANTS[variant])
                 finished.write_text(json.dumps(outcome))
                 print(f"seed {seed}, {variant}: {time.process_time() - started:.0f} CPU s", file=sys.stderr, flush=True)
             measured.setdefault(variant, {})[seed] = json.loads(finished.read_text())

@@ -129,6 +129,15 @@ class PreferenceSettings(_Section):
     """How the model's preference weights the targets."""
 
     temperature: float | None = Field(None, gt=0, description="null: 1, and for pairs a robust scale of the margins")
+    score: Literal["mean", "sum"] = Field(
+        "mean", description="mean or sum of a target's token log-probabilities; sum for plain targets only"
+    )
+    fisher_damping: float | None = Field(
+        None,
+        gt=0,
+        description="corrects directions by the damped inverse of the warm-up sample's second moment, damped by this "
+        "share of its trace (0.1, say); null: no correction",
+    )
     probe_step: float = Field(0.02, gt=0, description="the measured step is as long as it takes to raise J by this share, to first order, along PRISM")
 
 
@@ -189,6 +198,12 @@ class SelectionSettings(_Section):
 
     budget: Annotated[Budget, BeforeValidator(parse_budget)] = Budget(kind="share", amount=0.05)
     seed: int = 0
+    rerank: float = Field(
+        0.0,
+        ge=0,
+        description="strategies with one direction score the top of their ranking again without a sketch: so many "
+        "budgets' worth of rows (4 is plenty); 0: off",
+    )
 
 
 def _safe_name(name: str) -> str:
@@ -216,6 +231,15 @@ class Settings(_Section):
     )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     storage: StorageSettings = StorageSettings()
+
+    @model_validator(mode="after")
+    def _fisher_needs_a_diagonal(self) -> "Settings":
+        if self.preference.fisher_damping is not None and self.features.optimizer not in ("sgd", "adam"):
+            raise ValueError(
+                f"preference.fisher_damping needs features.optimizer sgd or adam: {self.features.optimizer} is not linear "
+                "in the gradient"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_repetition(self) -> "Settings":

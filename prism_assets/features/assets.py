@@ -302,7 +302,7 @@ def _publish_block(
             )
         )
         progress.update(start + len(examples))
-    table = _feature_table(rows["id"].to_pylist(), passes)
+    table = feature_table(rows["id"].to_pylist(), passes)
     scores = [score for one in passes[-1:] for score in one.mean_log_probs]
     notes = {
         "refused": sum(reason is not None for reason in table["refused"].to_pylist()),
@@ -311,7 +311,7 @@ def _publish_block(
     return lake.publish_table(recipe, table, run_id=run_id, notes=notes, compression="none"), 1
 
 
-def _feature_table(ids: Sequence[str], passes: "Sequence[FeatureRows]") -> "pa.Table":
+def feature_table(ids: Sequence[str], passes: "Sequence[FeatureRows]") -> "pa.Table":
     """Rows [n] with unit blocks of each checkpoint side by side: vector float16 [C·K], norms float64 [C]."""
     import numpy as np
     import pyarrow as pa

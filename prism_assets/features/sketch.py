@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -126,6 +126,35 @@ class ExactFeatures:
         out = torch.zeros(1, self.dim, dtype=dtype, device=first.device)
         for name, value in vector.items():
             self.add_(out, name, value.to(dtype).unsqueeze(0))
+        return out[0]
+
+
+class DirectionProducts:
+    """No sketch of the gradient at all, but its exact inner products with Q given directions; `dim` is Q.
+
+    directions: each maps parameter names to tensors of the parameters' shapes; a missing parameter counts as zero.
+    """
+
+    def __init__(self, directions: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
+        self.dim = len(directions)
+        names = dict.fromkeys(name for one in directions for name in one)
+        self._columns = {}  # name -> [p, Q]
+        for name in names:
+            like = next(one[name] for one in directions if name in one)
+            columns = [one.get(name, torch.zeros_like(like)).flatten() for one in directions]
+            self._columns[name] = torch.stack(columns, dim=1).to(device, dtype)
+
+    def add_(self, out: Tensor, name: str, gradients: Tensor) -> None:
+        """Adds one parameter's share of the products of gradients [b, *shape] to `out` [b, Q], in place."""
+        if name in self._columns:
+            out += gradients.flatten(1) @ self._columns[name]
+
+    def sketch_vector(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """The products [Q] of one vector, given as parameter name -> tensor."""
+        first = next(iter(vector.values()))
+        out = torch.zeros(1, self.dim, dtype=first.dtype, device=first.device)
+        for name, value in vector.items():
+            self.add_(out, name, value.unsqueeze(0))
         return out[0]
 
 

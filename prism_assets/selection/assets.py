@@ -1,7 +1,8 @@
 """A door: selections, the top of each strategy's ranking within the budget."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from prism_assets.features.assets import feature_version
 from prism_assets.partitions import target_strategies_of
 from prism_assets.reference.assets import warmup_scope
 from prism_assets.selection.pool import COPIED, LivePool, learning_rates
+from prism_assets.selection.rerank import exact_scores
 from prism_assets.selection.target_direction import (
     COMPARED,
     GROUP,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from prism_assets.selection.strategies import Strategy
+    from prism_assets.selection.strategies import Strategy, TargetScores
 
 __all__ = ["build_selection", "build_target_direction", "direction_scope", "join_key", "load_direction", "query_index"]
 
@@ -54,6 +56,7 @@ def build_selection(settings: Settings) -> dg.AssetsDefinition:
         code_version=str(SELECTION_VERSION),
         deps=["target_direction", "candidate_index", "live_pool"],
         backfill_policy=dg.BackfillPolicy.single_run(),
+        pool="model",
         check_specs=[
             dg.AssetCheckSpec(
                 "influence_positive",
@@ -118,6 +121,11 @@ def _publish_selection(
         identity["seed"] = settings.selection.seed
     if "target_features" in strategy.reads:
         identity["temperature"] = _target_scores(settings, lake, inputs)[0].temperature
+        identity["score"] = settings.preference.score
+    if strategy.needs_direction and settings.selection.rerank:
+        identity["rerank"] = settings.selection.rerank
+        # What exact scores are computed with beside the direction; its own inputs name it too.
+        inputs["warmup"] = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
     version = feature_version(settings, lake, model) if strategy.needs_features else corpus_version(settings, model)
     recipe = Recipe(
         "selection", SELECTION_VERSION, identity, inputs, partition=join_key(target, name), version=version
@@ -125,7 +133,7 @@ def _publish_selection(
     artifact = lake.find(recipe)
     if artifact is not None:
         return artifact, 0
-    ranked = rank(settings, lake, store, strategy, inputs, settings.selection.budget)
+    ranked = rank(settings, lake, model, store, strategy, inputs, settings.selection.budget, settings.selection.rerank)
     return (
         lake.publish_table(
             recipe,
@@ -165,11 +173,8 @@ def selection_inputs(
     return inputs
 
 
-def _target_scores(settings: Settings, lake: Lake, inputs: dict[str, Artifact]) -> "tuple[Any, np.ndarray]":
-    from prism_assets.features.assets import target_set
-
-    pairs = target_set(lake.read_table(inputs["targets"])).pairs
-    return scores_of(settings, lake.read_table(inputs["target_features"]), pairs)
+def _target_scores(settings: Settings, lake: Lake, inputs: dict[str, Artifact]) -> "tuple[TargetScores, np.ndarray]":
+    return scores_of(settings, lake.read_table(inputs["target_features"]), lake.read_table(inputs["targets"]))
 
 
 def query_index(
@@ -182,8 +187,11 @@ def query_index(
     strategy: str = "prism",
     k: int = 10,
     version: str | None = None,
+    rerank: float = 0.0,
 ) -> list[dict[str, Any]]:
     """The k candidates of highest influence on a target, from the index of a feature version (default: today's).
+
+    `rerank` scores so many times k rows again without the sketch (today's version only: it needs the model).
 
     Raises SettingsError for a strategy that has no direction, LakeError where the version has none, or no index, yet.
     """
@@ -193,7 +201,8 @@ def query_index(
     if strategy not in known:
         raise SettingsError(f"{strategy!r} is no strategy with a direction here; prism.yaml has {', '.join(known)}.")
     inputs = selection_inputs(settings, lake, model, target, STRATEGIES[strategy], version)
-    ranked = rank(settings, lake, store, STRATEGIES[strategy], inputs, Budget(kind="rows", amount=k))
+    budget = Budget(kind="rows", amount=k)
+    ranked = rank(settings, lake, model, store, STRATEGIES[strategy], inputs, budget, rerank)
     columns = ["rank", "score", "id", "shard", "row", "source", "prompt", "completion"]
     return ranked.table.select(columns).to_pylist()
 
@@ -201,12 +210,17 @@ def query_index(
 def rank(
     settings: Settings,
     lake: Lake,
+    model: LanguageModel,
     store: VectorStore,
     strategy: "Strategy",
     inputs: dict[str, Artifact],
     budget: Budget,
+    rerank: float = 0.0,
 ) -> Ranked:
-    """The top of a strategy's ranking within a budget. Refused rows are never returned."""
+    """The top of a strategy's ranking within a budget. Refused rows are never returned.
+
+    `rerank` (for strategies with one direction): the first `rerank` times the budget are ordered by exact scores.
+    """
     manifest = inputs["pool"]
     pool = LivePool(
         lake,
@@ -224,37 +238,55 @@ def rank(
     counted = manifest.notes["canonical_rows"]
     if strategy.needs_direction:
         query, _ = load_direction(lake, inputs["direction"])
-        table, scored = _top_by_score(pool, pool.scores(query), budget, counted)
+        scores = pool.scores(query)
+        exact = None
+        if rerank:
+            warmup = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
+
+            def exact(positions: "np.ndarray") -> "np.ndarray":
+                return exact_scores(settings, lake, model, warmup, inputs["direction"], pool, positions)
+
+        table, scored = _top_by_score(pool, scores, budget, counted, max(rerank, 1.0), exact)
     else:
         table, scored = _top_by_order(pool, strategy, budget, counted)
     return Ranked(table, {**_counts(table), "pool_rows": counted, "refused_rows": pool.refused, **scored})
 
 
 def _top_by_score(
-    pool: LivePool, scores: "np.ndarray", budget: Budget, counted: int
+    pool: LivePool,
+    scores: "np.ndarray",
+    budget: Budget,
+    counted: int,
+    shortlist: float = 1.0,
+    exact: "Callable[[np.ndarray], np.ndarray] | None" = None,
 ) -> "tuple[pa.Table, dict[str, Any]]":
-    """Rows by descending score [n] within the budget, reading only shards that have some; and what to note of the scores."""
+    """Rows by descending score [n] within the budget, reading only shards that have some; and what to note of the scores.
+
+    `exact` gives the scores by which the first `shortlist` times the budget are ordered.
+    """
     import numpy as np
 
     from prism_assets.evaluation.metrics import score_histogram
     from prism_assets.selection.ranking import cut, ranking
 
-    k = min(pool.wanted, pool.size)
+    k = min(math.ceil(shortlist * pool.wanted), pool.size)
     while True:
         # All that tie with the k-th: where they are cut, ids decide.
         best = np.flatnonzero(scores >= np.partition(scores, pool.size - k)[pool.size - k])
+        ordered_by = scores[best] if exact is None else exact(best)
         rows = pool.rows_at(best)
-        order = ranking(scores[best], rows["id"].to_pylist())
+        order = ranking(ordered_by, rows["id"].to_pylist())
         tokens = rows["completion_tokens"].to_numpy()[order]
         taken = cut(tokens, kind=budget.kind, amount=budget.amount, pool_rows=counted)
         if budget.kind != "tokens" or taken < len(order) or len(order) >= pool.size:
             break
         k = min(2 * k, pool.size)
     order = order[:taken]
-    selected = scores[best][order]
+    selected = ordered_by[order]
     noted = {
         "non_positive_influence": int((selected <= 0).sum()),
         "score_histogram": score_histogram(scores, selected=taken),
+        "shortlist": len(best) if exact is not None else None,
     }
     return _selected_table(rows.take(order), selected), noted
 

@@ -51,6 +51,12 @@ def inner(left: Vector, right: Vector) -> float:
     return float(sum(float((left[name].double() * right[name].double()).sum()) for name in left))
 
 
+def relative_rates(learning_rates: Sequence[float]) -> list[float]:
+    """η̄_k / Σ_l η̄_l; equal shares where all are zero (a warm-up of one step)."""
+    total = float(sum(learning_rates))
+    return [rate / total if total > 0 else 1 / len(learning_rates) for rate in learning_rates]
+
+
 def query_vector(
     sketches: Sequence[np.ndarray], norms: Sequence[float], learning_rates: Sequence[float]
 ) -> np.ndarray:
@@ -59,17 +65,29 @@ def query_vector(
     `sketches` holds S t_k [K] of each of C checkpoints, `norms` the exact ‖t_k‖. The η̄_k are scaled to sum to 1, so
     a score is a mean cosine; where all are zero (a warm-up of one step) they count alike. Raises ValueError where a norm is zero or not finite: no direction can be followed.
     """
-    learning_rates = learning_rates if sum(learning_rates) > 0 else [1.0] * len(learning_rates)
-    total = float(sum(learning_rates))
+    rates = relative_rates(learning_rates)
     for checkpoint, length in enumerate(norms):
         if not np.isfinite(length) or length <= 0:
             raise ValueError(f"the target vector of checkpoint {checkpoint} has norm {length}: it has no direction")
     return np.concatenate(
         [
-            (rate / total) * np.asarray(sketch, np.float64) / length
-            for sketch, length, rate in zip(sketches, norms, learning_rates, strict=True)
+            rate * np.asarray(sketch, np.float64) / length
+            for sketch, length, rate in zip(sketches, norms, rates, strict=True)
         ]
     ).astype(np.float32)
+
+
+def curvature_coefficients(rows: np.ndarray, products: np.ndarray, damping: float) -> np.ndarray:
+    """a [N] with (F + λI)⁻¹ t ∝ t − Σ_i a_i r_i, where F = (1/N) Σ_i r_i r_iᵀ is the second moment of N unit rows.
+
+    rows: [N, K], the r_i or sketches of them; products: [N], ⟨r_i, t⟩ or the like of sketches; λ = damping · tr F, and
+    tr F = 1. By Woodbury's identity a = (λN·I + R Rᵀ)⁻¹ R t, a system of N unknowns whatever the number of parameters.
+    That damped second moments of gradients (empirical Fisher) stand in for curvature is Amari 1998 and Martens 2020; to
+    apply the inverse to the target vector alone, so that the index stays as it is, is our own.
+    """
+    rows = rows.astype(np.float64)
+    gram = rows @ rows.T
+    return np.linalg.solve(damping * len(rows) * np.eye(len(rows)) + gram, products.astype(np.float64))
 
 
 class FirstOrderGain(NamedTuple):

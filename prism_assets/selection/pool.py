@@ -138,6 +138,13 @@ class LivePool:
         """
         import numpy as np
 
+        found = self.shard_scores(query)
+        return np.concatenate([found[one.shard][mask] for one, mask in zip(self.segments, self.allowed, strict=True)])
+
+    def shard_scores(self, query: "np.ndarray") -> "dict[str, np.ndarray]":
+        """Inner products of a query with every row of every indexed shard, float32 [rows of the shard]."""
+        import numpy as np
+
         asked = f"scores/{hashlib.sha256(query.astype(np.float32).tobytes()).hexdigest()[:32]}"
         names = [f"{asked}/{one.features}" for one in self.segments]
         remembered = [self.lake.recall(name) for name in names]
@@ -150,7 +157,7 @@ class LivePool:
         for position, computed in zip(new, self.store.open(parts).scores(query) if parts else [], strict=True):
             scores[position] = computed
             self.lake.remember(names[position], computed.tobytes())
-        return np.concatenate([one[mask] for one, mask in zip(scores, self.allowed, strict=True)])
+        return {one.shard: scored for one, scored in zip(self.segments, scores, strict=True)}
 
     def places(self, positions: "np.ndarray") -> list[tuple[str, int]]:
         """Shard and row of positions of the pool."""
@@ -170,7 +177,7 @@ class LivePool:
             by_shard.setdefault(shard, []).append(at)
         parts, order = [], []
         for shard, its in by_shard.items():
-            parts.append(self._candidates(shard, columns).take([places[at][1] for at in its]))
+            parts.append(self.candidates(shard, columns).take([places[at][1] for at in its]))
             order += its
         table = pa.concat_tables(parts).take(np.argsort(order))
         shards = [shard for shard, _ in places]
@@ -184,10 +191,11 @@ class LivePool:
         import pyarrow as pa
 
         return pa.concat_tables(
-            [self._candidates(shard, names).filter(mask) for shard, mask in zip(self.shards, self.allowed, strict=True)]
+            [self.candidates(shard, names).filter(mask) for shard, mask in zip(self.shards, self.allowed, strict=True)]
         )
 
-    def _candidates(self, shard: str, columns: Sequence[str]) -> "pa.Table":
+    def candidates(self, shard: str, columns: Sequence[str]) -> "pa.Table":
+        """All rows of a shard, also those that do not count."""
         return self.lake.read_table(self.lake.get("candidates", self.fingerprints[shard]), list(columns))
 
 

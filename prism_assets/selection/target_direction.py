@@ -7,10 +7,18 @@ import dagster as dg
 
 from prism_assets import stage
 from prism_assets.corpus.assets import corpus_version
-from prism_assets.features.assets import GradientPass, feature_version, gradient_pass, target_set
+from prism_assets.features.assets import (
+    GradientPass,
+    feature_identity,
+    feature_table,
+    feature_version,
+    gradient_pass,
+    target_set,
+    vectors_of,
+)
 from prism_assets.partitions import targets_of
 from prism_assets.reference.assets import warmup_scope
-from prism_assets.settings import Settings
+from prism_assets.settings import Settings, SettingsError
 from resources.lake import Artifact, Lake, Recipe, digest
 from resources.language_model import LanguageModel
 
@@ -93,6 +101,7 @@ class _Inputs(NamedTuple):
     targets: Artifact
     eval_examples: Artifact
     warmup: Artifact
+    curvature: Artifact | None  # features of the warm-up sample, where directions are corrected by them
 
 
 def _target_outcome(
@@ -109,6 +118,7 @@ def _target_outcome(
         lake.require("targets", name, corpus),
         lake.require("eval_examples", name, corpus),
         warmup,
+        _sample_features(context, settings, lake, work, warmup, version),
     )
     wanted = [s for s in STRATEGIES.values() if s.needs_direction and (s.name in settings.strategies or s.name in COMPARED)]
     computed = 0
@@ -134,24 +144,44 @@ def _temperature(settings: Settings, features: "pa.Table", pairs: bool) -> float
     return default_temperature("pairs" if pairs else "plain", np.array(features["base_score"].to_pylist()))
 
 
-def scores_of(settings: Settings, features: "pa.Table", pairs: bool) -> "tuple[TargetScores, np.ndarray]":
-    """What a weighting may look at, over the usable targets, and the positions [m'] of these."""
+def scores_of(settings: Settings, features: "pa.Table", targets: "pa.Table") -> "tuple[TargetScores, np.ndarray]":
+    """What a weighting may look at, over the usable targets, and the positions [m'] of these.
+
+    With `preference.score: sum`, scores and norms are those of the summed log-probabilities.
+    Raises SettingsError where that is asked for pairs.
+    """
     import numpy as np
 
     from prism_assets.selection.strategies import TargetScores
 
+    pairs = target_set(targets).pairs
     usable = np.array([reason is None for reason in features["refused"].to_pylist()])
     positions = np.flatnonzero(usable)
     rows = features.take(positions)
+    tokens = _tokens_counted(settings, targets.take(positions), pairs)
     return (
         TargetScores(
-            np.array(rows["score"].to_pylist()).T,
-            np.array(rows["norm"].to_pylist()).T,
+            np.array(rows["score"].to_pylist()).T * tokens,
+            np.array(rows["norm"].to_pylist()).T * tokens,
             "pairs" if pairs else "plain",
             _temperature(settings, rows, pairs),
         ),
         positions,
     )
+
+
+def _tokens_counted(settings: Settings, targets: "pa.Table", pairs: bool) -> "np.ndarray":
+    """What turns a mean log-probability into the preference score, float64 [m]: 1, or the supervised tokens."""
+    import numpy as np
+
+    if settings.preference.score == "mean":
+        return np.ones(targets.num_rows)
+    if pairs:
+        raise SettingsError(
+            "preference.score: sum is for plain targets; pairs of different lengths have no common number of tokens: "
+            "use mean."
+        )
+    return np.array([sum(mask) for mask in targets["loss_mask"].to_pylist()], dtype=np.float64)
 
 
 def _publish_direction(
@@ -168,13 +198,18 @@ def _publish_direction(
     from prism_assets.selection.direction import norm, query_vector, target_vector
 
     table = lake.read_table(inputs.targets)
-    scores, usable = scores_of(settings, lake.read_table(inputs.features), target_set(table).pairs)
-    weights = strategy.weigh(scores)
+    scores, usable = scores_of(settings, lake.read_table(inputs.features), table)
+    # Coefficients of the gradients of mean log-probabilities, which is what a gradient pass gives.
+    weights = strategy.weigh(scores) * _tokens_counted(settings, table.take(usable), scores.kind == "pairs")
+    damping = settings.preference.fisher_damping
     recipe = Recipe(
         "target_directions",
         DIRECTION_VERSION,
-        {"weights": digest(weights.tolist())},
-        {"targets": inputs.targets, "features": inputs.features, "warmup": inputs.warmup},
+        {"weights": digest(weights.tolist()), **({"fisher_damping": damping} if damping else {})},
+        {
+            **{"targets": inputs.targets, "features": inputs.features, "warmup": inputs.warmup},
+            **({"curvature": inputs.curvature} if inputs.curvature else {}),
+        },
         partition=inputs.name,
         version=inputs.version,
     )
@@ -188,6 +223,8 @@ def _publish_direction(
     for position, checkpoint in enumerate(work.checkpoints):
         engine = work.at(checkpoint)
         vector = target_vector(engine, chosen, weights[position])
+        if inputs.curvature is not None:
+            vector = _corrected(settings, lake, work, position, vector, inputs.curvature)
         norms.append(norm(vector))
         sketches.append(work.projection(engine).sketch_vector(vector).cpu().numpy())
         tensors |= {f"t/{position}/{name}": tensor.float() for name, tensor in vector.items()}
@@ -195,6 +232,70 @@ def _publish_direction(
     tensors["query"] = torch.from_numpy(query_vector(sketches, norms, rates))
     tensors["norms"] = torch.tensor(norms, dtype=torch.float64)
     return lake.publish_tensors(recipe, tensors, run_id=context.run_id, notes={"strategy": strategy.name}), 1
+
+
+def _sample_features(
+    context: dg.AssetExecutionContext,
+    settings: Settings,
+    lake: Lake,
+    work: GradientPass,
+    warmup: Artifact,
+    version: str,
+) -> Artifact | None:
+    """Features of the warm-up sample's rows at each checkpoint: the second moment that corrects directions. They belong
+    to the feature version, so an arrival changes nothing. None where no correction is asked for."""
+    from prism_assets.corpus.tokenization import from_table
+
+    if settings.preference.fisher_damping is None:
+        return None
+    sample = lake.require("warmup_sample", None, warmup_scope(settings, work.model))
+    recipe = Recipe(
+        "warmup_sample_features", DIRECTION_VERSION, feature_identity(settings, work.model, warmup),
+        {"sample": sample, "warmup": warmup}, version=version,
+    )  # fmt: skip
+    found = lake.find(recipe)
+    if found is None:
+        rows = lake.read_table(sample)
+        examples = from_table(rows)
+        passes = []
+        for checkpoint in work.checkpoints:
+            engine = work.at(checkpoint)
+            passes.append(
+                engine.feature_rows(
+                    examples, sketch=work.projection(engine), preconditioner=work.preconditioner(checkpoint)
+                )
+            )
+        table = feature_table(rows["id"].to_pylist(), passes)
+        found = lake.publish_table(recipe, table, run_id=context.run_id, compression="none")
+    return lake.point(found, None, version, context.run_id)
+
+
+def _corrected(
+    settings: Settings, lake: Lake, work: GradientPass, position: int, vector: "dict[str, Any]", curvature: Artifact
+) -> "dict[str, Any]":
+    """(F + λI)⁻¹ t up to a factor, unsketched: t less a weighted sum of the sample's rows, by one weighted backward pass.
+
+    The coefficients are found in the sketch, the rows that they multiply are exact.
+    """
+    import numpy as np
+
+    from prism_assets.corpus.tokenization import from_table
+    from prism_assets.selection.direction import curvature_coefficients
+
+    checkpoint = work.checkpoints[position]
+    engine = work.at(checkpoint)
+    table = lake.read_table(curvature)
+    usable = np.flatnonzero([reason is None for reason in table["refused"].to_pylist()])
+    kept = table.take(usable)
+    vectors = vectors_of(kept).reshape(len(usable), len(work.checkpoints), -1)[:, position].astype(np.float64)
+    norms = np.array([one[position] for one in kept["norm"].to_pylist()])
+    sketched = work.projection(engine).sketch_vector(vector).cpu().numpy().astype(np.float64)
+    coefficients = curvature_coefficients(vectors, vectors @ sketched, settings.preference.fisher_damping)
+    sample = lake.require("warmup_sample", None, warmup_scope(settings, work.model))
+    examples = from_table(lake.read_table(sample).take(usable))
+    explained = engine.weighted_gradient(examples, coefficients / norms).gradient  # Σ_i a_i g_i / ‖D g_i‖
+    preconditioner = work.preconditioner(checkpoint)
+    return {name: tensor - preconditioner.diagonal(name) * explained[name] for name, tensor in vector.items()}
 
 
 def load_direction(lake: Lake, artifact: Artifact) -> "tuple[np.ndarray, list[dict[str, Any]]]":
@@ -226,11 +327,14 @@ def _publish_weights(
     table = lake.read_table(inputs.targets)
     chosen = target_set(table)
     features = lake.read_table(inputs.features)
-    scores, usable = scores_of(settings, features, chosen.pairs)
+    scores, usable = scores_of(settings, features, table)
     recipe = Recipe(
         "target_weights",
         DIRECTION_VERSION,
-        {"temperature": scores.temperature, "probe_step": settings.preference.probe_step},
+        {
+            **{"temperature": scores.temperature, "probe_step": settings.preference.probe_step},
+            **({"score": "sum"} if settings.preference.score == "sum" else {}),
+        },
         {**directions, "features": inputs.features, "eval_examples": inputs.eval_examples},
         partition=inputs.name,
         version=inputs.version,
@@ -298,7 +402,7 @@ def _first_order(
     """
     import numpy as np
 
-    from prism_assets.selection.direction import TargetSet, first_order_gain, norm
+    from prism_assets.selection.direction import TargetSet, first_order_gain, norm, target_vector
     from prism_assets.selection.preference import preference_weights
 
     table = lake.read_table(inputs.targets).take(usable)
@@ -307,14 +411,18 @@ def _first_order(
     held_out_examples = held_out.examples[: held_out.size]
     engine = work.at(work.checkpoints[-1])
 
+    tokens = _tokens_counted(settings, table, chosen.pairs)
+
     def preference(values: "np.ndarray") -> Any:
-        return preference_weights(values, scores.kind, scores.temperature)
+        return preference_weights(values * tokens, scores.kind, scores.temperature)
 
     now = preference(chosen.scores(engine.mean_log_probs(chosen.examples)))
     before = (now.objective, float(np.mean(engine.mean_log_probs(held_out_examples))))
     vectors = {name: load_direction(lake, directions[name])[1][-1] for name in COMPARED}
+    # ∇J itself: a direction may have been corrected for curvature.
     z = float(np.exp(now.log_z))
-    gradient = {name: tensor * z for name, tensor in vectors["prism"].items()}
+    raw = target_vector(engine, chosen, now.weights * tokens)
+    gradient = {name: tensor * z for name, tensor in raw.items()}
     size = settings.preference.probe_step * now.objective / norm(gradient)
     gains = {
         name: first_order_gain(

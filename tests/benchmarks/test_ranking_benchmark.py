@@ -21,8 +21,13 @@ def test_a_variant_changes_what_it_names_and_nothing_else(tmp_path, variant):
 
 
 def test_summary_pairs_a_variant_with_the_default_by_seed():
-    default = {seed: {name: dict.fromkeys(GRADIENT, 0.1 * seed) for name in SITUATIONS} for seed in range(4)}
-    better = {seed: {name: dict.fromkeys(GRADIENT, 0.1 * seed + 0.05) for name in SITUATIONS} for seed in range(4)}
+    def measured(gain):
+        def entry(seed):
+            return {"r_precision": 0.1 * seed + gain, "precision": 0.5}
+
+        return {seed: {name: dict.fromkeys(GRADIENT, entry(seed)) for name in SITUATIONS} for seed in range(4)}
+
+    default, better = measured(0), measured(0.05)
     found = summary({"default": default, "sgd": better})["sgd"]["sort_noise"]["prism"]
     assert found["against_default"]["mean"] == pytest.approx(0.05)
     assert found["against_default"]["interval"][0] > 0.04
