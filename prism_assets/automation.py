@@ -77,7 +77,7 @@ SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "candidate_features": ("features", "model"),
     "target_features": ("features", "model"),
     "target_direction": ("preference", "strategies"),
-    "selection": ("selection",),
+    "selection": ("selection", "preference", "model"),
     "adapter": ("training", "seeds", "lora", "model"),
     "evaluation": ("evaluation", "seeds", "model"),
     "report": ("strategies", "seeds"),
