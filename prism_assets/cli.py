@@ -221,6 +221,7 @@ def query(
     k: Annotated[int, typer.Option("-k", min=1, help="How many candidates.")] = 10,
     strategy: Annotated[str, typer.Option(help="prism, uniform or less.")] = "prism",
     version: Annotated[str | None, typer.Option(help="An older feature version.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Score four times k rows again without the sketch; needs the model.")] = False,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
@@ -232,6 +233,8 @@ def query(
         resources = _definitions().resources
         from prism_assets.selection.assets import query_index
 
+        if version and exact:
+            raise _fail("--exact needs the model of today's version: leave out --version, or --exact.", 2)
         version = _full_version(resources["lake"], version) if version else None
         rows = query_index(
             settings,
@@ -242,6 +245,7 @@ def query(
             strategy=strategy,
             k=k,
             version=version,
+            rerank=4.0 if exact else 0.0,
         )
         if as_json:
             print(json.dumps(rows, ensure_ascii=False))
