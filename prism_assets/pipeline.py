@@ -122,10 +122,17 @@ def project_file(name: str) -> Path:
 
 @contextmanager
 def instance_of(settings: Settings) -> "Iterator[dg.DagsterInstance]":
-    """The Dagster instance of these settings."""
-    import dagster as dg
+    """The Dagster instance of these settings, which leaves stdout and stderr of the steps to the terminal.
 
-    with dg.DagsterInstance.from_config(str(dagster_home(settings))) as instance:
+    Dagster would redirect both to files for the UI, and print them by processes of its own: no progress on the terminal,
+    and tracebacks of these processes at Ctrl-C.
+    """
+    import dagster as dg
+    from dagster._core.instance.ref import InstanceRef
+
+    no_capture = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+    reference = InstanceRef.from_dir(str(dagster_home(settings)), overrides={"compute_logs": no_capture})
+    with dg.DagsterInstance.from_ref(reference) as instance:
         yield instance
 
 

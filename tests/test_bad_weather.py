@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -240,6 +242,29 @@ def test_three_sigkills_end_to_end(fresh, undisturbed, processes):
     now = {str(path): (path.stat().st_mtime_ns, path.stat().st_ino) for path in lake.folder.glob("artifacts/*/*")}
     assert {path: now[path] for path in times} == times
     assert contents(lake) == contents(undisturbed.lake)
+
+
+def test_ctrl_c_to_the_whole_process_group_leaves_one_message(fresh):
+    """As a terminal sends it: every process that the run started gets it too."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("DAGSTER_HOME", "PRISM_CONFIG")}
+    command = [sys.executable, "-c", "from prism_assets.cli import main; main()", "run", "--config", str(fresh.config)]
+    process = subprocess.Popen(
+        command,
+        env={**environment, "PYTHONPATH": str(project_file("")), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # A shell that started the tests in the background made SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    first = process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=100)
+    assert "Base model" in first
+    assert process.returncode == 1
+    assert rest.splitlines()[-1] == "Interrupted. What was finished is kept; run again to go on."
+    assert all(line.startswith("✓") for line in rest.splitlines()[:-1]), rest
 
 
 # -- races -------------------------------------------------------------------------------------------------------
