@@ -329,6 +329,38 @@ def test_two_runs_on_different_shards_at_once(undisturbed, processes, tmp_path):
     assert len(now) - len(before) == 2 * 4  # rows, rejects, a block and a list of blocks of each
 
 
+@pytest.mark.parametrize("strategy", ["prism", "random"])
+def test_a_selection_in_flight_finishes_against_the_manifest_that_it_started_from(
+    undisturbed, tmp_path, monkeypatch, strategy
+):
+    project = undisturbed.copy(tmp_path / "copy").configure(strategies=[strategy])
+    lake, resources = project.lake, project.definitions.resources
+    before = lake.require("selection", f"{strategy}|plain")
+    pool = before.header["inputs"]["pool"]
+    before.path.unlink()
+    gone, *stay = shard_keys(project)
+    read_table, moved = Lake.read_table, []
+
+    def the_world_moves_on(lake, artifact, columns=None):
+        table = read_table(lake, artifact, columns)
+        if artifact.table == "live_pool" and not moved:
+            moved.append(artifact.fingerprint)
+            for entry in lake.heads("candidates"):
+                if entry["partition"] == gone:
+                    lake.retire("candidates", gone, entry["scope"])
+            pass_over(project, resources, ("live_pool",), stay)
+        return table
+
+    monkeypatch.setattr(Lake, "read_table", the_world_moves_on)
+    pass_over(project, resources, ("selection",))
+    now = lake.heads("live_pool")[0]["fingerprint"]
+    assert moved == [pool["fingerprint"]] and now != pool["fingerprint"]
+    after = lake.require("selection", f"{strategy}|plain")
+    assert after.header["inputs"]["pool"] == pool
+    assert after.content_hash == before.content_hash
+    assert gone in lake.read_table(after, ["shard"])["shard"].to_pylist()
+
+
 # -- damage ------------------------------------------------------------------------------------------------------
 
 DAMAGED = {

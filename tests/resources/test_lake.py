@@ -591,6 +591,20 @@ def test_the_catalogue_is_rebuilt_under_a_reader_and_after_deletion(lake):
     assert not files_below(lake.folder / "unpublished")
 
 
+def test_long_lists_of_settings_stand_in_the_header_and_not_in_the_catalogue(lake):
+    settings = {"shards": [f"shard{number}" for number in range(21)], "few": ["a", "b"], "rank": 3}
+    artifact = lake.publish_table(Recipe("t", 1, settings), pa.table({"a": [1]}))
+    with lake.connect() as connection:
+        (found,) = connection.execute("SELECT settings FROM artifacts").fetchone()
+    assert json.loads(found) == {"shards": "21 entries", "few": ["a", "b"], "rank": 3}
+    assert artifact.header["settings"] == settings
+
+
+def test_the_catalogue_of_a_small_lake_is_small(lake):
+    lake.publish_table(Recipe("t", 1), pa.table({"a": [1]}))
+    assert lake.rebuild_catalog().stat().st_size < 200_000  # three blocks of DuckDB's usual size are 800,000
+
+
 def test_the_catalogue_of_an_empty_lake_has_its_tables(lake):
     with duckdb.connect(str(lake.rebuild_catalog()), read_only=True) as connection:
         for table in ("heads", "artifacts", "lineage"):
