@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -166,7 +167,9 @@ def inbox_sensor(
 ) -> dg.SensorResult | dg.SkipReason:
     """Registers settled files as shards and retires the shards of files that are gone."""
     from prism_assets.corpus.inbox import scan
+    from prism_assets.pipeline import claim_home
 
+    claim_home(Path(context.instance.root_directory), lake.folder)
     inbox = settings.candidates.inbox
     if not inbox.is_dir():
         return dg.SkipReason(f"There is no folder {inbox} yet.")

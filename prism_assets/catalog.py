@@ -224,6 +224,13 @@ def connect(lake: Lake) -> "duckdb.DuckDBPyConnection":
     return lake.connect(ADDITIONS)
 
 
+def confine(connection: "duckdb.DuckDBPyConnection", lake: Lake) -> None:
+    """Let a connection read files of the lake's artefacts and no others, whatever functions a query calls."""
+    folder = str((lake.folder / "artifacts").resolve()).replace("'", "''")
+    connection.execute(f"SET allowed_directories = ['{folder}']")
+    connection.execute("SET enable_external_access = false")  # for good: DuckDB does not take it back
+
+
 def ask(
     connection: "duckdb.DuckDBPyConnection", query: str, limit: int = 0, parameters: Mapping[str, Any] | None = None
 ) -> Rows:

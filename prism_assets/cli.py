@@ -69,7 +69,7 @@ _CHECK_WIDTH = 240
 _USER_ERRORS = {
     "UserMistake",
     *("ModelError", "UnsupportedModelError", "UnusableTokenizer"),
-    *("CannotExplain", "QueryRefused", "UnknownThing"),
+    *("CannotExplain", "QueryRefused", "UnknownThing", "NotMadeYet"),
 }
 _WORK_ERRORS = {"PipelineError", "LakeError", "DamagedArtifact", "DamagedSegment", "Failure"}
 
@@ -347,11 +347,12 @@ def _print_explanation(found: Any) -> None:
     typer.echo(f"{found.shard}, row {found.row} (line {found.line} of its file); feature version {found.version}")
     for note in found.notes:
         typer.echo(note)
-    error = f" (no exact score: {found.why_not_exact})" if found.why_not_exact else ""
+    exact = f"exact score {found.exact_score:.4g}" if found.exact_score is not None else f"no exact score: {found.why_not_exact}"
+    typer.echo(f"score {found.score:.4g}, from the sketch, which ranks; {exact}")
     _print_table(
         ["target", "weight", "influence", "contribution"],
         [[_short(what, 72), *numbers] for what, *numbers in found.score_rows(limit=20)],
-        title=f"Score for {found.target} under {found.strategy}, by targets{error}",
+        title=f"{'Score' if found.exact_score is None else 'Exact score'} for {found.target} under {found.strategy}, by targets",
     )
     marks = {True: "yes", False: "no", None: None}
     ranks = [[one.strategy, one.rank, one.of, one.score, marks[one.selected]] for one in found.ranks]
@@ -410,8 +411,10 @@ def sql(
         from prism_assets import catalog
         from resources.lake import Lake
 
-        path = catalog.refresh(Lake(root=str(settings.storage.root)))
+        lake = Lake(root=str(settings.storage.root))
+        path = catalog.refresh(lake)
         with duckdb.connect(str(path), read_only=True) as connection:
+            catalog.confine(connection, lake)
             answer = catalog.ask(connection, query, limit, values)
         if as_json:
             _print_json([dict(zip(answer.columns, row, strict=True)) for row in answer.rows])

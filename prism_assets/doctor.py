@@ -57,12 +57,19 @@ def _device(model: LanguageModel) -> list[Finding]:
 
 
 def _model(settings: Settings, model: LanguageModel) -> list[Finding]:
+    from prism_assets.corpus.assets import require_context
+
     try:
         identity = model.identify()
     except ModelError as error:
         return [Finding("problem", "model", str(error))]
     size = identity.parameters_on_disk / 2**20
-    return [Finding("ok", "model", f"{settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {identity.fingerprint[:12]}")]
+    found = [Finding("ok", "model", f"{settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {identity.fingerprint[:12]}")]
+    try:
+        require_context(settings, model)
+    except ModelError as error:
+        found.append(Finding("problem", "max_length", str(error)))
+    return found
 
 
 def _files(settings: Settings, lake: Lake) -> list[Finding]:
@@ -95,8 +102,9 @@ def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding
 
     try:
         corpus = corpus_version(settings, model)
+        model.torch_dtype()
     except ModelError:
-        return []
+        return []  # said above
     if not settings.candidates.inbox.is_dir():
         return []
     keys = sorted(inbox_files(settings, lake, at_rest_seconds=0))

@@ -159,7 +159,7 @@ class Explainer:
         parts = self._contributions(stored)
         query, vectors = load_direction(self.lake, self.direction)
         scores = self.index.found.scores(query)
-        sketched = float(scores[position][place.row])
+        score = float(scores[position][place.row])
         exact, why_not = self._exact_score(place, stored, vectors)
         record = self._record(self.index.pool, place)
         total = float(parts.values.sum())
@@ -179,8 +179,7 @@ class Explainer:
             completion=record["completion"],
             mean_log_prob=stored["mean_log_prob"][-1],
             gradient_norm=stored["gradient_norm"][-1],
-            score=sketched if exact is None else exact,
-            sketched_score=sketched,
+            score=score,
             exact_score=exact,
             why_not_exact=why_not,
             parts=[
@@ -193,7 +192,7 @@ class Explainer:
                 for j in order
             ],
             sketch_error=None if exact is None else exact - total,
-            rounding=None if exact is not None else sketched - total,
+            rounding=score - total,
             ranks=list(self._ranks(place, position)),
             neighbours=self._neighbours(place, position, stored, neighbours),
             earlier=list(self._earlier(place.id)),

@@ -73,15 +73,46 @@ class StepResult(NamedTuple):
     failed_checks: list[str]  # "asset.check: facts"
 
 
+# Names, in a DAGSTER_HOME outside of the lake, the lake that it serves.
+_OWNER_FILE = "prism-lake"
+
+
 def dagster_home(settings: Settings) -> Path:
-    """DAGSTER_HOME where it is set, else a folder in the lake; made, with the project's dagster.yaml, when missing."""
+    """DAGSTER_HOME where it is set, else a folder in the lake; made, with the project's dagster.yaml, when missing.
+
+    Raises UserMistake where the one that is set serves another lake.
+    """
     given = os.environ.get("DAGSTER_HOME")
     home = Path(given) if given else settings.storage.root / "dagster"
     home.mkdir(parents=True, exist_ok=True)
+    claim_home(home, settings.storage.root)
     instance_file = home / "dagster.yaml"
     if not instance_file.exists():
         shutil.copyfile(project_file("dagster.yaml"), instance_file)
     return home
+
+
+def claim_home(home: Path, root: Path) -> None:
+    """Tie a Dagster instance to the lake at `root`. Raises UserMistake where it is tied to another lake.
+
+    An instance has one set of shards: of two projects on it, each would retire the shards of the other. A home inside of
+    the lake goes where the lake goes and needs no mark.
+    """
+    home, root = home.resolve(), root.resolve()
+    if home.is_relative_to(root):
+        return
+    mark = home / _OWNER_FILE
+    try:
+        with open(mark, "x", encoding="utf-8") as file:
+            file.write(str(root))
+    except FileExistsError:
+        owner = mark.read_text(encoding="utf-8").strip()
+        if owner and Path(owner) != root:
+            raise UserMistake(
+                f"DAGSTER_HOME {home} serves the lake {owner}, and this project's lake is {root}: on one Dagster instance "
+                f"two projects would retire each other's shards. Set another DAGSTER_HOME, or none. If the lake was moved, "
+                f"delete {mark}."
+            ) from None
 
 
 def project_file(name: str) -> Path:
@@ -91,10 +122,17 @@ def project_file(name: str) -> Path:
 
 @contextmanager
 def instance_of(settings: Settings) -> "Iterator[dg.DagsterInstance]":
-    """The Dagster instance of these settings."""
-    import dagster as dg
+    """The Dagster instance of these settings, which leaves stdout and stderr of the steps to the terminal.
 
-    with dg.DagsterInstance.from_config(str(dagster_home(settings))) as instance:
+    Dagster would redirect both to files for the UI, and print them by processes of its own: no progress on the terminal,
+    and tracebacks of these processes at Ctrl-C.
+    """
+    import dagster as dg
+    from dagster._core.instance.ref import InstanceRef
+
+    no_capture = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+    reference = InstanceRef.from_dir(str(dagster_home(settings)), overrides={"compute_logs": no_capture})
+    with dg.DagsterInstance.from_ref(reference) as instance:
         yield instance
 
 
@@ -143,6 +181,7 @@ def _run_steps(
     if not found.files:
         ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
         raise UserMistake(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
+    _require_usable_model(settings, definitions.resources["language_model"])
     reconcile_shards(instance, [file.key for file in found.files])
     results = []
     for step in steps:
@@ -160,6 +199,18 @@ def _run_steps(
         on_result(results[-1])
     catalog.refresh(lake)
     return results
+
+
+def _require_usable_model(settings: Settings, model: Any) -> None:
+    """Raise UserMistake for what a step would refuse later, perhaps hours later: no model, no GPU, too short a context."""
+    from prism_assets.corpus.assets import require_context
+    from resources.language_model import ModelError
+
+    try:
+        model.torch_device()
+        require_context(settings, model)
+    except ModelError as error:
+        raise UserMistake(str(error)) from error
 
 
 @contextmanager

@@ -292,7 +292,22 @@ def from_mapping(content: dict[str, Any], path: Path) -> Settings:
         raise SettingsError("\n".join([f"{path} needs a change:", *map(_explain, error.errors())])) from error
     except TypeError as error:  # a key that is no string
         raise SettingsError(f"{path}: every key at the top must be a word ({error}).") from error
-    return _absolute(settings, path.parent)
+    settings = _absolute(settings, path.parent)
+    _require_folders(settings, path)
+    return settings
+
+
+def _require_folders(settings: Settings, path: Path) -> None:
+    """Raise SettingsError where a file stands in the place of a folder."""
+    folders = {
+        "candidates.inbox": settings.candidates.inbox,
+        "storage.root": settings.storage.root,
+        "storage.report": settings.storage.report,
+    }
+    for key, folder in folders.items():
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        if not there.is_dir():
+            raise SettingsError(f"{path} needs a change:\n  {key}: {there} is a file; name a folder, there or to be made.")
 
 
 def _overridden(content: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -43,12 +43,18 @@ SIDECAR = "artifact.json"
 FINGERPRINT_LENGTH = 32
 _SUFFIXES = (".parquet", ".safetensors", "")
 _CHECKSUM_BYTES = 4
+_CATALOG_BLOCK = "16384"  # bytes, DuckDB's least
+_SHOWN_ENTRIES = 20
 # What os.link says on a file system that has none.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class LakeError(Exception):
     """The lake cannot do what was asked; the message says why and what to do."""
+
+
+class NotMadeYet(LakeError):
+    """Nothing was made yet of what was asked for; the message names what to run."""
 
 
 class DamagedArtifact(LakeError):
@@ -170,9 +176,7 @@ class Lake(dg.ConfigurableResource):
             try:
                 return _artifact(path)
             except DamagedArtifact as damage:
-                aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
-                os.replace(path, aside)
-                dg.get_dagster_logger().warning(f"{damage} It was moved to {aside.name} and will be rebuilt.")
+                dg.get_dagster_logger().warning(f"{damage} {_set_aside(path)}")
         return None
 
     def artifacts(self, table: str | None = None) -> Iterator[Artifact]:
@@ -194,12 +198,12 @@ class Lake(dg.ConfigurableResource):
     def require(self, table: str, partition: str | None = None, scope: str = "") -> Artifact:
         """The artefact that a partition shows now.
 
-        Raises LakeError where there is none, with the asset to materialise first.
+        Raises NotMadeYet where there is none, with the asset to materialise first.
         """
         found = self.head(table, partition, scope)
         if found is None:
             name = f"{table}[{partition}]" if partition else table
-            raise LakeError(f"The lake at {self.folder} has no {name} yet: materialise it first, or run `prism run`.")
+            raise NotMadeYet(f"The lake at {self.folder} has no {name} yet: materialise it first, or run `prism run`.")
         return found
 
     def heads(self, table: str | None = None) -> list[dict[str, Any]]:
@@ -373,7 +377,8 @@ class Lake(dg.ConfigurableResource):
     def read_table(self, artifact: Artifact, columns: Sequence[str] | None = None) -> "pa.Table":
         """The rows of a Parquet artefact, all columns or the named ones.
 
-        Raises DamagedArtifact where the file cannot be read, or its bytes differ from their checksums.
+        Raises DamagedArtifact where the file cannot be read, or its bytes differ from their checksums. It is set aside
+        then, so the next run misses it and makes it again.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -386,13 +391,29 @@ class Lake(dg.ConfigurableResource):
             table = table.select(wanted) if wanted else table  # the file has them in its own order
             return table.replace_schema_metadata(None)
         except (pa.ArrowInvalid, OSError) as error:
-            raise DamagedArtifact(f"{artifact.path} cannot be read: {error}. Delete it and run again.") from error
+            if isinstance(error, OSError) and error.errno is not None:
+                # The operating system's own: the file went, or cannot be reached now. It may be whole.
+                raise LakeError(f"{artifact.path} cannot be read: {error}. Run again when it can.") from error
+            raise self._damaged(artifact, str(error)) from error
 
     def read_tensors(self, artifact: Artifact) -> "dict[str, torch.Tensor]":
-        """The tensors of a safetensors artefact."""
+        """The tensors of a safetensors artefact.
+
+        Raises DamagedArtifact where they differ from their content hash (safetensors has no checksums); as `read_table`.
+        """
         from safetensors.torch import load_file
 
-        return load_file(artifact.path)
+        tensors = load_file(artifact.path)
+        if hash_tensors(tensors) != artifact.content_hash:
+            raise self._damaged(artifact, "the tensors differ from their content hash")
+        return tensors
+
+    def _damaged(self, artifact: Artifact, why: str) -> DamagedArtifact:
+        """What to raise for an artefact that turned out to be damaged when it was read; it is set aside."""
+        name = f"{artifact.table}[{artifact.partition}]" if artifact.partition else artifact.table
+        return DamagedArtifact(
+            f"{artifact.path} ({name}) is damaged ({why.rstrip('.')}). {_set_aside(artifact.path)} Run again: `prism run`."
+        )
 
     # -- what is remembered ------------------------------------------------------------------------------------
 
@@ -435,7 +456,8 @@ class Lake(dg.ConfigurableResource):
         workshop.mkdir(parents=True, exist_ok=True)
         draft = workshop / f"{uuid.uuid4().hex}.duckdb"
         try:
-            with duckdb.connect(str(draft)) as connection:
+            # The tables are small: DuckDB's usual blocks of 256 KiB would be mostly empty.
+            with duckdb.connect(str(draft), config={"default_block_size": _CATALOG_BLOCK}) as connection:
                 self._define_views(connection, additions or CatalogAdditions())
             os.replace(draft, self.catalog_path)
         finally:
@@ -450,9 +472,11 @@ class Lake(dg.ConfigurableResource):
         `additions` may replace it. It carries the partition, version and fingerprint of the head beside each row.
         """
         artifacts = list(self.artifacts())
-        files = {(one.table, one.fingerprint): str(one.path.resolve()) for one in artifacts}
+        root = self.folder.resolve()
+        files = {(one.table, one.fingerprint): str(root / one.path.relative_to(self.folder)) for one in artifacts}
         heads = self.heads()
-        _insert(connection, "artifacts", _ARTIFACT_COLUMNS, [_artifact_row(one) for one in artifacts])
+        rows = [_artifact_row(one, files[one.table, one.fingerprint]) for one in artifacts]
+        _insert(connection, "artifacts", _ARTIFACT_COLUMNS, rows)
         _insert(connection, "lineage", _LINEAGE_COLUMNS, [edge for one in artifacts for edge in _edges(one)])
         _insert(
             connection,
@@ -520,7 +544,7 @@ _LINEAGE_COLUMNS = {
 }
 
 
-def _artifact_row(artifact: Artifact) -> tuple[Any, ...]:
+def _artifact_row(artifact: Artifact, file: str) -> tuple[Any, ...]:
     header = artifact.header
     return (
         artifact.table,
@@ -531,10 +555,19 @@ def _artifact_row(artifact: Artifact) -> tuple[Any, ...]:
         header.get("stage_version"),
         header.get("run_id"),
         header.get("created"),
-        json.dumps(header.get("settings")),
+        json.dumps(_shortened(header.get("settings"))),
         json.dumps(header.get("notes")),
-        str(artifact.path.resolve()),
+        file,
     )
+
+
+def _shortened(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings without long lists. A manifest and an index list every shard; the catalogue would hold that list once an
+    arrival. It stands in the artefact's header, and what matters of it in its rows."""
+    return {
+        name: f"{len(value)} entries" if isinstance(value, list) and len(value) > _SHOWN_ENTRIES else value
+        for name, value in (settings or {}).items()
+    }
 
 
 def _head_row(entry: Mapping[str, Any], file: str | None) -> tuple[Any, ...]:
@@ -677,6 +710,14 @@ def _artifact(path: Path) -> Artifact:
 def _known_header(path: Path, size: int, modified: int, inode: int) -> Mapping[str, Any]:
     """The header of a file, read once a process while the file stays the same. Many partitions ask for the same ones."""
     return _read_header(path)
+
+
+def _set_aside(path: Path) -> str:
+    """Take a damaged artefact out of the way, so that it counts as not made; returns a sentence that says so."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
+    with suppress(FileNotFoundError):  # another process was faster
+        os.replace(path, aside)
+    return f"It was moved to {aside.name} and will be rebuilt."
 
 
 def _read_header(path: Path) -> dict[str, Any]:

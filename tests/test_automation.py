@@ -121,6 +121,34 @@ def test_a_changed_target_file_asks_for_its_target_alone_and_once(project, look)
     assert isinstance(look(target_files_sensor, result.cursor), dg.SkipReason)
 
 
+def test_a_target_file_that_was_only_touched_costs_a_look_and_nothing_else(project, look):
+    look(inbox_sensor)
+    project.run()
+    _, cursor = requested(project)
+    _, cursor = requested(project, cursor)
+    for target in project.settings.targets.values():
+        settle(target.examples)
+        settle(target.eval)
+    look(target_files_sensor)
+    os.utime(project.settings.targets["plain"].eval, (HOUR_AGO + 60, HOUR_AGO + 60))
+    result = look(target_files_sensor, look.cursor)
+    assert [request.partition_key for request in result.run_requests] == ["plain"]
+    execute(project, ["targets"], "plain")
+    made = project.instance.get_latest_materialization_event(dg.AssetKey("targets")).asset_materialization
+    assert made.metadata["computed"].value == 0
+    assert requested(project, cursor)[0] == {}  # the content is the same: nothing follows
+
+
+def test_the_inbox_is_not_looked_at_on_the_dagster_instance_of_another_project(project, look, tmp_path):
+    from prism_assets.pipeline import claim_home
+
+    claim_home(Path(project.instance.root_directory), tmp_path / "another" / "lake")
+    with pytest.raises(Exception) as failure:
+        look(inbox_sensor)
+    assert "retire each other's shards" in str(failure.value) + str(failure.value.__cause__)
+    assert shards(project) == set()
+
+
 def test_every_asset_has_a_condition_and_one_job(project):
     names = {key.path[-1] for key in project.definitions.resolve_asset_graph().get_all_asset_keys()}
     assert names == set(CONDITIONS)

@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -242,6 +244,29 @@ def test_three_sigkills_end_to_end(fresh, undisturbed, processes):
     assert contents(lake) == contents(undisturbed.lake)
 
 
+def test_ctrl_c_to_the_whole_process_group_leaves_one_message(fresh):
+    """As a terminal sends it: every process that the run started gets it too."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("DAGSTER_HOME", "PRISM_CONFIG")}
+    command = [sys.executable, "-c", "from prism_assets.cli import main; main()", "run", "--config", str(fresh.config)]
+    process = subprocess.Popen(
+        command,
+        env={**environment, "PYTHONPATH": str(project_file("")), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # A shell that started the tests in the background made SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    first = process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=100)
+    assert "Base model" in first
+    assert process.returncode == 1
+    assert rest.splitlines()[-1] == "Interrupted. What was finished is kept; run again to go on."
+    assert all(line.startswith("✓") for line in rest.splitlines()[:-1]), rest
+
+
 # -- races -------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +329,38 @@ def test_two_runs_on_different_shards_at_once(undisturbed, processes, tmp_path):
     assert len(now) - len(before) == 2 * 4  # rows, rejects, a block and a list of blocks of each
 
 
+@pytest.mark.parametrize("strategy", ["prism", "random"])
+def test_a_selection_in_flight_finishes_against_the_manifest_that_it_started_from(
+    undisturbed, tmp_path, monkeypatch, strategy
+):
+    project = undisturbed.copy(tmp_path / "copy").configure(strategies=[strategy])
+    lake, resources = project.lake, project.definitions.resources
+    before = lake.require("selection", f"{strategy}|plain")
+    pool = before.header["inputs"]["pool"]
+    before.path.unlink()
+    gone, *stay = shard_keys(project)
+    read_table, moved = Lake.read_table, []
+
+    def the_world_moves_on(lake, artifact, columns=None):
+        table = read_table(lake, artifact, columns)
+        if artifact.table == "live_pool" and not moved:
+            moved.append(artifact.fingerprint)
+            for entry in lake.heads("candidates"):
+                if entry["partition"] == gone:
+                    lake.retire("candidates", gone, entry["scope"])
+            pass_over(project, resources, ("live_pool",), stay)
+        return table
+
+    monkeypatch.setattr(Lake, "read_table", the_world_moves_on)
+    pass_over(project, resources, ("selection",))
+    now = lake.heads("live_pool")[0]["fingerprint"]
+    assert moved == [pool["fingerprint"]] and now != pool["fingerprint"]
+    after = lake.require("selection", f"{strategy}|plain")
+    assert after.header["inputs"]["pool"] == pool
+    assert after.content_hash == before.content_hash
+    assert gone in lake.read_table(after, ["shard"])["shard"].to_pylist()
+
+
 # -- damage ------------------------------------------------------------------------------------------------------
 
 DAMAGED = {
@@ -340,6 +397,60 @@ def test_truncated_files_of_every_kind_are_named_and_rebuilt(undisturbed, tmp_pa
     assert computed["Candidate features"] == 1 and computed["Index"] == 1
     assert computed["Live pool and warm-up"] == 1  # the checkpoints; manifest and sample were whole
     assert sum(project.run().values()) == 0
+
+
+def flip_a_bit(path: Path, column: str) -> None:
+    """In the last page of a column of a Parquet file; header, footer and size stay as they are."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    group = metadata.row_group(metadata.num_row_groups - 1)
+    chunks = [group.column(position) for position in range(group.num_columns)]
+    chunk = next(one for one in chunks if one.path_in_schema.split(".")[0] == column)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start + chunk.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
+
+
+FLIPPED = {
+    "candidates": "id",
+    "live_pool": "shard",
+    "feature_blocks": "vector",
+    "target_features": "score",
+    "target_weights": "prism",
+    "selection": "score",
+}
+
+
+def test_a_flipped_bit_fails_the_run_that_reads_it_by_name_and_the_next_run_rebuilds(undisturbed, tmp_path):
+    project = undisturbed.copy(tmp_path / "copy")
+    lake = project.lake
+    before = contents(lake)
+    shard = shard_keys(project)[0]
+    damaged = set()
+    for table, column in FLIPPED.items():
+        artifact = next(one for one in lake.artifacts(table) if one.partition in (None, shard, "plain", "prism|plain"))
+        flip_a_bit(artifact.path, column)
+        damaged.add(artifact.path)
+    # Blocks are read only by what is made from them. (Rows are read once the damaged selection is made again.)
+    for segment in lake.artifacts("index_segments"):
+        shutil.rmtree(segment.path)
+    named: set[Path] = set()
+    for _ in range(len(FLIPPED) + 1):
+        try:
+            project.run()
+            break
+        except PipelineError as failure:
+            found = {path for path in damaged if str(path) in str(failure)}
+            assert found - named, failure  # each run comes upon another, and none twice
+            assert "damaged" in str(failure) and "prism run" in str(failure)
+            named |= found
+    else:
+        pytest.fail("not finished")
+    aside = {Path(str(path).rsplit(".", 2)[0]) for path in lake.folder.glob("artifacts/*/*.damaged")}
+    assert aside == named and len(named) == len(damaged)
+    assert contents(lake) == before
 
 
 def test_remembered_scores_that_were_damaged_are_computed_again(undisturbed, tmp_path):

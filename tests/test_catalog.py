@@ -319,6 +319,19 @@ def test_the_command_prints_strict_json(two_versions):
     ]
 
 
+def test_the_command_reads_nothing_beside_the_lake(two_versions, tmp_path):
+    outside = tmp_path / "secret.csv"
+    outside.write_text("a,b\n1,2\n")
+    duckdb.sql("SELECT 1 AS x").write_parquet(str(tmp_path / "other.parquet"))
+    up = two_versions.lake.folder / "artifacts" / ".." / ".." / "prism.yaml"
+    for table in (f"'{outside}'", f"read_text('{outside}')", f"'{tmp_path}/other.parquet'", f"read_text('{up}')", "glob('/*')"):
+        refused = prism(two_versions, "sql", f"SELECT * FROM {table}")
+        assert refused.exit_code == 2 and "Permission Error" in refused.output, table
+    for view in catalog.VIEWS:
+        answer = prism(two_versions, "sql", f'SELECT count(*) AS n FROM "{view}"', "--json")
+        assert answer.exit_code == 0 and json.loads(answer.stdout)[0]["n"] > 0, view
+
+
 def test_the_command_prints_a_table_and_its_statuses(two_versions):
     shown = prism(two_versions, "sql", "SELECT '[/b] bracket' AS text, id FROM candidates", "--limit", "2")
     assert shown.exit_code == 0 and "[/b] bracket" in shown.output and "more than 2 rows" in shown.output

@@ -135,6 +135,64 @@ def test_a_missing_model_is_the_users_to_change(make_project, tmp_path):
     assert "no folder" in problems["model"]
 
 
+@pytest.mark.parametrize("key", ["storage.root", "storage.report", "candidates.inbox"])
+@pytest.mark.parametrize("command", [["run"], ["doctor"], ["sql", "SELECT 1"]], ids=lambda command: command[0])
+def test_a_file_in_the_place_of_a_folder_is_the_users_to_change(make_project, tmp_path, key, command):
+    project = make_project(tmp_path / "project")
+    (project.folder / "taken").write_text("a file")
+    section, name = key.split(".")
+    for there in ("./taken", "./taken/below"):
+        project.configure(**{section: {name: there}})
+        result = prism(*command, "--config", project.config)
+        assert result.exit_code == MUST_CHANGE and f"{key}: " in result.output
+        assert f"{project.folder / 'taken'} is a file" in result.output and "Traceback" not in result.output
+
+
+REFUSED_EARLY = {
+    "max_length": ({"tokenization": {"max_length": 4096}}, "max_length", "context has 64 tokens"),
+    "device": ({"model": {"device": "cuda"}}, "device", "torch finds no GPU"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED_EARLY)
+def test_what_no_step_could_work_with_is_refused_before_the_first(make_project, tmp_path, monkeypatch, mistake):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sections, what, words = REFUSED_EARLY[mistake]
+    project = make_project(tmp_path / "project").configure(**sections)
+    found = prism("doctor", "--json", "--config", project.config)
+    assert found.exit_code == MUST_CHANGE
+    problems = {one["what"]: one["found"] for one in json.loads(found.stdout) if one["state"] == "problem"}
+    assert words in problems[what]
+    result = prism("run", "--config", project.config)
+    assert result.exit_code == MUST_CHANGE and words in result.output and "Traceback" not in result.output
+    assert not (project.settings.storage.root / "artifacts").exists()  # nothing was begun
+
+
+def test_two_projects_on_one_dagster_home_are_refused(make_project, tmp_path, monkeypatch):
+    """Either would retire the shards of the other."""
+    home = tmp_path / "home"
+    first, second = (make_project(tmp_path / name) for name in ("first", "second"))
+    from prism_assets.pipeline import UserMistake, claim_home, dagster_home
+
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    assert dagster_home(first.settings) == dagster_home(first.settings) == home
+    for command in (["run"], ["ui"], ["gc"]):
+        monkeypatch.setenv("DAGSTER_HOME", str(home))
+        result = prism(*command, "--config", second.config)
+        assert result.exit_code == MUST_CHANGE, result.output
+        assert str(first.settings.storage.root) in result.output and "another DAGSTER_HOME" in result.output
+    monkeypatch.delenv("DAGSTER_HOME")
+    own = dagster_home(second.settings)
+    assert own == second.settings.storage.root / "dagster"
+    # A lake that is copied takes its own instance along.
+    copied = second.copy(tmp_path / "third")
+    assert dagster_home(copied.settings) == copied.settings.storage.root / "dagster"
+    with pytest.raises(UserMistake, match="retire each other"):
+        claim_home(home, second.settings.storage.root)
+
+
 # -- a finished project ------------------------------------------------------------------------------------------
 
 
@@ -225,5 +283,5 @@ def test_a_run_that_fails_says_where_and_why(finished, tmp_path):
 def test_a_query_before_the_first_run_says_what_to_do(make_project, tmp_path):
     project = make_project(tmp_path / "project")
     result = prism("query", "plain", "--config", project.config)
-    assert result.exit_code == FAILED
+    assert result.exit_code == MUST_CHANGE
     assert "prism run" in result.output and "Traceback" not in result.output

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
@@ -149,6 +150,44 @@ def test_one_job_per_partitions_definition_covers_every_asset_once(project, grap
         covered += members
     assert sorted(covered) == sorted(EDGES)
     assert len(jobs) == len(PARTITIONS) + 1
+
+
+def test_the_report_alone_is_to_be_fresh_and_the_weekly_refresh_is_often_enough(project):
+    specs = {spec.key.path[-1]: spec for asset in project.definitions.assets for spec in asset.specs}
+    policies = {name: spec.freshness_policy for name, spec in specs.items() if spec.freshness_policy is not None}
+    assert set(policies) == {"report"}
+    schedules = {one.name: one for one in project.definitions.schedules}
+    assert schedules["weekly_refresh"].cron_schedule == "0 4 * * 0"
+    warn, fail = policies["report"].warn_window.to_timedelta(), policies["report"].fail_window.to_timedelta()
+    assert timedelta(days=7) < warn < fail <= timedelta(days=14)
+
+
+def test_every_step_that_loads_a_model_takes_the_pool_and_no_other(make_project, tmp_path, monkeypatch):
+    from resources.language_model import LanguageModel
+
+    project = make_project(tmp_path / "project", strategies=["prism"], seeds=[0])
+    base = LanguageModel.base
+    loading = set()
+
+    def watched(model):
+        loading.add(dg.AssetExecutionContext.get().asset_key.path[-1])
+        return base(model)
+
+    monkeypatch.setattr(LanguageModel, "base", watched)
+    project.run()
+    pooled = {asset.key.path[-1] for asset in project.definitions.assets if asset.op.pool == "model"}
+    assert loading == pooled
+    assert len(pooled) == 7 and {"candidate_features", "adapter", "evaluation"} <= pooled
+    assert {asset.op.pool for asset in project.definitions.assets} == {"model", None}
+
+
+def test_the_pool_lets_one_step_run_at_a_time(project, monkeypatch):
+    from prism_assets.pipeline import instance_of
+
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    with instance_of(project.settings) as instance:
+        config = instance.get_concurrency_config().pool_config
+        assert config.default_pool_limit == 1 and config.pool_granularity.value == "op"
 
 
 def test_the_steps_of_prism_run_take_every_asset_after_its_inputs():

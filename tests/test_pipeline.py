@@ -536,6 +536,39 @@ def test_an_arrival_that_changes_no_selected_row_retrains_nothing(copy):
         assert everything_made(project.lake, name) == made
 
 
+def test_an_arrival_loads_the_model_once_and_reads_and_rewrites_nothing_old(copy, monkeypatch):
+    from benchmarks.incremental import Reads
+
+    import resources.language_model as language_model
+    from prism_assets.pipeline import STEPS, run_pipeline
+
+    project = copy()
+    project.run()  # a new Dagster instance looks at everything once
+    lake = project.lake
+    for name in ("one", "two", "three"):
+        project.add(name, make_rows(9, seed=len(name) * 7 + ord(name[0])))
+    old = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in lake.folder.glob("artifacts/*/*")}
+    language_model._forget_model()
+    forget, loads = language_model._forget_model, []
+
+    def counted():  # called before every loading
+        loads.append(1)
+        forget()
+
+    monkeypatch.setattr(language_model, "_forget_model", counted)
+    # Up to the adapters' evaluation. The report looks for the nearest neighbours of a few rows, in all segments.
+    steps = [step for step in STEPS if "report" not in step.assets]
+    with Reads().noted() as reads:
+        results = run_pipeline(project.settings, project.definitions, project.instance, steps=steps)
+    computed = {result.step.title: result.computed for result in results}
+    assert computed["Candidates"] == computed["Candidate features"] == 3 and computed["Index"] == 4
+    assert len(loads) == 1
+    assert len(reads.blocks) == 3 and not reads.blocks & set(old)
+    segments = {path.parent for path in reads.segments}
+    assert len(segments) == 3 and not segments & set(old)
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in old} == old
+
+
 def test_a_row_in_two_shards_counts_once_and_survives_the_first(copy):
     project = copy()
     top = project.selected("prism")[0]

@@ -34,17 +34,22 @@ def corpus_version(settings: Settings, model: LanguageModel) -> str:
     return digest([VERSION, model.identify().tokenizer, settings.tokenization.model_dump()])[:12]
 
 
-def encoder_of(settings: Settings, model: LanguageModel) -> "Encoder":
-    """The one way records become tokens. Raises ModelError where examples may be longer than the model's context."""
-    from prism_assets.corpus.tokenization import Encoder
-
-    options = settings.tokenization
-    context = model.identify().context_length
-    if context is not None and options.max_length > context:
+def require_context(settings: Settings, model: LanguageModel) -> None:
+    """Raise ModelError where examples may be longer than the model's context."""
+    longest, context = settings.tokenization.max_length, model.identify().context_length
+    if context is not None and longest > context:
         raise ModelError(
-            f"tokenization.max_length is {options.max_length}, but the model's context has {context} tokens: "
+            f"tokenization.max_length is {longest}, but the model's context has {context} tokens: "
             f"set it to {context} or less."
         )
+
+
+def encoder_of(settings: Settings, model: LanguageModel) -> "Encoder":
+    """The one way records become tokens. Raises ModelError as `require_context`."""
+    from prism_assets.corpus.tokenization import Encoder
+
+    require_context(settings, model)
+    options = settings.tokenization
     return Encoder(
         model.tokenizer(), max_length=options.max_length, template=options.template, separator=options.separator
     )

@@ -291,7 +291,7 @@ def _explanations(
             explained.append(
                 {
                     "reason": reason,
-                    **{key: getattr(found, key) for key in ("id", "source", "prompt", "completion", "score")},
+                    **{key: getattr(found, key) for key in ("id", "source", "prompt", "completion", "score", "exact_score")},
                     "score_rows": found.score_rows(limit=6),
                     "ranks": [one._asdict() for one in found.ranks],
                     "neighbours": [one._asdict() for one in found.neighbours],

@@ -444,6 +444,7 @@ def _explanation_view(explanation: Mapping[str, Any]) -> dict[str, Any]:
         "source": str(explanation.get("source") or "no source"),
         "prompt": _clipped(explanation.get("prompt"), _LONGEST_TEXT),
         "completion": _clipped(explanation.get("completion"), _LONGEST_TEXT),
+        "sum": "Score" if explanation.get("exact_score") is None else "Exact score",
         "rows": [
             (_clipped(what, 160), *("" if number is None else f"{number:+.4f}" for number in numbers))
             for what, *numbers in explanation.get("score_rows") or []

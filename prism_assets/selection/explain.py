@@ -114,13 +114,12 @@ class Explanation:
     completion: str
     mean_log_prob: float  # at the last checkpoint
     gradient_norm: float
-    score: float  # the exact one where it was computed, else the sketched one; the parts sum to it
-    sketched_score: float  # what the index ranks by
-    exact_score: float | None
+    score: float  # what the index ranks by, from the stored sketch
+    exact_score: float | None  # the same without a sketch: what the score approximates
     why_not_exact: str
     parts: list[TargetPart]  # by descending contribution
     sketch_error: float | None  # exact score less the parts
-    rounding: float | None  # without an exact score: sketched score less the parts, about 1e-7
+    rounding: float  # score less the parts, about 1e-7
     ranks: list[Rank]
     neighbours: list[Neighbour]
     earlier: list[Earlier]
@@ -134,9 +133,10 @@ class Explanation:
         return content
 
     def score_rows(self, limit: int | None = None) -> list[tuple[str, float | None, float | None, float]]:
-        """Rows (what, weight, influence, contribution) that sum to the score, the score itself last.
+        """Rows (what, weight, influence, contribution) that sum to the last one.
 
-        With a limit the targets of smallest absolute contribution are added up in one row.
+        The last is the exact score where it was computed (the sketch's error is a row of its own then), else the
+        score. With a limit the targets of smallest absolute contribution are added up in one row.
         """
         largest = sorted(range(len(self.parts)), key=lambda j: -abs(self.parts[j].contribution))
         shown = set(largest if limit is None else largest[:limit])
@@ -149,9 +149,10 @@ class Explanation:
         if rest:
             added = sum(one.weight for one in rest), sum(one.contribution for one in rest)
             rows.append((f"{len(rest)} more targets", added[0], None, added[1]))
-        if self.sketch_error is not None:
+        if self.exact_score is not None and self.sketch_error is not None:
             rows.append(("sketch error", None, None, self.sketch_error))
+            rows.append(("exact score", None, None, self.exact_score))
         else:
-            rows.append(("rounding", None, None, self.rounding or 0.0))
-        rows.append(("score", None, None, self.score))
+            rows.append(("rounding", None, None, self.rounding))
+            rows.append(("score", None, None, self.score))
         return rows

@@ -445,13 +445,38 @@ def test_a_file_of_something_else_is_not_taken_for_an_artefact(lake, kind):
     assert lake.find(recipe) is None
 
 
-def test_bytes_overwritten_in_the_middle_of_a_table_are_named_when_they_are_read(lake):
-    artifact = lake.publish_table(Recipe("t", 1), pa.table({"a": np.random.default_rng(0).normal(size=5000)}))
-    with open(artifact.path, "rb+") as handle:
-        handle.seek(100)
-        handle.write(b"\0" * 5000)
-    with pytest.raises(DamagedArtifact, match=artifact.path.name):
+@pytest.mark.parametrize("kind", ["table", "tensors"])
+def test_one_flipped_bit_is_named_when_it_is_read_and_the_artefact_counts_as_not_made(lake, kind):
+    recipe = Recipe("t", 1, partition="p")
+    values = np.random.default_rng(0).normal(size=5000)
+
+    def publish_values():
+        if kind == "table":
+            return lake.publish_table(recipe, pa.table({"a": values}))
+        return lake.publish_tensors(recipe, {"a": torch.from_numpy(values)})
+
+    read = lake.read_table if kind == "table" else lake.read_tensors
+    artifact = lake.point(publish_values(), "p")
+    whole = artifact.path.read_bytes()
+    content = bytearray(whole)
+    content[20_000] ^= 1  # the header and the size stay as they were
+    artifact.path.write_bytes(content)
+    with pytest.raises(DamagedArtifact, match=rf"{artifact.path.name} \(t\[p\]\) is damaged .* will be rebuilt.*prism run"):
+        read(artifact)
+    assert lake.find(recipe) is None and lake.head("t", "p") is None
+    (aside,) = artifact.path.parent.glob("*.damaged")
+    assert aside.read_bytes() == content
+    rebuilt = publish_values()
+    assert rebuilt.content_hash == artifact.content_hash and rebuilt.path == artifact.path
+    read(rebuilt)
+
+
+def test_a_table_that_cannot_be_reached_is_not_called_damaged(lake):
+    artifact = publish(lake, "table", Recipe("t", 1))
+    artifact.path.rename(artifact.path.with_suffix(".elsewhere"))
+    with pytest.raises(LakeError, match="cannot be read") as failure:
         lake.read_table(artifact)
+    assert not isinstance(failure.value, DamagedArtifact) and not list(artifact.path.parent.glob("*.damaged"))
 
 
 # -- heads -------------------------------------------------------------------------------------------------------
@@ -564,6 +589,20 @@ def test_the_catalogue_is_rebuilt_under_a_reader_and_after_deletion(lake):
     with duckdb.connect(str(path), read_only=True) as connection:
         assert connection.execute("SELECT count(*) FROM heads").fetchone() == (2,)
     assert not files_below(lake.folder / "unpublished")
+
+
+def test_long_lists_of_settings_stand_in_the_header_and_not_in_the_catalogue(lake):
+    settings = {"shards": [f"shard{number}" for number in range(21)], "few": ["a", "b"], "rank": 3}
+    artifact = lake.publish_table(Recipe("t", 1, settings), pa.table({"a": [1]}))
+    with lake.connect() as connection:
+        (found,) = connection.execute("SELECT settings FROM artifacts").fetchone()
+    assert json.loads(found) == {"shards": "21 entries", "few": ["a", "b"], "rank": 3}
+    assert artifact.header["settings"] == settings
+
+
+def test_the_catalogue_of_a_small_lake_is_small(lake):
+    lake.publish_table(Recipe("t", 1), pa.table({"a": [1]}))
+    assert lake.rebuild_catalog().stat().st_size < 200_000  # three blocks of DuckDB's usual size are 800,000
 
 
 def test_the_catalogue_of_an_empty_lake_has_its_tables(lake):

@@ -275,6 +275,55 @@ def test_asking_for_cuda_where_there_is_none_is_an_error(monkeypatch):
         VectorStore(device="tpu").open([])
 
 
+class FaissOnAGpu:
+    """Stands for `GpuIndexFlatIP`: FAISS's products of the same rows, computed on the CPU, and its limit on k."""
+
+    def __init__(self, rows):
+        import faiss
+
+        self.index = faiss.IndexFlatIP(rows.shape[1])
+        self.index.add(rows.astype(np.float16).astype(np.float32))
+        self.asked = []
+
+    def search(self, queries, k):
+        assert k <= 2048
+        self.asked.append(k)
+        return self.index.search(queries, k)
+
+
+def with_faiss_on_a_gpu(folder, rows):
+    store, paths = write(folder, rows, [len(rows) // 3])
+    index = store.open(paths)
+    index.__dict__["_faiss_gpu_index"] = stand_in = FaissOnAGpu(rows)  # in the place of the cached property
+    return index, stand_in
+
+
+def test_budgets_within_its_limit_are_asked_of_faiss_on_a_gpu_and_others_of_the_torch_path(tmp_path):
+    rows, queries = unit_rows(3000, 64), unit_rows(9, 64, seed=1)
+    index, stand_in = with_faiss_on_a_gpu(tmp_path, rows)
+    largest = vector_store.GPU_FAISS_MAX_K - vector_store.GPU_FAISS_SPARE
+    for k, by_faiss in ((1, True), (150, True), (largest, True), (largest + 1, False), (3000, False)):
+        stand_in.asked.clear()
+        for query, top in zip(queries, index.top_k_many(queries, k), strict=True):
+            check_exact(top, index.sizes, rows.astype(np.float16), query, k)
+            for found, scanned in zip(top, index.top_k(query, k), strict=True):
+                np.testing.assert_array_equal(found, scanned)
+        assert bool(stand_in.asked) == by_faiss, k
+    stand_in.asked.clear()
+    index.top_k_many(queries, 5, [np.ones(1000, bool), np.arange(2000) % 2 == 0])
+    assert not stand_in.asked  # it knows no masks
+
+
+def test_near_ties_at_the_cut_are_not_left_to_faiss_on_a_gpu(tmp_path):
+    rows = np.repeat(unit_rows(5, 64), 300, axis=0)  # more equal rows than it is asked for beyond k
+    index, stand_in = with_faiss_on_a_gpu(tmp_path, rows)
+    queries = unit_rows(4, 64, seed=1)
+    for query, top in zip(queries, index.top_k_many(queries, 100, with_ties=True), strict=True):
+        assert len(top.scores) == 300
+        check_exact(top, index.sizes, rows.astype(np.float16), query, 300)
+    assert stand_in.asked == [164]
+
+
 def test_settings_of_torch_survive_a_batch(tmp_path):
     import torch
 

@@ -102,13 +102,13 @@ def test_the_parts_sum_to_the_stored_score(two_versions, explainer, target, stra
     scores = vectors @ direction_of(lake, version, target, strategy)
     for position in (0, 17):
         found = explainer(target, strategy).explain(ids[position])
-        assert found.sketched_score == pytest.approx(scores[position], abs=1e-5)
+        assert found.score == pytest.approx(scores[position], abs=1e-5)
         assert sum(part.contribution for part in found.parts) == pytest.approx(scores[position], abs=1e-5)
-        assert found.exact_score is None and found.score == found.sketched_score
-        assert abs(found.rounding) < 1e-5
+        assert found.exact_score is None and abs(found.rounding) < 1e-5
         assert len(found.parts) == (6 if target == "plain" else 4)
         rows = found.score_rows()
         assert sum(row[3] for row in rows[:-1]) == pytest.approx(rows[-1][3], abs=1e-12) and rows[-1][3] == found.score
+        assert rows[-1][0] == "score"
         for part in found.parts:
             assert part.weight * part.influence == pytest.approx(part.contribution, abs=1e-12)
 
@@ -125,7 +125,12 @@ def test_the_exact_score_is_that_of_the_version_without_a_sketch(two_versions, t
     for position, found in explained.items():
         assert found.exact_score == pytest.approx(expected[position], abs=2e-3)
         total = sum(part.contribution for part in found.parts) + found.sketch_error
-        assert total == pytest.approx(found.exact_score, abs=1e-9) and found.score == found.exact_score
+        assert total == pytest.approx(found.exact_score, abs=1e-9)
+        rows = found.score_rows()
+        assert rows[-1] == ("exact score", None, None, found.exact_score)
+        assert sum(row[3] for row in rows[:-1]) == pytest.approx(found.exact_score, abs=1e-9)
+        ranked = next(one for one in found.ranks if one.strategy == "prism")
+        assert found.score == ranked.score  # one word, one number: the score is what ranks
         errors.append(abs(found.sketch_error))
     assert max(errors) > 0.02  # a sketch of 64 dimensions is a rough one: the exact score is not the sketched one
 
@@ -256,7 +261,7 @@ def test_without_the_model_the_sketched_score_is_explained(two_versions, tmp_pat
     with open_explainer(project) as explainer:
         found = explainer.explain("it's-7")
     assert found.exact_score is None and "model" in found.why_not_exact
-    assert found.score == found.sketched_score
+    assert found.score_rows()[-1] == ("score", None, None, found.score)
     from resources.language_model import ModelError
 
     with pytest.raises(ModelError):
@@ -302,7 +307,7 @@ def test_the_command_prints_a_table_and_json(two_versions):
 
     shown = prism("it's-7", "--target", "plain")
     assert shown.exit_code == 0, shown.output
-    assert "sketch error" in shown.output and make_rows(8, 10)[7]["prompt"] in shown.output
+    assert "sketch error" in shown.output and "exact score" in shown.output and make_rows(8, 10)[7]["prompt"] in shown.output
     found = json.loads(prism("it's-7", "-t", "plain", "--strategy", "less", "--no-exact", "--json").stdout)
     assert sum(part["contribution"] for part in found["parts"]) == pytest.approx(found["score"], abs=1e-5)
     assert {one["strategy"] for one in found["ranks"]} == {"prism", "uniform", "less", "random"}
