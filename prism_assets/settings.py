@@ -18,7 +18,8 @@ DEFAULT_FILE = "prism.yaml"
 STRATEGIES = (
     *("prism", "uniform", "less", "prism-unit"),  # one direction
     *("prism-cover", "prism-round-robin", "less-max"),  # several
-    *("random", "length", "full"),  # none
+    *("bm25",),  # texts, no gradients
+    *("random", "length", "perplexity", "full"),  # no targets
 )
 # Variables of ours that override nothing.
 _NO_SETTINGS = {"PRISM_CONFIG", "PRISM_REAL_DATA"}

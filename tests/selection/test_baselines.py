@@ -1,0 +1,125 @@
+"""Baselines: perplexity, BM25, hidden states and diversity, each against a slow computation of the same from its formula."""
+
+import itertools
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from test_strategies import FakePool
+
+from prism_assets.selection.strategies import STRATEGIES
+from prism_assets.selection.strategies.base import Texts
+from prism_assets.selection.strategies.bm25 import lexical_scores, min_max
+from prism_assets.selection.strategies.perplexity import percentiles
+
+
+def order_of(name, pool):
+    """Ids in the strategy's order."""
+    return [pool.ids[row] for row in STRATEGIES[name].rank(pool).order]
+
+
+# -- perplexity --------------------------------------------------------------------------------------------------
+
+
+def test_a_percentile_is_the_share_below_plus_half_of_the_equals():
+    rng = np.random.default_rng(0)
+    values = np.round(rng.normal(size=101), 1)  # with ties
+    expected = [np.mean(values < one) + np.mean(values == one) / 2 for one in values]
+    np.testing.assert_allclose(percentiles(values), expected, rtol=1e-12)
+
+
+def test_perplexity_takes_the_middle_of_the_pool_first_and_the_extremes_last():
+    log_probs = np.random.default_rng(1).normal(-2, 1, 31)
+    ids = [f"{number:02d}" for number in range(31)]
+    found = order_of("perplexity", FakePool(ids=ids, mean_log_probs=log_probs))
+    by_perplexity = sorted(ids, key=lambda one: math.exp(-log_probs[int(one)]))
+    assert found[0] == by_perplexity[15] and set(found[:11]) == set(by_perplexity[10:21])
+    assert set(found[-2:]) == {by_perplexity[0], by_perplexity[-1]}
+
+
+def test_equal_perplexities_are_ordered_by_id_whatever_the_order_of_arrival():
+    rows = [("d", -1.0), ("b", -1.0), ("c", -1.0), ("a", -3.0), ("e", -0.1)]
+    orders = set()
+    for shuffled in itertools.permutations(rows):
+        ids, log_probs = zip(*shuffled, strict=True)
+        orders.add(tuple(order_of("perplexity", FakePool(ids=list(ids), mean_log_probs=np.array(log_probs)))))
+    assert orders == {("b", "c", "d", "a", "e")}
+
+
+# -- BM25 --------------------------------------------------------------------------------------------------------
+
+DOCUMENTS = [
+    "What is 2 + 2?\nFour, because two and two are four.",
+    "Reverse the word abc.\ncba",
+    "Name a river in France.\nThe Seine, a river.",
+    "Name a river.\nThe Rhine is a river; a river in Germany.",
+    "¿Qué es π?\nEs 3.14159, un número.",
+    "++\n!!",
+]
+QUERIES = ["Name the longest river: a river of rivers", "what is 2", "π π?", "unheard-of", "??"]
+
+
+def slow_bm25(documents, query, k1=1.5, b=0.75):
+    """The formula, word by word."""
+    bags = [re.findall(r"\w+", text.lower()) for text in documents]
+    mean = sum(map(len, bags)) / len(bags)
+    scores = []
+    for bag in bags:
+        counts, score = Counter(bag), 0.0
+        for word in re.findall(r"\w+", query.lower()):
+            having = sum(word in other for other in bags)
+            idf = math.log(1 + (len(bags) - having + 0.5) / (having + 0.5))
+            score += idf * counts[word] / (counts[word] + k1 * (1 - b + b * len(bag) / mean))
+        scores.append(score)
+    return scores
+
+
+def test_bm25_is_that_of_the_formula():
+    found = lexical_scores(DOCUMENTS, QUERIES)
+    expected = np.array([slow_bm25(DOCUMENTS, query) for query in QUERIES]).T
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert found[3, 0] > found[2, 0] > found[0, 0] == 0
+    assert (found[:, 3:] == 0).all()  # a word that nobody has, and no word at all
+
+
+def test_documents_without_a_single_word_match_nothing():
+    assert (lexical_scores(["++", "?"], ["what?", "??"]) == 0).all()
+
+
+def test_bm25_lets_each_target_count_alike_however_long_its_prompt():
+    """The long prompt's raw scores are many times those of the short one; scaled, the row that serves both wins."""
+    prompts, completions = ["alpha beta gamma delta epsilon"] * 2 + ["zeta", "nothing"], ["one", "zeta", "two", "three"]
+    pool = FakePool(
+        ids=["long", "both", "short", "neither"],
+        texts=Texts(prompts, completions),
+        target_texts=Texts(["alpha beta gamma delta epsilon " * 4, "zeta"], ["", ""]),
+    )
+    ranking = STRATEGIES["bm25"].rank(pool)
+    assert order_of("bm25", pool)[0] == "both" and order_of("bm25", pool)[-1] == "neither"
+    documents = [f"{p} {c}" for p, c in zip(prompts, completions, strict=True)]
+    columns = [np.array(slow_bm25(documents, query)) for query in pool.target_texts().prompts]
+    scaled = np.mean([(one - one.min()) / (one.max() - one.min()) for one in columns], axis=0)
+    np.testing.assert_allclose(ranking.scores, scaled[ranking.order], rtol=1e-5)
+
+
+def test_scaling_leaves_no_nan_where_all_scores_are_equal():
+    np.testing.assert_array_equal(min_max(np.array([[2.0, 1.0], [2.0, 3.0]])), [[0, 0], [0, 1]])
+
+
+def test_bm25_reads_prompt_and_completion_of_candidates_and_only_the_prompts_of_targets():
+    texts = Texts(["name", "other", "other"], ["x", "name", "wanted"])
+    pool = FakePool(ids=["a", "b", "c"], texts=texts, target_texts=Texts(["name"], ["wanted"]))
+    ranking = STRATEGIES["bm25"].rank(pool)
+    assert order_of("bm25", pool) == ["a", "b", "c"] and ranking.scores[2] == 0 < ranking.scores[1]
+
+
+def test_bm25_does_not_depend_on_the_order_of_arrival():
+    ids = [f"row {number}" for number in range(len(DOCUMENTS))]
+    found = set()
+    for order in itertools.islice(itertools.permutations(range(len(ids))), 0, None, 37):
+        texts = Texts([DOCUMENTS[one].split("\n")[0] for one in order], [DOCUMENTS[one].split("\n")[1] for one in order])
+        pool = FakePool(ids=[ids[one] for one in order], texts=texts, target_texts=Texts(QUERIES, [""] * len(QUERIES)))
+        found.add((tuple(order_of("bm25", pool)), STRATEGIES["bm25"].rank(pool).scores.tobytes()))
+    assert len(found) == 1
