@@ -123,3 +123,96 @@ def test_bm25_does_not_depend_on_the_order_of_arrival():
         pool = FakePool(ids=[ids[one] for one in order], texts=texts, target_texts=Texts(QUERIES, [""] * len(QUERIES)))
         found.add((tuple(order_of("bm25", pool)), STRATEGIES["bm25"].rank(pool).scores.tobytes()))
     assert len(found) == 1
+
+
+# -- RDS+ --------------------------------------------------------------------------------------------------------
+
+
+def slow_turns(similarities, ids, wanted):
+    """Each target in turn takes the most similar row left."""
+    left, order = set(range(len(ids))), []
+    for turn in itertools.cycle(range(similarities.shape[1])):
+        if len(order) == wanted or not left:
+            return order
+        order.append(min(left, key=lambda row: (-similarities[row, turn], ids[row])))
+        left.remove(order[-1])
+
+
+@pytest.mark.parametrize("wanted", [1, 7, 30, 99])
+def test_targets_take_their_most_similar_rows_in_turn(wanted):
+    rng = np.random.default_rng(3)
+    similarities = np.round(rng.uniform(-1, 1, (30, 4)), 1).astype(np.float32)  # with ties
+    ids = [f"{one:02d}" for one in rng.permutation(30)]
+    found = STRATEGIES["rds"].rank(FakePool(ids=ids, similarities=similarities, wanted=wanted))
+    assert found.order.tolist() == slow_turns(similarities, ids, wanted)
+
+
+# -- maximal marginal relevance ----------------------------------------------------------------------------------
+
+
+def slow_mmr(scores, vectors, ids, wanted):
+    """The formula, pair by pair."""
+    best = sorted(range(len(ids)), key=lambda row: (-scores[row], ids[row]))[: 4 * wanted]
+    low, high = scores[best[-1]], scores[best[0]]
+    order = []
+    while len(order) < min(wanted, len(best)):
+        values = {}
+        for row in best:
+            if row not in order:
+                relevance = (scores[row] - low) / (high - low)
+                values[row] = 0.7 * relevance - 0.3 * max((float(vectors[row] @ vectors[one]) for one in order), default=0)
+        order.append(max(values, key=values.get))  # of equal ones the first in `best`
+    return order
+
+
+class VectorPool(FakePool):
+    """A pool with rows of vectors."""
+
+    def vectors(self, positions):
+        return self.stored[positions]
+
+
+def vector_pool(ids, scores, vectors, wanted):
+    pool = VectorPool(ids=ids, direction_scores=scores, wanted=wanted)
+    pool.stored = vectors
+    return pool
+
+
+@pytest.mark.parametrize("wanted", [1, 5, 10, 40])
+def test_mmr_is_that_of_the_formula(wanted):
+    rng = np.random.default_rng(4)
+    centres = rng.normal(size=(6, 12))
+    vectors = (centres[rng.integers(0, 6, 40)] + 0.3 * rng.normal(size=(40, 12))).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = (0.1 * rng.uniform(size=40)).astype(np.float32)
+    ids = [f"{one:02d}" for one in rng.permutation(40)]
+    pool = vector_pool(ids, scores, vectors, wanted)
+    ranking = STRATEGIES["prism-mmr"].rank(pool)
+    assert ranking.order.tolist() == slow_mmr(scores.astype(float), vectors.astype(float), ids, wanted)
+    np.testing.assert_array_equal(ranking.scores, scores[ranking.order])
+    if wanted == 10:
+        plain = np.argsort(-scores)[:10]
+        assert set(ranking.order) != set(plain)
+        likeness = [np.triu(vectors[rows] @ vectors[rows].T, 1).mean() for rows in (ranking.order, plain)]
+        assert likeness[0] < likeness[1]
+
+
+def test_mmr_passes_over_a_copy_of_a_better_row():
+    vectors = np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]
+    pool = vector_pool(["a", "copy of a", "b", "c"], np.float32([0.10, 0.10, 0.08, 0.02]), vectors, 2)
+    assert order_of("prism-mmr", pool) == ["a", "b"]
+
+
+def test_mmr_breaks_ties_by_id_whatever_the_order_of_arrival():
+    rows = [("d", 0.2, 0), ("a", 0.2, 1), ("c", 0.2, 2), ("b", 0.1, 3)]
+    orders = set()
+    for shuffled in itertools.permutations(rows):
+        ids, scores, axes = zip(*shuffled, strict=True)
+        pool = vector_pool(list(ids), np.float32(scores), np.eye(4, dtype=np.float32)[list(axes)], 4)
+        orders.add(tuple(order_of("prism-mmr", pool)))
+    assert orders == {("a", "c", "d", "b")}
+
+
+def test_mmr_of_equal_influences_still_spreads():
+    vectors = np.eye(2, dtype=np.float32)[[0, 0, 1]]
+    assert order_of("prism-mmr", vector_pool(["a", "b", "c"], np.float32([0.1, 0.1, 0.1]), vectors, 2)) == ["a", "c"]
