@@ -3,7 +3,10 @@
 import itertools
 import math
 import re
+import sys
 from collections import Counter
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -216,3 +219,26 @@ def test_mmr_breaks_ties_by_id_whatever_the_order_of_arrival():
 def test_mmr_of_equal_influences_still_spreads():
     vectors = np.eye(2, dtype=np.float32)[[0, 0, 1]]
     assert order_of("prism-mmr", vector_pool(["a", "b", "c"], np.float32([0.1, 0.1, 0.1]), vectors, 2)) == ["a", "c"]
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+
+def page():
+    return (Path(__file__).resolve().parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_every_strategy_once():
+    assert sorted(re.findall(r"^\| `([a-z0-9-]+)` \|", page(), re.MULTILINE)) == sorted(STRATEGIES)
+
+
+def test_the_example_on_the_page_passes_its_own_test(monkeypatch):
+    module_text, test_text = re.findall(r"```python\n(.*?)```", page(), re.DOTALL)
+    name = re.search(r"`prism_assets/selection/strategies/(\w+)\.py`", page())[1]
+    module = ModuleType(name)
+    exec(module_text, module.__dict__)
+    monkeypatch.setitem(sys.modules, f"prism_assets.selection.strategies.{name}", module)
+    namespace = {}
+    exec(test_text, namespace)
+    (test,) = [value for key, value in namespace.items() if key.startswith("test_")]
+    test()

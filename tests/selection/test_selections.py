@@ -9,6 +9,7 @@ import torch
 from conftest import make_rows, save_tiny_model
 from test_baselines import slow_mmr, slow_turns
 
+from prism_assets.housekeeping import plan
 from prism_assets.pipeline import STEPS, Step, run_pipeline
 from prism_assets.selection.assets import query_index, selection_inputs
 from prism_assets.selection.strategies import STRATEGIES
@@ -172,6 +173,9 @@ def test_an_arrival_computes_the_hidden_states_of_its_own_shard_alone(selected, 
     lineage = project.selection("rds").header["lineage"]["hidden_states"]
     assert {one["fingerprint"] for one in lineage} == before | {made[0].fingerprint}
     assert project.selection("rds").header["inputs"]["model"]["table"] == "base_model"
+    removed = plan(project.lake, min_age=0).artifacts
+    assert any(one.table == "selection" for one in removed)  # those before the arrival
+    assert not any(one.table == "hidden_states" for one in removed)
 
 
 def test_hidden_states_belong_to_a_model(selected, tmp_path):
