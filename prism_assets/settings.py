@@ -18,7 +18,9 @@ DEFAULT_FILE = "prism.yaml"
 STRATEGIES = (
     *("prism", "uniform", "less", "prism-unit"),  # one direction
     *("prism-cover", "prism-round-robin", "less-max"),  # several
-    *("random", "length", "full"),  # none
+    *("prism-mmr",),  # one direction, and candidates among each other
+    *("bm25", "rds"),  # texts or hidden states, no gradients
+    *("random", "length", "perplexity", "full"),  # no targets
 )
 # Variables of ours that override nothing.
 _NO_SETTINGS = {"PRISM_CONFIG", "PRISM_REAL_DATA"}

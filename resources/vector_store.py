@@ -184,6 +184,10 @@ class SegmentedIndex:
         """Scores of every row for one query [d]: one float32 [n_i] per segment."""
         return np.split(self._scan(self._queries(query)[0]), self._offsets[1:-1]) if self._segments else []
 
+    def vectors(self, segment: int, rows: np.ndarray) -> np.ndarray:
+        """These rows [m] of one segment, float32 [m, d]; no other is read."""
+        return self._segments[segment].values[rows].astype(np.float32)
+
     def top_k(
         self,
         query: np.ndarray,

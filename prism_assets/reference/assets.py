@@ -12,7 +12,7 @@ from prism_assets import stage
 from prism_assets.corpus.assets import corpus_version
 from prism_assets.settings import Settings
 from resources.lake import Artifact, Lake, Recipe, digest
-from resources.language_model import LanguageModel
+from resources.language_model import LanguageModel, ModelIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,6 +49,11 @@ def adapted(
         yield peft_model
 
 
+def base_model_recipe(identity: ModelIdentity) -> Recipe:
+    """The recipe of the artefact `base_model` of a model."""
+    return Recipe("base_model", BASE_VERSION, inputs={"files": identity.fingerprint})
+
+
 @dg.asset(group_name=GROUP, kinds={"huggingface"}, code_version=str(BASE_VERSION))
 def base_model(
     context: dg.AssetExecutionContext,
@@ -60,7 +65,7 @@ def base_model(
     import pyarrow as pa
 
     identity = language_model.identify()
-    recipe = Recipe("base_model", BASE_VERSION, inputs={"files": identity.fingerprint})
+    recipe = base_model_recipe(identity)
     artifact = lake.find(recipe)
     computed = artifact is None
     if artifact is None:

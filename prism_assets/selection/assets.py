@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,8 +13,9 @@ from prism_assets import stage
 from prism_assets.corpus.assets import corpus_version
 from prism_assets.features.assets import feature_version
 from prism_assets.partitions import target_strategies_of
-from prism_assets.reference.assets import warmup_scope
+from prism_assets.reference.assets import base_model_recipe, warmup_scope
 from prism_assets.selection.pool import COPIED, LivePool, learning_rates
+from prism_assets.selection.representations import Representations, representation_identity
 from prism_assets.selection.rerank import exact_scores
 from prism_assets.selection.target_direction import (
     COMPARED,
@@ -24,7 +26,7 @@ from prism_assets.selection.target_direction import (
     scores_of,
 )
 from prism_assets.settings import Budget, Settings, SettingsError
-from resources.lake import Artifact, Lake, Recipe
+from resources.lake import Artifact, Lake, LakeError, Recipe
 from resources.language_model import LanguageModel
 from resources.vector_store import VectorStore
 
@@ -81,7 +83,7 @@ def build_selection(settings: Settings) -> dg.AssetsDefinition:
         def select(key: str) -> stage.Outcome:
             target, strategy = split_key(key)
             artifact, computed = _publish_selection(
-                context.run_id, settings, lake, language_model, vector_store, target, strategy
+                context, settings, lake, language_model, vector_store, target, strategy
             )
             lake.point(artifact, key, run_id=context.run_id)
             pool = lake.require("live_pool", None, corpus_version(settings, language_model))
@@ -104,7 +106,7 @@ def join_key(target: str, strategy: str) -> str:
 
 
 def _publish_selection(
-    run_id: str,
+    context: dg.AssetExecutionContext,
     settings: Settings,
     lake: Lake,
     model: LanguageModel,
@@ -126,6 +128,8 @@ def _publish_selection(
         identity["rerank"] = settings.selection.rerank
         # What exact scores are computed with beside the direction; its own inputs name it too.
         inputs["warmup"] = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
+    if "hidden_states" in strategy.reads:
+        identity["hidden_states"] = representation_identity(model)
     version = feature_version(settings, lake, model) if strategy.needs_features else corpus_version(settings, model)
     recipe = Recipe(
         "selection", SELECTION_VERSION, identity, inputs, partition=join_key(target, name), version=version
@@ -133,12 +137,15 @@ def _publish_selection(
     artifact = lake.find(recipe)
     if artifact is not None:
         return artifact, 0
-    ranked = rank(settings, lake, model, store, strategy, inputs, settings.selection.budget, settings.selection.rerank)
+    states = Representations(context, settings, lake, model)
+    ranked = rank(
+        settings, lake, model, store, strategy, inputs, settings.selection.budget, settings.selection.rerank, states
+    )
     return (
         lake.publish_table(
-            recipe,
+            replace(recipe, lineage={"hidden_states": states.used} if states.used else {}),
             ranked.table,
-            run_id=run_id,
+            run_id=context.run_id,
             notes=ranked.notes,
             attachments={".jsonl": lambda path: _write_json_lines(path, ranked.table)},
         ),
@@ -165,12 +172,24 @@ def selection_inputs(
         inputs["pool"] = lake.require("live_pool", None, corpus)
     if strategy.needs_direction:
         inputs["direction"] = lake.require("target_directions", target, direction_scope(version, strategy.name))
+    if "direction" in strategy.reads:
+        inputs["direction"] = lake.require("target_directions", target, direction_scope(version, "prism"))
     if {"text", "target_features", "hidden_states"} & strategy.reads:
         inputs["targets"] = lake.require("targets", target, corpus)
     if "target_features" in strategy.reads:
         inputs["target_features"] = lake.require("target_features", target, version)
+    if {"direction", "target_features"} & strategy.reads:
         inputs["warmup"] = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
+    if "hidden_states" in strategy.reads:
+        inputs["model"] = _base_model(lake, model)
     return inputs
+
+
+def _base_model(lake: Lake, model: LanguageModel) -> Artifact:
+    found = lake.find(base_model_recipe(model.identify()))
+    if found is None:
+        raise LakeError("The lake does not know today's model yet: materialise base_model first, or run `prism run`.")
+    return found
 
 
 def _target_scores(settings: Settings, lake: Lake, inputs: dict[str, Artifact]) -> "tuple[TargetScores, np.ndarray]":
@@ -216,6 +235,7 @@ def rank(
     inputs: dict[str, Artifact],
     budget: Budget,
     rerank: float = 0.0,
+    representations: Representations | None = None,
 ) -> Ranked:
     """The top of a strategy's ranking within a budget. Refused rows are never returned.
 
@@ -231,8 +251,10 @@ def rank(
         index=inputs.get("index"),
         targets=inputs.get("targets"),
         target_features=inputs.get("target_features"),
+        direction_query=lambda: load_direction(lake, inputs["direction"])[0],
         target_scores=lambda: _target_scores(settings, lake, inputs),
         learning_rates=learning_rates(inputs["warmup"]) if "warmup" in inputs else (),
+        representations=representations,
     )
     # A share counts every canonical row of the pool, rankable or not: all strategies get the same budget.
     counted = manifest.notes["canonical_rows"]

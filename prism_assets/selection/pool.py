@@ -10,13 +10,15 @@ import dagster as dg
 
 from prism_assets.corpus.assets import shard_name
 from prism_assets.features.assets import IndexedShard, indexed_shards, read_blocks, segment_part
-from prism_assets.selection.strategies.base import HiddenStates, TargetScores, Texts
+from prism_assets.selection.strategies.base import TargetScores, Texts
 from resources.lake import Artifact, Lake
 from resources.vector_store import VectorStore
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+    from prism_assets.selection.representations import Representations
 
 # Columns of a selection that are those of its candidates.
 COPIED = ("id", "record_id", "source", "prompt", "completion", "messages", "completion_tokens", "input_ids", "loss_mask")
@@ -25,8 +27,8 @@ COPIED = ("id", "record_id", "source", "prompt", "completion", "messages", "comp
 class LivePool:
     """The canonical live rows that can be ranked, in order of shard key and row. Implements `strategies.base.Pool`.
 
-    With `index`, only rows of indexed shards whose gradient was not refused are ranked. `targets`, `target_features` and
-    `hidden_states` are needed by the methods that read them.
+    With `index`, only rows of indexed shards whose gradient was not refused are ranked. What stands behind it is needed
+    by the methods that read it.
     Raises dagster.Failure where no row can be ranked, or something that the index lists is not in the lake.
     """
 
@@ -41,16 +43,18 @@ class LivePool:
         index: Artifact | None = None,
         targets: Artifact | None = None,
         target_features: Artifact | None = None,
+        direction_query: "Callable[[], np.ndarray] | None" = None,
         target_scores: Callable[[], "tuple[TargetScores, np.ndarray]"] | None = None,
         learning_rates: Sequence[float] = (),
-        hidden_states: "Callable[[LivePool], HiddenStates] | None" = None,
+        representations: "Representations | None" = None,
     ) -> None:
         import numpy as np
 
         self.lake, self.manifest, self.store = lake, manifest, store
         self.seed, self.wanted = seed, wanted
         self._targets, self._target_features = targets, target_features
-        self._target_scores, self._rates, self._hidden_states = target_scores, learning_rates, hidden_states
+        self._direction_query = direction_query
+        self._target_scores, self._rates, self._representations = target_scores, learning_rates, representations
         columns = lake.read_table(manifest, ["shard", "candidates_fingerprint"]).to_pydict()
         self.fingerprints = dict(zip(columns["shard"], columns["candidates_fingerprint"], strict=True))
         canonical = _canonical_rows(lake, manifest)
@@ -102,6 +106,27 @@ class LivePool:
             parts.append(np.array([values[-1] for values in stored["mean_log_prob"].to_pylist()])[mask])
         return np.concatenate(parts)
 
+    def direction_scores(self) -> "np.ndarray":
+        return self.scores(self._direction_query())
+
+    def vectors(self, positions: "np.ndarray") -> "np.ndarray":
+        """Stored gradient features of the rows at these positions, float32 [k, C·K], read from the index row by row.
+
+        Checkpoint k's block is scaled by √(η̄_k/Ση̄), so that an inner product of two rows is their mean cosine over
+        checkpoints, weighted as influences are, up to the error of the sketch.
+        """
+        import numpy as np
+
+        shards, rows = self._shard_of[positions], self._row_of[positions]
+        present = np.unique(shards)
+        index = self.store.open([segment_part(self.lake, self.segments[shard]) for shard in present])
+        found = np.empty((len(positions), index.dim), np.float32)
+        for part, shard in enumerate(present):
+            found[shards == shard] = index.vectors(part, rows[shards == shard])
+        rates = np.array(self._rates, np.float64) if sum(self._rates) > 0 else np.ones(len(self._rates))
+        scale = np.sqrt(rates / rates.sum()).astype(np.float32)
+        return (found.reshape(len(found), len(scale), -1) * scale[:, None]).reshape(found.shape)
+
     def influences(self) -> "np.ndarray":
         """Mean cosine of each row with the raw gradient of each usable target, float32 [n, m'] (checkpoints weighted by
         learning rate), from the sketches."""
@@ -125,8 +150,21 @@ class LivePool:
         _, usable = self._target_scores()
         return [one or "" for one in self.lake.read_table(self._targets, ["group"])["group"].take(usable).to_pylist()]
 
-    def hidden_states(self) -> HiddenStates:
-        return self._hidden_states(self)
+    def similarities(self) -> "np.ndarray":
+        """Cosine of the hidden states of each row with those of each target, float32 [n, m], block by block: a row's do
+        not depend on what else is in the pool."""
+        import numpy as np
+
+        states = self._representations
+        candidates = [self.lake.get("candidates", self.fingerprints[shard]) for shard in self.shards]
+        *blocks, targets = states.of([*candidates, self._targets])
+        towards = np.concatenate([states.read(block) for block in targets]).T
+        parts = [
+            np.concatenate([states.read(block) @ towards for block in its])[mask]
+            for its, mask in zip(blocks, self.allowed, strict=True)
+            if its
+        ]
+        return np.concatenate(parts)
 
     # -- what the doors read -----------------------------------------------------------------------------------
 

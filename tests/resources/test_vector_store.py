@@ -169,6 +169,15 @@ def test_a_half_precision_segment_has_half_the_bytes_and_is_not_read_before_it_i
 
 
 @pytest.mark.parametrize("storage", ["float16", "float32"])
+def test_rows_can_be_read_back_in_any_order(tmp_path, storage):
+    rows = unit_rows(100, 24)
+    store, (first, second) = write(tmp_path, rows, [60], storage)
+    index = store.open([first, vector_store.SegmentPart(second, 10, 20)])
+    np.testing.assert_array_equal(index.vectors(1, np.array([19, 0, 3])), rows.astype(storage)[[89, 70, 73]])
+    assert index.vectors(0, np.array([], np.int64)).shape == (0, 24) and index.vectors(0, np.array([5])).dtype == np.float32
+
+
+@pytest.mark.parametrize("storage", ["float16", "float32"])
 def test_a_truncated_file_is_named_wherever_it_ends(tmp_path, storage):
     store, (path,) = write(tmp_path, unit_rows(50, 12), [], storage)
     whole = path.read_bytes()

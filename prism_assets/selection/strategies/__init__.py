@@ -1,6 +1,6 @@
 """Strategies: ways to rank the canonical live rows. Each is an entry of a small module and declares what it reads."""
 
-from prism_assets.selection.strategies import directions, plain, several_directions
+from prism_assets.selection.strategies import bm25, directions, diversity, perplexity, plain, rds, several_directions
 from prism_assets.selection.strategies.base import Input, Pool, Ranking, Strategy, TargetScores
 
 __all__ = ["STRATEGIES", "Input", "Pool", "Ranking", "Strategy", "TargetScores"]
@@ -15,8 +15,12 @@ STRATEGIES: dict[str, Strategy] = {
         several_directions.PRISM_COVER,
         several_directions.PRISM_ROUND_ROBIN,
         several_directions.LESS_MAX,
+        diversity.PRISM_MMR,
         plain.RANDOM,
         plain.LENGTH,
+        perplexity.PERPLEXITY,
+        bm25.BM25,
+        rds.RDS,
         plain.FULL,
     )
 }

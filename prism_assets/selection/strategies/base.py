@@ -11,9 +11,10 @@ from prism_assets.selection.preference import TargetKind
 #   seed             selection.seed
 #   text             prompts and completions of candidates and targets
 #   features         what the gradient pass stored of each candidate
+#   direction        PRISM's direction (needs features)
 #   target_features  scores and gradients of the targets (needs features)
 #   hidden_states    a forward pass of the starting model over candidates and targets
-Input = Literal["seed", "text", "features", "target_features", "hidden_states"]
+Input = Literal["seed", "text", "features", "direction", "target_features", "hidden_states"]
 
 
 class TargetScores(NamedTuple):
@@ -32,13 +33,6 @@ class Texts(NamedTuple):
     completions: Sequence[str]
 
 
-class HiddenStates(NamedTuple):
-    """Unit vectors of n candidates and m targets."""
-
-    candidates: np.ndarray  # float32 [n, H]
-    targets: np.ndarray  # float32 [m, H]
-
-
 class Pool(Protocol):
     """The n rows that may be ranked, and the m targets. Everything beyond ids is read when it is asked for.
 
@@ -53,10 +47,12 @@ class Pool(Protocol):
     def texts(self) -> Texts: ...  # of the candidates [n]
     def target_texts(self) -> Texts: ...  # of the targets [m] (of pairs: the wanted completions)
     def mean_log_probs(self) -> np.ndarray: ...  # float64 [n] at the last checkpoint
+    def direction_scores(self) -> np.ndarray: ...  # float32 [n] influence: PRISM's scores
+    def vectors(self, positions: np.ndarray) -> np.ndarray: ...  # float32 [k, D] of these rows, inner products are cosines
     def influences(self) -> np.ndarray: ...  # float32 [n, m] mean cosine of a row with each target's gradient
     def target_scores(self) -> TargetScores: ...
     def target_groups(self) -> Sequence[str]: ...  # [m] the subtask of each target; "" where it has none
-    def hidden_states(self) -> HiddenStates: ...
+    def similarities(self) -> np.ndarray: ...  # float32 [n, m] cosine of a row's hidden states with each target's
 
 
 class Ranking(NamedTuple):
