@@ -43,6 +43,8 @@ _DESCRIPTIONS = {
     "training step on the best candidate goes.",
     "single_steps_agree": "A step on a single candidate changes J in the order of the stored scores: rank correlation of "
     f"at least {LEAST_CORRELATION}, and above zero beyond its 95% interval.",
+    "held_out_follows": "The same steps change the mean log-probability of held-out examples in the order of the stored "
+    "scores: rank correlation above zero beyond its 95% interval.",
     "subsets_predicted": "Summed scores predict what short fine-tunings on random subsets do to J: the rank correlation "
     "(linear datamodeling score) is above zero beyond its 95% interval.",
 }
