@@ -1,6 +1,7 @@
 """What is measured at a warm-up checkpoint: weights after random steps, gains of growing steps, what candidates do.
 
-Every function leaves the model's parameters as it found them.
+Every function leaves the model's parameters as it found them. What is compared is measured in float32 also for a
+half-precision model: the changes that single steps make would drown in its rounding.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,13 +49,15 @@ class Probe(NamedTuple):
 
     def weights(self) -> PreferenceWeights:
         """Weights and objective of the targets now."""
-        return self._preference(self._scores())
+        with self.engine.single_precision():
+            return self._preference(self._scores())
 
     def look(self) -> tuple[Outcome, np.ndarray]:
         """What the model makes of targets and held-out examples now, and the targets' weights [m]."""
-        scores = self._scores()
+        with self.engine.single_precision():
+            scores = self._scores()
+            held_out = float(np.mean(self.engine.mean_log_probs(self.held_out)))
         preference = self._preference(scores)
-        held_out = float(np.mean(self.engine.mean_log_probs(self.held_out)))
         return Outcome(preference.objective, float(scores.mean()), held_out), preference.weights
 
     def objective(self, scores: np.ndarray) -> float:
@@ -114,9 +117,10 @@ def growing_steps(probe: Probe, along: Vector, gradient: Vector, sizes: Sequence
     now, _ = probe.look()
     steps = []
     for size in sizes:
-        gain = first_order_gain(
-            probe.engine, along, gradient, size, probe.objective, probe.targets, probe.held_out, (now.prism, now.held_out)
-        )
+        with probe.engine.single_precision():
+            gain = first_order_gain(
+                probe.engine, along, gradient, size, probe.objective, probe.targets, probe.held_out, (now.prism, now.held_out)
+            )
         held_out = gain.held_out_mean_log_prob
         steps.append({"size": size, "predicted": gain.predicted, "measured": gain.measured, "held_out": held_out})
     return steps

@@ -45,17 +45,23 @@ TARGETS, HELD_OUT, CANDIDATES = make_examples(6, 1), make_examples(4, 2), make_e
 @pytest.fixture(scope="module")
 def engine():
     torch.set_num_threads(1)
+    return GradientEngine(tiny_model(torch.float64))
+
+
+def tiny_model(dtype):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=32, initializer_range=0.4,
     )  # fmt: skip
-    model = get_peft_model(LlamaForCausalLM(config).double(), LoraConfig(r=2, target_modules="all-linear")).double()
+    base = LlamaForCausalLM(config).to(dtype)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    model = model.double() if dtype == torch.float64 else model
     with torch.no_grad():  # a LoRA whose B is zero has no gradient in A
         for name, value in model.named_parameters():
             if "lora_B" in name:
                 value.normal_(std=0.2)
-    return GradientEngine(model.eval())
+    return model.eval()
 
 
 def probe_of(engine, kind="plain", temperature=0.7):
@@ -136,6 +142,21 @@ def test_outcome_and_weights_are_those_of_plain_forward_passes(engine, kind):
     outcome, weights = probe_of(engine, kind).look()
     assert numbers(outcome) == pytest.approx(numbers(slow_outcome(engine, kind)), rel=1e-9)
     assert weights == pytest.approx(slow_weights(engine, kind), rel=1e-9)
+
+
+def test_a_half_precision_model_is_measured_in_single_precision():
+    model = tiny_model(torch.bfloat16)
+    engine = GradientEngine(model)
+    outcome, _ = probe_of(engine).look()
+    direction = next(random_directions(engine.parameter_shapes, 1, seed=0))
+    (step,) = growing_steps(probe_of(engine), direction, direction, [0.5])
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    half = numbers(slow_outcome(engine))
+    model.float()
+    wide = numbers(slow_outcome(engine))
+    assert numbers(outcome) == pytest.approx(wide, rel=1e-5) and numbers(outcome) != pytest.approx(half, rel=1e-4)
+    with engine.step(direction, 0.5), torch.no_grad():
+        assert step["measured"] == pytest.approx(float(slow_outcome(engine)[0]) - wide[0], rel=1e-3)
 
 
 def test_random_directions_are_unit_differ_and_come_again_for_a_seed(engine):
@@ -241,18 +262,13 @@ def test_scores_order_what_small_steps_really_do(engine):
     assert np.corrcoef(cosines, changes)[0, 1] > 0.95
 
 
-def test_a_candidate_without_a_gradient_is_refused(engine):
-    class NoGradient:
+def test_a_candidate_without_a_gradient_is_refused(engine, monkeypatch):
+    class Vanished:
         gradient = {name: torch.zeros(shape) for name, shape in engine.parameter_shapes.items()}
 
-    class Silent:
-        """The engine, with gradients of zero."""
-
-        parameter_shapes, mean_log_probs = engine.parameter_shapes, engine.mean_log_probs
-        weighted_gradient = staticmethod(lambda examples, weights: NoGradient)
-
+    monkeypatch.setattr(engine, "weighted_gradient", lambda examples, weights: Vanished)
     with pytest.raises(ValueError, match="candidate 0 has a preconditioned gradient of norm 0"):
-        single_candidate_steps(probe_of(Silent), CANDIDATES, Preconditioner.build("sgd"), {}, 0.1)
+        single_candidate_steps(probe_of(engine), CANDIDATES, Preconditioner.build("sgd"), {}, 0.1)
 
 
 def test_every_subset_is_trained_on_alone_and_from_the_same_start(engine):
