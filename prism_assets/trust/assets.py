@@ -457,8 +457,7 @@ def _plain(correlation: "Correlation") -> dict[str, Any]:
 
 
 def _trust_outcome(lake: Lake, artifact: Artifact, computed: int) -> stage.Outcome:
-    from prism_assets.evaluation.plots import as_markdown_image
-    from prism_assets.trust import plots
+    from prism_assets.evaluation import plots
 
     notes = artifact.notes
     found = findings(notes)
@@ -482,7 +481,7 @@ def _trust_outcome(lake: Lake, artifact: Artifact, computed: int) -> stage.Outco
         computed,
         {
             "verdict": dg.MetadataValue.md("\n".join(f"- **{one.question}** {one.sentence}" for one in found)),
-            **{name: dg.MetadataValue.md(as_markdown_image(image, name)) for name, image in pictures.items()},
+            **{name: dg.MetadataValue.md(plots.as_markdown_image(image, name)) for name, image in pictures.items()},
             "figures": dg.MetadataValue.json({key: notes[key] for key in ("random_steps", "growing_steps", "single_steps", "datamodel")}),
             "seconds": sum(one["wall"] for one in notes["seconds"].values()),
         },
