@@ -35,6 +35,9 @@ _COMPARED = ("prism", "uniform")
 # Passes over a subset: enough that order and curvature have their say, few enough to be short.
 _DATAMODEL_EPOCHS = 2
 
+# What a training step and the fine-tunings on subsets depend on; length and accumulation are their own.
+_TRAINING_SETTINGS = {"learning_rate", "batch_size", "scheduler", "warmup_ratio", "weight_decay"}
+
 _DESCRIPTIONS = {
     "weights_not_concentrated": f"The weights rest on at least {FEWEST_EFFECTIVE:g} effective targets.",
     "preferences_stable": f"A random step as long as one training step flips at most {MOST_FLIPPED:.0%} of the target "
@@ -126,15 +129,14 @@ def _publish_trust(
         warmup,
     )
     single, subsets = _samples(settings, lake, store, inputs)
-    options, training = settings.trust, settings.training
     recipe = Recipe(
         "trust",
         TRUST_VERSION,
         {
-            "trust": options.model_dump(),
+            "trust": settings.trust.model_dump(),
             "probe_step": settings.preference.probe_step,
             "temperature": inputs.weights.notes["temperature"],
-            "training": training.model_dump(include={"learning_rate", "batch_size", "scheduler", "warmup_ratio", "weight_decay"}),
+            "training": training.model_dump(include=_TRAINING_SETTINGS),
             "features": feature_identity(settings, work.model, warmup),
         },
         {
@@ -264,7 +266,8 @@ def _measure(
         singles = _single_steps(record, work, probe, vectors, single, training_step, progress)
     lengths = {"training_step": training_step, "warmup": _distance(engine, start)}
     notes = {
-        **{key: inputs.weights.notes[key] for key in ("effective_number_of_targets", "weight_rank_agreement", "checkpoints")},
+        **{key: inputs.weights.notes[key] for key in ("effective_number_of_targets", "weight_rank_agreement")},
+        "checkpoints": len(work.checkpoints),
         "kind": probe.kind,
         "usable_targets": probe.targets.size,
         "held_out_rows": len(probe.held_out),
@@ -412,7 +415,7 @@ def _datamodel(
     from prism_assets.trust.sample import random_halves
     from prism_assets.trust.statistics import rank_correlation
 
-    options, training = settings.trust, settings.training
+    options = settings.trust
     masks = random_halves(options.datamodel_subsets, sample.num_rows, options.seed)
 
     def train(examples: Sequence[Any]) -> None:
@@ -421,11 +424,7 @@ def _datamodel(
             examples,
             seed=options.seed,
             epochs=_DATAMODEL_EPOCHS,
-            batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            warmup_ratio=training.warmup_ratio,
-            scheduler=training.scheduler,
-            weight_decay=training.weight_decay,
+            **settings.training.model_dump(include=_TRAINING_SETTINGS),
             pad_token_id=pad_token_id(work.model),
         )
 
@@ -482,9 +481,14 @@ def _trust_outcome(lake: Lake, artifact: Artifact, computed: int) -> stage.Outco
         {
             "verdict": dg.MetadataValue.md("\n".join(f"- **{one.question}** {one.sentence}" for one in found)),
             **{name: dg.MetadataValue.md(plots.as_markdown_image(image, name)) for name, image in pictures.items()},
-            "figures": dg.MetadataValue.json({key: notes[key] for key in ("random_steps", "growing_steps", "single_steps", "datamodel")}),
+            "figures": dg.MetadataValue.json(
+                {key: notes[key] for key in ("random_steps", "growing_steps", "single_steps", "datamodel")}
+            ),
             "seconds": sum(one["wall"] for one in notes["seconds"].values()),
         },
         # What was not measured has not failed; the sentence says so.
-        {one.check: (one.passed is not False, {"measured": one.passed is not None, "says": one.sentence}) for one in found},
+        {
+            one.check: (one.passed is not False, {"measured": one.passed is not None, "says": one.sentence})
+            for one in found
+        },
     )

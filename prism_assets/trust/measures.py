@@ -115,11 +115,12 @@ def growing_steps(probe: Probe, along: Vector, gradient: Vector, sizes: Sequence
     `gradient` is ∇J. One entry a size: `size`, `predicted`, `measured`, `held_out`.
     """
     now, _ = probe.look()
+    before = (now.prism, now.held_out)
     steps = []
     for size in sizes:
         with probe.engine.single_precision():
             gain = first_order_gain(
-                probe.engine, along, gradient, size, probe.objective, probe.targets, probe.held_out, (now.prism, now.held_out)
+                probe.engine, along, gradient, size, probe.objective, probe.targets, probe.held_out, before
             )
         held_out = gain.held_out_mean_log_prob
         steps.append({"size": size, "predicted": gain.predicted, "measured": gain.measured, "held_out": held_out})

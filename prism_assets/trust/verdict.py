@@ -70,10 +70,10 @@ def _stable(
     if small["flipped_mean"] is None:
         return None, "There are no two targets of different weight, so no preference can flip."
     said = (
-        f"A random step as long as one training step flips {_share(small['flipped_mean'])} of the target pairs on average and "
-        f"{_share(small['flipped_max'])} at most over {steps['number']} steps (rank correlation of the weights "
-        f"{_figure(small['rank_correlation_mean'])}, at least {_figure(small['rank_correlation_min'])}); one as long as the whole "
-        f"warm-up flips {_share(far['flipped_mean'])}. A training step on a single candidate flips "
+        f"A random step as long as one training step flips {_share(small['flipped_mean'])} of the target pairs on "
+        f"average and {_share(small['flipped_max'])} at most over {steps['number']} steps (rank correlation of the weights "
+        f"{_figure(small['rank_correlation_mean'])}, at least {_figure(small['rank_correlation_min'])}); one as long as "
+        f"the whole warm-up flips {_share(far['flipped_mean'])}. A training step on a single candidate flips "
         f"{_share(single['flipped_mean'])} on average and {_share(single['flipped_max'])} at most."
     )
     stable = max(small["flipped_mean"], single["flipped_mean"]) <= MOST_FLIPPED
@@ -91,7 +91,7 @@ def _stable(
 
 
 def reach(steps: Sequence[Mapping[str, float]]) -> float:
-    """The largest step up to which, at it and at all smaller ones, measured over predicted lies within `RATIO`; 0: none."""
+    """The largest size up to which measured over predicted lies within `RATIO` at every step; 0 where at none."""
     reached = 0.0
     for step in sorted(steps, key=lambda one: one["size"]):
         predicted = step["predicted"]
@@ -106,8 +106,8 @@ def _reaches(growing: Mapping[str, Any]) -> tuple[bool, str]:
     needed, unit = growing["needed"], growing["probe_step"]
     passed = reached["prism"] >= needed
     said = (
-        f"Measured and predicted change of J agree within a factor of two up to {reached['prism'] / unit:g} probe steps along "
-        f"prism and {reached['uniform'] / unit:g} along uniform"
+        f"Measured and predicted change of J agree within a factor of two up to {reached['prism'] / unit:g} probe steps "
+        f"along prism and {reached['uniform'] / unit:g} along uniform"
     )
     goes = f"a training step on the best candidate goes {needed / unit:.1f} along prism"
     if passed:
@@ -122,28 +122,35 @@ def _single(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     stored, exact = single["prism"]["stored"], single["prism"]["exact"]
     if stored["interval"] is None:
         return None, (
-            f"{stored['n']} candidates are too few, or do too much alike, to compare scores with what training on them does."
+            f"{stored['n']} candidates are too few, or do too much alike, to compare scores with what training on them "
+            "does."
         )
-    passed = stored["value"] >= LEAST_CORRELATION and stored["interval"][0] > 0
     said = (
         f"Training on one candidate alone changes J in the order of the stored scores with a rank correlation of "
-        f"{_correlation(stored)}, of the exact scores {_correlation(exact)} ({stored['n']} candidates); uniform's stored scores "
-        f"order its own objective, the mean score, with {_correlation(single['uniform']['stored'])}."
+        f"{_correlation(stored)}, of the exact scores {_correlation(exact)} ({stored['n']} candidates); uniform's stored "
+        f"scores order its own objective, the mean score, with {_correlation(single['uniform']['stored'])}."
     )
-    if passed:
+    if _orders(stored):
         return True, said
-    if exact["value"] is not None and exact["value"] >= LEAST_CORRELATION:
-        return False, said + f" The stored scores fall short of {LEAST_CORRELATION}, the exact ones do not: raise features.sketch_dim."
+    wanted = f"at least {LEAST_CORRELATION} and above zero beyond the interval"
+    if _orders(exact):
+        return False, said + f" The exact scores reach what is asked for ({wanted}), the stored ones do not: raise features.sketch_dim."
     return False, said + (
-        f" That is less than {LEAST_CORRELATION}: the ranking says little about what a row really does here. Check "
-        "features.optimizer, warm up for longer, and judge by held-out results."
+        f" Asked for is {wanted}: the ranking says little about what a row really does here. Check features.optimizer, "
+        "warm up for longer, and judge by held-out results."
     )
+
+
+def _orders(one: Mapping[str, Any]) -> bool:
+    return one["interval"] is not None and one["value"] >= LEAST_CORRELATION and one["interval"][0] > 0
 
 
 def _held_out(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     prism, uniform = single["prism"]["held_out"], single["uniform"]["held_out"]
     if prism["interval"] is None:
-        return None, f"{prism['n']} candidates are too few, or do too much alike, to compare scores with held-out examples."
+        return None, (
+            f"{prism['n']} candidates are too few, or do too much alike, to compare scores with held-out examples."
+        )
     low, high = prism["interval"]
     said = (
         f"The held-out log-probability follows prism's scores with a rank correlation of {_correlation(prism)}, uniform's "
@@ -153,11 +160,12 @@ def _held_out(single: Mapping[str, Any]) -> tuple[bool | None, str]:
         return True, said
     if high < 0:
         return False, said + (
-            " What prism ranks high harms held-out examples: targets and eval file ask for different things, or the noise among "
-            "the targets is what the model likes. Do not select by these weights."
+            " What prism ranks high harms held-out examples: targets and eval file ask for different things, or the noise "
+            "among the targets is what the model likes. Do not select by these weights."
         )
     return False, said + (
-        " That cannot be told from chance: targets and eval file may ask for different things. Compare strategies on held-out data."
+        " That cannot be told from chance: targets and eval file may ask for different things. Compare strategies on "
+        "held-out data."
     )
 
 
@@ -169,8 +177,8 @@ def _subsets(datamodel: Mapping[str, Any] | None) -> tuple[bool | None, str]:
         return None, f"{prism['n']} subsets are too few, or did too much alike, to compare them with summed scores."
     low, high = prism["interval"]
     said = (
-        f"Linear datamodeling score: over {prism['n']} short fine-tunings on halves of {datamodel['rows']} candidates, J "
-        f"followed the summed scores with a rank correlation of {_correlation(prism)} (uniform's own objective "
+        f"Linear datamodeling score: over {prism['n']} short fine-tunings on halves of {datamodel['rows']} candidates, "
+        f"J followed the summed scores with a rank correlation of {_correlation(prism)} (uniform's own objective "
         f"{_correlation(datamodel['uniform']['own'])}); held-out log-probability followed prism's sums with "
         f"{_correlation(datamodel['prism']['held_out'])}, uniform's with {_correlation(datamodel['uniform']['held_out'])}."
     )
