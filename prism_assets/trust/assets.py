@@ -136,7 +136,7 @@ def _publish_trust(
             "trust": settings.trust.model_dump(),
             "probe_step": settings.preference.probe_step,
             "temperature": inputs.weights.notes["temperature"],
-            "training": training.model_dump(include=_TRAINING_SETTINGS),
+            "training": settings.training.model_dump(include=_TRAINING_SETTINGS),
             "features": feature_identity(settings, work.model, warmup),
         },
         {

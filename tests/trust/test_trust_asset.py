@@ -141,6 +141,19 @@ def test_shuffled_scores_fail_the_checks(finished, tmp_path, monkeypatch):
     assert passed["weights_not_concentrated"] is True  # what does not rest on scores is not touched
 
 
+def test_without_what_it_measures_the_command_says_what_to_run_first(make_project, monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from prism_assets.cli import app
+
+    project = make_project(tmp_path / "empty")
+    for name in ("DAGSTER_HOME", "PRISM_CONFIG"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    printed = CliRunner().invoke(app, ["trust", "plain", "--config", str(project.config)])
+    assert printed.exit_code == 1 and "no warmup_checkpoints yet" in printed.output and "prism run" in printed.output
+
+
 def test_the_command_prints_sentences_and_json(measured, monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
