@@ -60,8 +60,8 @@ def test_the_interval_covers_the_known_correlation_as_often_as_it_says(rho):
         right = rho * left + math.sqrt(1 - rho**2) * rng.normal(size=40)
         low, high = rank_correlation(left, right).interval
         covered += low <= truth <= high
-    # 95% of 120 is 114 ± 2.4; the percentile bootstrap is known to fall a little short on 40 items.
-    assert 104 <= covered <= 120
+    assert covered >= 107  # 95% of 120 is 114, its standard deviation 2.4
+
 
 
 def test_flipped_pairs_are_counted_one_by_one():
