@@ -63,7 +63,6 @@ def test_the_interval_covers_the_known_correlation_as_often_as_it_says(rho):
     assert covered >= 107  # 95% of 120 is 114, its standard deviation 2.4
 
 
-
 def test_flipped_pairs_are_counted_one_by_one():
     rng = np.random.default_rng(4)
     before, after = rng.integers(0, 5, 11), rng.normal(size=11)
