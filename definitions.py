@@ -17,6 +17,7 @@ from prism_assets.reference.assets import base_model, warmup_checkpoints, warmup
 from prism_assets.selection.assets import build_selection, build_target_direction
 from prism_assets.settings import Settings, load_settings
 from prism_assets.training.assets import build_adapter
+from prism_assets.trust.assets import build_trust
 from resources.lake import Lake
 from resources.language_model import LanguageModel
 from resources.vector_store import VectorStore
@@ -58,6 +59,7 @@ def build_definitions(settings: Settings, resource_overrides: Mapping[str, Any] 
         build_adapter(settings),
         build_evaluation(settings),
         build_report_asset(settings),
+        build_trust(settings),
     ]
     return dg.Definitions(
         assets=automation.conditioned(assets, settings),

@@ -49,7 +49,7 @@ class _Automated(dg.AutomationCondition):
         )
 
 
-CONDITIONS: dict[str, dg.AutomationCondition] = {
+CONDITIONS: dict[str, dg.AutomationCondition | None] = {
     "base_model": _WHEN_MISSING,
     "candidates": _WHEN_MISSING & ~C.any_deps_missing(),
     "targets": _WHEN_MISSING & ~C.any_deps_missing(),
@@ -65,6 +65,8 @@ CONDITIONS: dict[str, dg.AutomationCondition] = {
     "adapter": _FOLLOW & _Automated(),
     "evaluation": _FOLLOW & _Automated(),
     "report": _FOLLOW,
+    # Short fine-tunings and hundreds of forward passes a target: by hand or by the weekly schedule, not at each arrival.
+    "trust": None,
 }
 
 # The sections of prism.yaml that an asset reads. They are part of its code version, so the UI shows an asset whose
@@ -82,6 +84,7 @@ SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "adapter": ("training", "seeds", "lora", "model"),
     "evaluation": ("evaluation", "seeds", "model"),
     "report": ("strategies", "seeds"),
+    "trust": ("trust", "preference", "training", "features", "model"),
 }
 
 JOBS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -97,6 +100,10 @@ JOBS: dict[str, tuple[tuple[str, ...], str]] = {
     "refresh_selections": (
         ("selection", "adapter", "evaluation"),
         "Selection, fine-tuning and evaluation of targets and strategies.",
+    ),
+    "check_trust": (
+        ("trust",),
+        "Whether the weights, the directions and the scores of targets hold, measured. Costly, and never automatic.",
     ),
 }
 
@@ -114,7 +121,7 @@ def conditioned(assets: Sequence[dg.AssetsDefinition], settings: Settings) -> li
 
 
 def build_jobs() -> list[Any]:
-    """One job per partitions definition: Dagster runs no two in one job."""
+    """The jobs of `JOBS`. Dagster runs no two partitions definitions in one job."""
     return [
         dg.define_asset_job(name, selection=list(keys), description=description)
         for name, (keys, description) in JOBS.items()
@@ -122,7 +129,7 @@ def build_jobs() -> list[Any]:
 
 
 def build_schedules(settings: Settings) -> list[Any]:
-    """A nightly look at everything that is one for the pool, and a weekly one at what was trained."""
+    """A nightly look at everything that is one for the pool, weekly ones at what was trained and whether it holds."""
 
     @dg.schedule(
         name="weekly_refresh",
@@ -137,6 +144,18 @@ def build_schedules(settings: Settings) -> list[Any]:
             for key in automated_keys(settings)
         ]
 
+    @dg.schedule(
+        name="weekly_trust",
+        cron_schedule="0 6 * * 0",
+        job_name="check_trust",
+        description="Measures once a week whether each target's scores hold; what did not change is found.",
+    )
+    def weekly_trust(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest]:
+        return [
+            dg.RunRequest(run_key=f"{context.scheduled_execution_time:%Y-%m-%d}/{target}", partition_key=target)
+            for target in settings.targets
+        ]
+
     return [
         dg.ScheduleDefinition(
             name="nightly_reconcile",
@@ -147,6 +166,7 @@ def build_schedules(settings: Settings) -> list[Any]:
             "index segments into one.",
         ),
         weekly_refresh,
+        weekly_trust,
     ]
 
 

@@ -216,6 +216,37 @@ def demo(
 
 
 @app.command()
+def trust(
+    target: Annotated[str, typer.Argument(help="A target of prism.yaml.")],
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether a target's weights, direction and scores can be trusted: measured where it was not yet, and in words."""
+    with _expected_failures():
+        settings = _settings(config)
+        if target not in settings.targets:
+            raise _fail(f"{target}: prism.yaml names the targets {', '.join(settings.targets)}.", 2)
+        from prism_assets import pipeline
+
+        os.environ["DAGSTER_HOME"] = str(pipeline.dagster_home(settings))
+        definitions = _definitions()
+        with pipeline.instance_of(settings) as instance:
+            pipeline.run_pipeline(settings, definitions, instance, targets=[target], steps=[pipeline.TRUST])
+        from prism_assets.trust.assets import trust_of
+        from prism_assets.trust.verdict import findings
+
+        notes = trust_of(settings, definitions.resources["lake"], definitions.resources["language_model"], target)
+        found = findings(notes)
+        if as_json:
+            _print_json({"target": target, "findings": [one._asdict() for one in found], "measurements": notes})
+            return
+        marks = {True: "holds", False: "does not hold", None: "not measured"}
+        rows = [[one.question, marks[one.passed], one.sentence] for one in found]
+        _print_table(["question", "", "what the measurements say"], rows, title=f"Trust in {target}")
+        typer.echo("The report shows this from the next `prism run` on.")
+
+
+@app.command()
 def query(
     target: Annotated[str, typer.Argument(help="A target of prism.yaml.")],
     k: Annotated[int, typer.Option("-k", min=1, help="How many candidates.")] = 10,

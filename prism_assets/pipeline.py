@@ -61,6 +61,8 @@ STEPS: tuple[Step, ...] = (
     Step("Selection, fine-tuning, evaluation", ("selection", "adapter", "evaluation"), "target_strategy"),
     Step("Report", ("report",), "target"),
 )
+# Not among the steps of `prism run`: it would cost every run minutes.
+TRUST = Step("Trust", ("trust",), "target")
 
 
 class StepResult(NamedTuple):

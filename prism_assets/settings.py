@@ -150,6 +150,19 @@ class EvaluationSettings(_Section):
     batch_size: int = Field(32, ge=1)
 
 
+class TrustSettings(_Section):
+    """How much `prism trust` measures; what each figure costs is in docs/operations.md."""
+
+    candidates: int = Field(48, ge=8, description="candidates on which a step of their own is taken")
+    random_steps: int = Field(8, ge=1, description="random steps of the model after which the weights are formed anew")
+    held_out: int = Field(128, ge=1, description="at most so many held-out records are looked at after each step")
+    datamodel_subsets: Annotated[int, Field(ge=8)] | Literal[0] = Field(
+        32, description="short fine-tunings on random subsets; 0: none"
+    )
+    datamodel_rows: int = Field(128, ge=16, description="candidates of which each subset holds half")
+    seed: int = 0
+
+
 class StorageSettings(_Section):
     """Where results live."""
 
@@ -233,6 +246,7 @@ class Settings(_Section):
     )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     storage: StorageSettings = StorageSettings()
+    trust: TrustSettings = TrustSettings()
 
     @model_validator(mode="after")
     def _fisher_needs_a_diagonal(self) -> "Settings":

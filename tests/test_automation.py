@@ -155,6 +155,11 @@ def test_every_asset_has_a_condition_and_one_job(project):
     assert sorted(name for keys, _ in JOBS.values() for name in keys) == sorted(names)
 
 
+def test_trust_is_never_measured_without_a_hand():
+    assert CONDITIONS["trust"] is None
+    assert JOBS["check_trust"][0] == ("trust",)
+
+
 def requested(project, cursor=None) -> tuple[dict[str, set[str | None]], object]:
     """What the automation sensor would request now: asset -> partitions."""
     result = dg.evaluate_automation_conditions(project.definitions, project.instance, cursor=cursor)

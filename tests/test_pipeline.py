@@ -101,8 +101,11 @@ def everything_made(lake, table):
 def test_every_asset_and_partition_is_materialised(finished):
     graph = finished.definitions.resolve_asset_graph()
     keys = graph.get_all_asset_keys()
-    assert len(keys) == 14
+    assert len(keys) == 15
     for key in keys:
+        if key == dg.AssetKey("trust"):  # costly: only by hand
+            assert not finished.instance.get_materialized_partitions(key)
+            continue
         partitions = graph.get(key).partitions_def
         if partitions is None:
             event = finished.instance.get_latest_materialization_event(key)

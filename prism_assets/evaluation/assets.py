@@ -19,6 +19,7 @@ from prism_assets.reference.assets import adapted, lora_identity, pad_token_id, 
 from prism_assets.selection.assets import join_key, json_lines_of, split_key
 from prism_assets.settings import Settings
 from prism_assets.training.assets import seed_partition
+from prism_assets.trust.verdict import findings
 from resources.lake import Artifact, Lake, Recipe
 from resources.language_model import LanguageModel
 from resources.vector_store import VectorStore
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 EVALUATION_VERSION = 1
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 GROUP = "evaluation"
 METRICS = ("target_preference", "mean_log_prob", "exact_match")
@@ -339,6 +340,8 @@ def _target_content(
     rows = lake.read_table(weights, None).to_pylist()
     eval_rows = lake.require("eval_examples", name, corpus).notes["rows"]
     directions = [key for key in notes["effective_number_of_targets"]]
+    measured = _trust_in(lake, weights, name, version)
+    shown += [measured] if measured is not None else []
     content = {
         "kind": notes["kind"],
         "number_of_targets": notes["number_of_targets"],
@@ -359,8 +362,21 @@ def _target_content(
         },
         "base": {metric: base.notes[metric] for metric in METRICS},
         "strategies": strategies,
+        "trust": None if measured is None else [one._asdict() for one in findings(measured.notes)],
     }
     return content, {"shown": shown}
+
+
+def _trust_in(lake: Lake, weights: Artifact, target: str, version: str) -> Artifact | None:
+    """What was measured of the trust in a target; None where nothing was, or for other weights or directions than today's."""
+    found = lake.head("trust", target, version)
+    if found is None or found.header["inputs"]["weights"]["content_hash"] != weights.content_hash:
+        return None
+    same = all(
+        found.header["inputs"][name]["content_hash"] == weights.header["inputs"][name]["content_hash"]
+        for name in ("prism", "uniform")
+    )
+    return found if same else None
 
 
 def _strategy_content(

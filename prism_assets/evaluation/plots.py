@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image
 
 DPI = 110
@@ -314,6 +314,54 @@ def first_order_gains(
             _named_bars(panels[1], list(directions))
             _finish(panels[1], "", "held-out examples", "change of mean log-probability", grid="y")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        return _png(figure)
+
+
+def growing_steps(
+    growing: Mapping[str, Any], *, title: str = "Change of J after steps of growing size"
+) -> bytes:
+    """Change of J by the size of the step, predicted (dashed) and measured (solid), both axes logarithmic.
+
+    `growing`: `probe_step` (the unit of the sizes), `needed` (the size that is asked for), and per direction a list
+    of `{"size", "predicted", "measured"}`. A change that is not positive has no place on the axis and is left out.
+    """
+    unit = growing["probe_step"]
+    with rc_context(_STYLE):
+        figure, axes = _canvas(5.4, 3.3)
+        sizes = set()
+        for name in ("prism", "uniform"):
+            for kind, style in (("predicted", "--"), ("measured", "-")):
+                points = [(step["size"] / unit, step[kind]) for step in growing.get(name) or [] if step[kind] > 0]
+                if points:
+                    sizes |= {size for size, _ in points}
+                    label = name if kind == "measured" else None
+                    axes.plot(*zip(*points, strict=True), style, color=_color(name, 0), label=label, marker=".")
+        if sizes:
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(sorted(sizes), [f"{size:g}" for size in sorted(sizes)])
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.axvline(growing["needed"] / unit, color=MUTED, linewidth=1, linestyle=":", label="a training step")
+            axes.legend(loc="upper left")
+        else:
+            _nothing(axes)
+        _finish(axes, title, "size in probe steps (dashed: predicted)", "change of J", grid="y")
+        return _png(figure)
+
+
+def predicted_and_measured(rows: Sequence[Mapping[str, Any]], *, title: str, xlabel: str) -> bytes:
+    """A point for each row: what was `predicted` against what was `measured` (change of J)."""
+    with rc_context(_STYLE):
+        figure, axes = _canvas(5.4, 3.3)
+        points = [(_number(row["predicted"]), _number(row["measured"])) for row in rows]
+        points = [point for point in points if None not in point]
+        if points:
+            axes.axhline(0, color="#b9c1cb", linewidth=0.8)
+            axes.plot(*zip(*points, strict=True), "o", color=STRATEGY_COLORS["prism"], markersize=4.5, alpha=0.75)
+        else:
+            _nothing(axes)
+        _finish(axes, title, xlabel, "change of J", grid="y")
         return _png(figure)
 
 

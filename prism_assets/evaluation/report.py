@@ -26,6 +26,7 @@ _SHOWN_EXAMPLES = 10
 _SHOWN_REJECTS = 50
 _LONGEST_TEXT = 1500
 _MISSING = "–"
+_TRUST_MARKS = {True: "holds", False: "does not hold", None: "not measured"}
 
 
 # ---- tables
@@ -285,6 +286,7 @@ def _target_view(anchor: str, name: str, target: Mapping[str, Any]) -> dict[str,
         "composition": _composition_view(target),
         "examples": _example_groups(target["strategies"]),
         "explanations": [_explanation_view(one) for one in target.get("explanations") or []],
+        "trust": [(_TRUST_MARKS[one["passed"]], one["question"], one["sentence"]) for one in target.get("trust") or []],
         "files": [
             (strategy, label, str(entry[key]))
             for strategy, entry in target["strategies"].items()

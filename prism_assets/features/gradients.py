@@ -248,7 +248,7 @@ class GradientEngine:
         norm = _norm(direction)
         if not np.isfinite(norm) or norm == 0:
             raise ValueError(f"the direction must be finite and not zero; its norm is {norm}")
-        with self._single_precision():
+        with self.single_precision():
             with self.step(direction, epsilon / norm):
                 above = self.mean_log_probs(examples)
             with self.step(direction, -epsilon / norm):
@@ -387,7 +387,7 @@ class GradientEngine:
             yield
 
     @contextmanager
-    def _single_precision(self) -> Iterator[None]:
+    def single_precision(self) -> Iterator[None]:
         """Half-precision parameters and buffers as float32 for a while; the way there and back keeps every
         bit."""
         tensors = [*self.model.parameters(), *self.model.buffers()]

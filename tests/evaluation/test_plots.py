@@ -80,6 +80,26 @@ def test_few_and_many_strategies_and_sources_with_awkward_names(number):
     image_of(plots.first_order_gains({"step": 0.01, **gains}))
 
 
+def test_a_gain_that_bends_away_is_drawn_below_its_prediction():
+    def rows_of(bend):
+        steps = [
+            {"size": 2**k, "predicted": 0.01 * 2**k, "measured": 0.01 * 2**k / (1 + bend * 2**k)} for k in range(6)
+        ]
+        image = image_of(plots.growing_steps({"probe_step": 1.0, "needed": 4.0, "prism": steps, "uniform": []}))
+        return near(image, plots.STRATEGY_COLORS["prism"], 30)[:, int(0.9 * image.shape[1]) :].any(axis=1)
+
+    straight, bent = (np.flatnonzero(rows_of(bend)) for bend in (0.0, 0.2))
+    # On the right the two lines lie on each other, or apart by a part of the height.
+    assert np.ptp(bent) > np.ptp(straight) + 20
+
+
+def test_each_row_is_a_point_at_its_prediction_and_measurement():
+    rows = [{"predicted": float(k), "measured": float(k)} for k in range(5)]
+    image = image_of(plots.predicted_and_measured(rows, title="t", xlabel="x"))
+    heights, columns = np.nonzero(near(image, "#7c67df", 25))
+    assert np.corrcoef(columns, heights)[0, 1] < -0.95  # up and to the right; image rows count downwards
+
+
 def test_missing_values_leave_gaps_not_errors():
     strategies = {
         "prism": {"target_preference": entry(0.6), "exact_match": None},
@@ -109,6 +129,8 @@ def test_missing_values_leave_gaps_not_errors():
         lambda: plots.composition({}, {}),
         lambda: plots.strategies_comparison({}),
         lambda: plots.first_order_gains({}),
+        lambda: plots.growing_steps({"probe_step": 0.1, "needed": 0.2, "prism": [{"size": 1, "predicted": -1, "measured": 0}]}),
+        lambda: plots.predicted_and_measured([{"predicted": None, "measured": 1.0}], title="", xlabel=""),
     ],
 )
 def test_a_plot_with_nothing_to_show_is_still_a_plot(draw):

@@ -267,6 +267,18 @@ def test_rejects_are_counted_by_reason(page):
     assert "refused rows60" in page.text.replace("\n", "").replace("  ", "")
 
 
+def test_trust_is_shown_question_by_question_or_named_as_not_measured():
+    data = one_target()
+    assert "Not measured: prism trust reverse_noise" in " ".join(Page(build_report(data)).text.split())
+    data["targets"]["reverse_noise"]["trust"] = [
+        {"check": "a", "question": "Does it hold?", "passed": False, "sentence": f"Not by far. {HOSTILE}"},
+        {"check": "b", "question": "And that?", "passed": None, "sentence": "Nobody looked."},
+    ]
+    text = "".join(Page(build_report(data)).text.split())  # cells have nothing between them
+    assert "Doesithold?doesnotholdNotbyfar." in text and "Andthat?notmeasuredNobodylooked." in text
+    assert "Notmeasured:" not in text
+
+
 def test_optional_keys_may_be_absent():
     bare = {"format": 1, "targets": {"t": {"strategies": {"prism": {"target_preference": None}}}}}
     page = Page(build_report(bare))

@@ -1,0 +1,198 @@
+"""What is measured at a warm-up checkpoint: weights after random steps, gains of growing steps, what candidates do.
+
+Every function leaves the model's parameters as it found them. What is compared is measured in float32 also for a
+half-precision model: the changes that single steps make would drown in its rounding.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from prism_assets.selection.direction import TargetSet, Vector, first_order_gain, inner, norm
+from prism_assets.selection.preference import PreferenceWeights, TargetKind, preference_weights
+from prism_assets.trust.statistics import flipped_share, spearman
+
+if TYPE_CHECKING:
+    import torch
+
+    from prism_assets.features.gradients import GradientEngine
+    from prism_assets.features.preconditioner import Preconditioner
+
+# Steps of growing size, in multiples of the probe step.
+STEP_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+Progress = Callable[[int], None]
+"""Called with the number of units done."""
+
+
+class Outcome(NamedTuple):
+    """What the model makes of the targets and of the held-out examples."""
+
+    prism: float  # J, what the PRISM direction raises
+    uniform: float  # the mean preference score of the targets, what the uniform direction raises
+    held_out: float  # mean log-probability of the held-out examples
+
+    def change(self, before: "Outcome") -> "Outcome":
+        """This outcome less an earlier one."""
+        return Outcome(*(after - then for after, then in zip(self, before, strict=True)))
+
+
+class Probe(NamedTuple):
+    """Targets and held-out examples under the parameters that the engine has at the moment."""
+
+    engine: "GradientEngine"
+    targets: TargetSet
+    kind: TargetKind
+    temperature: float
+    held_out: Sequence[Any]  # tokenised examples
+
+    def weights(self) -> PreferenceWeights:
+        """Weights and objective of the targets now."""
+        with self.engine.single_precision():
+            return self._preference(self._scores())
+
+    def look(self) -> tuple[Outcome, np.ndarray]:
+        """What the model makes of targets and held-out examples now, and the targets' weights [m]."""
+        with self.engine.single_precision():
+            scores = self._scores()
+            held_out = float(np.mean(self.engine.mean_log_probs(self.held_out)))
+        preference = self._preference(scores)
+        return Outcome(preference.objective, float(scores.mean()), held_out), preference.weights
+
+    def objective(self, scores: np.ndarray) -> float:
+        """J of preference scores [m]."""
+        return self._preference(scores).objective
+
+    def _scores(self) -> np.ndarray:
+        return self.targets.scores(self.engine.mean_log_probs(self.targets.examples))
+
+    def _preference(self, scores: np.ndarray) -> PreferenceWeights:
+        return preference_weights(scores, self.kind, self.temperature)
+
+
+# -- preferences under random steps ------------------------------------------------------------------------------
+
+
+class Stability(NamedTuple):
+    """The weights after R random steps against those before."""
+
+    rank_correlations: list[float | None]  # [R] Spearman
+    flipped: list[float | None]  # [R] share of target pairs in the opposite order
+
+
+def random_directions(
+    shapes: Mapping[str, tuple[int, ...]], number: int, seed: int
+) -> "Iterator[dict[str, torch.Tensor]]":
+    """`number` directions drawn uniformly from the unit sphere over all parameters (normalised Gaussians), on the CPU."""
+    import torch
+
+    for position in range(number):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        length = norm(drawn)
+        yield {name: tensor / length for name, tensor in drawn.items()}
+
+
+def weight_stability(probe: Probe, directions: Iterable[Vector], length: float) -> Stability:
+    """Recompute the targets' weights at θ + length · direction, for each unit direction."""
+    before = probe.weights().weights
+    correlations, flipped = [], []
+    for direction in directions:
+        with probe.engine.step(direction, length):
+            after = probe.weights().weights
+        correlations.append(spearman(before, after))
+        flipped.append(flipped_share(before, after))
+    return Stability(correlations, flipped)
+
+
+# -- steps of growing size ---------------------------------------------------------------------------------------
+
+
+def growing_steps(probe: Probe, along: Vector, gradient: Vector, sizes: Sequence[float]) -> list[dict[str, float]]:
+    """Predicted and measured change of J, and of the held-out mean log-probability, after steps along one direction.
+
+    `gradient` is ∇J. One entry a size: `size`, `predicted`, `measured`, `held_out`.
+    """
+    now, _ = probe.look()
+    before = (now.prism, now.held_out)
+    steps = []
+    for size in sizes:
+        with probe.engine.single_precision():
+            gain = first_order_gain(
+                probe.engine, along, gradient, size, probe.objective, probe.targets, probe.held_out, before
+            )
+        held_out = gain.held_out_mean_log_prob
+        steps.append({"size": size, "predicted": gain.predicted, "measured": gain.measured, "held_out": held_out})
+    return steps
+
+
+# -- single candidates -------------------------------------------------------------------------------------------
+
+
+class CandidateEffect(NamedTuple):
+    """One step along one candidate's preconditioned gradient Γ."""
+
+    cosines: dict[str, float]  # strategy -> exact cosine of Γ with its direction
+    change: Outcome
+    flipped: float | None  # share of target pairs whose weights change their order
+
+
+def single_candidate_steps(
+    probe: Probe,
+    examples: Sequence[Any],
+    preconditioner: "Preconditioner",
+    directions: Mapping[str, Vector],
+    length: float,
+    progress: Progress = lambda done: None,
+) -> list[CandidateEffect]:
+    """What the step θ + length · Γ_i/‖Γ_i‖ on each candidate alone does, beside its exact score at this checkpoint.
+
+    `directions` holds t of each strategy. A candidate whose gradient vanishes raises ValueError: such rows are refused
+    when features are made and have no score to compare.
+    """
+    preconditioner.check(probe.engine.parameter_shapes)
+    before, weights = probe.look()
+    lengths = {name: norm(vector) for name, vector in directions.items()}
+    effects = []
+    for position, example in enumerate(examples):
+        gradient = probe.engine.weighted_gradient([example], [1.0]).gradient
+        step = {name: preconditioner.apply(name, value[None])[0] for name, value in gradient.items()}
+        size = norm(step)
+        if not (np.isfinite(size) and size > 0):
+            raise ValueError(f"candidate {position} has a preconditioned gradient of norm {size}: no step can follow it")
+        own = {name: {key: value.to(step[key].device) for key, value in t.items()} for name, t in directions.items()}
+        cosines = {name: inner(vector, step) / (lengths[name] * size) for name, vector in own.items()}
+        with probe.engine.step(step, length / size):
+            after, weights_after = probe.look()
+        effects.append(CandidateEffect(cosines, after.change(before), flipped_share(weights, weights_after)))
+        progress(position + 1)
+    return effects
+
+
+# -- subsets -----------------------------------------------------------------------------------------------------
+
+
+def subset_outcomes(
+    probe: Probe,
+    examples: Sequence[Any],
+    masks: np.ndarray,
+    train: Callable[[Sequence[Any]], None],
+    restore: Callable[[], None],
+    progress: Progress = lambda done: None,
+) -> list[Outcome]:
+    """What training on each subset (masks bool [M, n] over the examples) changes, always from the same parameters.
+
+    `train(examples)` trains the engine's model in place; `restore()` brings its parameters back.
+    """
+    restore()
+    before, _ = probe.look()
+    changes = []
+    for position, mask in enumerate(masks):
+        try:
+            train([examples[row] for row in np.flatnonzero(mask)])
+            changes.append(probe.look()[0].change(before))
+        finally:
+            restore()
+        progress(position + 1)
+    return changes
