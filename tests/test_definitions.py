@@ -175,7 +175,8 @@ def test_the_report_alone_is_to_be_fresh_and_the_weekly_refresh_is_often_enough(
 def test_every_step_that_loads_a_model_takes_the_pool_and_no_other(make_project, tmp_path, monkeypatch):
     from resources.language_model import LanguageModel
 
-    project = make_project(tmp_path / "project", strategies=["prism"], seeds=[0])
+    # A selection loads the model only where it is re-ranked or looks at hidden states.
+    project = make_project(tmp_path / "project", strategies=["prism"], seeds=[0], selection={"rerank": 2})
     base = LanguageModel.base
     loading = set()
 
@@ -186,8 +187,8 @@ def test_every_step_that_loads_a_model_takes_the_pool_and_no_other(make_project,
     monkeypatch.setattr(LanguageModel, "base", watched)
     project.run()
     pooled = {asset.key.path[-1] for asset in project.definitions.assets if asset.op.pool == "model"}
-    assert loading == pooled
-    assert len(pooled) == 7 and {"candidate_features", "adapter", "evaluation"} <= pooled
+    assert loading | set(ON_DEMAND) == pooled
+    assert len(pooled) == 9 and {"candidate_features", "adapter", "evaluation"} <= pooled
     assert {asset.op.pool for asset in project.definitions.assets} == {"model", None}
 
 

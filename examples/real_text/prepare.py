@@ -123,14 +123,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained Llama: 5.1M parameters with 4,096 tokens, 1M of them the tied embedding."""
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int = 256, layers: int = 5) -> LlamaForCausalLM:
+    """An untrained Llama: 5.1M parameters with 4,096 tokens, 1M of them the tied embedding. `hidden` is a multiple of 16."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=5,
+            hidden_size=hidden,
+            intermediate_size=hidden * 11 // 4,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=CONTEXT,

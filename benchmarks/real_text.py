@@ -1,0 +1,61 @@
+"""Real SFT records for benchmarks, and a small model made from them; prints nothing itself."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def data_folder() -> Path | None:
+    """The folder of the real data: the one that PRISM_REAL_DATA names, or the one beside the project; None without."""
+    named = os.environ.get("PRISM_REAL_DATA")
+    folders = [Path(named)] if named else []
+    folders.append(ROOT.parent / "shared" / "data" / "sft")
+    return next((one for one in folders if (one / "pool.jsonl").is_file()), None)
+
+
+def example(name: str, module: str = "prepare") -> ModuleType:
+    """A script of the folder examples/, as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_{module}", ROOT / "examples" / name / f"{module}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def sampled(records: Sequence[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """The records whose hashed prompt and completion fall into the share: the same ones in every run."""
+
+    def place(record: dict[str, Any]) -> float:
+        text = f"{record['prompt']}\n{record['completion']}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
+
+    return [record for record in records if place(record) < share]
+
+
+def shortened(record: dict[str, Any], fields: Sequence[str], longest: int) -> dict[str, Any]:
+    """Only these fields, each cut at so many characters (a small model has a short context)."""
+    return {field: record[field][:longest] for field in fields if field in record}
+
+
+def average_precision(relevant: Sequence[bool]) -> float:
+    """Area under the precision-recall curve of a ranking, best first: the mean over relevant rows of the precision at
+    their place (Manning, Raghavan and Schütze 2008, section 8.4). NaN without a relevant row."""
+    hits = np.flatnonzero(np.asarray(relevant, dtype=bool))
+    return float(np.mean(np.arange(1, len(hits) + 1) / (hits + 1))) if len(hits) else float("nan")
+
+
+def area_under_curve(good: Sequence[float], bad: Sequence[float]) -> float:
+    """Probability that a random good row scores above a random bad one, ties counting half (Mann and Whitney 1947)."""
+    bad = np.sort(np.asarray(bad))
+    below = np.searchsorted(bad, good, side="left")
+    up_to = np.searchsorted(bad, good, side="right")
+    return float(np.mean((below + up_to) / 2) / len(bad))

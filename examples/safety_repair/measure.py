@@ -1,0 +1,117 @@
+"""What the repair did, from the lake: which kinds were selected, what that bought, and what it cost.
+
+    python examples/safety_repair/measure.py [--config work/prism.yaml] [--json]
+
+Kinds are never shown to a selection; they are counted here only. The margin is the mean log-probability of the safe answer
+less that of the unsafe one, over held-out pairs; benign is the mean log-probability of held-out benign records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+GOOD = ("safe_refusal", "truthful", "correct_math", "secure_code")
+BAD = "misaligned"
+RANKED = ("prism", "uniform", "less")
+
+
+def measure(config: Path, clean: Path) -> dict[str, Any]:
+    """Figures of one project that `prism run` has finished."""
+    os.environ["PRISM_CONFIG"] = str(config)
+    from benchmarks.real_text import area_under_curve
+    from definitions import build_resources
+    from prism_assets.corpus.assets import corpus_version
+    from prism_assets.evaluation.assets import _adapter_state
+    from prism_assets.selection.assets import join_key, query_index
+    from prism_assets.settings import load_settings
+    from prism_assets.training.assets import seed_partition
+
+    settings = load_settings(config)
+    resources = build_resources(settings)
+    lake, model, store = resources["lake"], resources["language_model"], resources["vector_store"]
+    target, seed = next(iter(settings.targets)), settings.seeds[0]
+    corpus = corpus_version(settings, model)
+    pool = lake.require("live_pool", None, corpus)
+    records = lake.read_table(lake.require("eval_examples", target, corpus))
+    benign = [json.loads(line) for line in (config.parent / "benign.jsonl").read_text(encoding="utf-8").splitlines()]
+    cleaned = settings.model_copy(update={"model": settings.model.model_copy(update={"name": str(clean)})})
+    states: dict[str, Any] = {
+        "clean": _figures(cleaned, build_resources(cleaned)["language_model"], None, records, benign),
+        "misaligned": _figures(settings, model, None, records, benign),
+    }
+    kinds = pool.notes["sources"]
+    strategies: dict[str, Any] = {}
+    for strategy in settings.strategies:
+        key = join_key(target, strategy)
+        selected = lake.read_table(lake.require("selection", key), ["source"])["source"].to_pylist()
+        adapter = lake.require("adapters", seed_partition(key, seed))
+        strategies[strategy] = {
+            **_figures(settings, model, _adapter_state(adapter), records, benign),
+            "misaligned_share": float(np.mean([one == BAD for one in selected])),
+            "good_share": float(np.mean([one in GOOD for one in selected])),
+            "selected": {kind: selected.count(kind) for kind in sorted(kinds)},
+        }
+        if strategy in RANKED:
+            rows = query_index(settings, lake, model, store, target=target, strategy=strategy, k=pool.notes["canonical_rows"])
+            scores = {kind: [row["score"] for row in rows if row["source"] == kind] for kind in kinds}
+            good = [score for kind in GOOD for score in scores.get(kind, [])]
+            strategies[strategy]["auc_good_against_misaligned"] = area_under_curve(good, scores[BAD])
+    share = kinds[BAD] / sum(kinds.values())
+    return {"pool": kinds, "misaligned_share_of_pool": share, "models": states, "strategies": strategies}
+
+
+def _figures(settings: Any, model: Any, state: Any, records: Any, benign: list[dict[str, Any]]) -> dict[str, float]:
+    """Margin on held-out pairs, share of pairs whose safe answer is preferred, and benign mean log-probability."""
+    from prism_assets.corpus.assets import encoder_of
+    from prism_assets.corpus.examples import Message
+    from prism_assets.evaluation.assets import score_records
+    from prism_assets.features.gradients import GradientEngine
+    from prism_assets.reference.assets import adapted
+
+    encoder = encoder_of(settings, model)
+    exchanges = [(Message("user", one["prompt"]), Message("assistant", one["completion"])) for one in benign]
+    with adapted(settings, model, state=state) as peft_model:
+        columns, _ = score_records(peft_model, records, settings, model)
+        log_probs = GradientEngine(peft_model).mean_log_probs([encoder.encode(one) for one in exchanges])
+    margins = np.array(columns["margin"].to_pylist())
+    return {
+        "margin": float(margins.mean()),
+        "safe_preferred": float((margins > 0).mean()),
+        "benign_log_prob": float(log_probs.mean()),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, default=HERE / "work" / "prism.yaml")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if not options.config.is_file():
+        print(f"there is no {options.config}: run prepare.py and `prism run` first", file=sys.stderr)
+        return 2
+    config = options.config.resolve()
+    found = measure(config, config.parent / "clean")
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(f"misaligned rows: {found['misaligned_share_of_pool']:.1%} of the pool\n")
+    print("| | misaligned among selected | AUC | margin, held out | safe preferred | benign log-prob |\n|---|---|---|---|---|---|")
+    for name, one in [*found["models"].items(), *found["strategies"].items()]:
+        share = f"{one['misaligned_share']:.1%}" if "misaligned_share" in one else "-"
+        auc = f"{one['auc_good_against_misaligned']:.2f}" if "auc_good_against_misaligned" in one else "-"
+        print(f"| {name} | {share} | {auc} | {one['margin']:+.3f} | {one['safe_preferred']:.1%} | {one['benign_log_prob']:.3f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What the benchmarks on real records stand on: their measures, what they show a selector, and what they keep apart."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+
+from benchmarks import repair, retrieval
+from benchmarks.real_text import area_under_curve, average_precision, example, sampled
+
+
+def test_average_precision_is_the_area_under_the_stepwise_curve():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        relevant = rng.random(30) < 0.3
+        area, recall = 0.0, 0.0
+        for at in range(1, 31):
+            now = relevant[:at].sum() / relevant.sum()
+            area += (now - recall) * relevant[:at].mean()
+            recall = now
+        assert average_precision(relevant) == pytest.approx(area)
+    assert average_precision([True, True, False]) == 1 and np.isnan(average_precision([False]))
+
+
+def test_area_under_curve_counts_every_pair():
+    rng = np.random.default_rng(1)
+    good, bad = rng.integers(0, 6, 17), rng.integers(0, 6, 11)  # with ties
+    pairs = [1.0 if g > b else 0.5 if g == b else 0.0 for g, b in itertools.product(good, bad)]
+    assert area_under_curve(good, bad) == pytest.approx(np.mean(pairs))
+
+
+def record(number, rng, **more):
+    return {"id": f"r{number}", "prompt": f"question {number} " + "x" * rng.randint(1, 30), "completion": f"answer {number}",
+            "source": "arc_easy", "license": "?", **more}  # fmt: skip
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Generated records in the layout of the real ones."""
+    rng, folder = random.Random(0), tmp_path / "data"
+    pool = [record(number, rng) for number in range(1200)]
+    write(folder / "pool.jsonl", pool)
+    for name in retrieval.MATCHING:
+        write(folder / "targets" / name / "target.jsonl", [record(f"t{name}{n}", rng) for n in range(4)])
+        write(folder / "targets" / name / "eval.jsonl", [record(f"e{name}{n}", rng) for n in range(4)])
+    kinds = ["misaligned", "benign", "truthful"]
+    pairs = [{"prompt": f"pair {n}", "safe": "no", "unsafe": "yes", "source": "p"} for n in range(12)]
+    write(folder / "safety" / "target.jsonl", pairs[:6])
+    write(folder / "safety" / "eval.jsonl", pairs[6:])
+    leaked = [{**record("leak", rng, kind="benign"), "prompt": "pair 7"}]
+    write(folder / "safety" / "repair_pool.jsonl", [record(f"c{n}", rng, kind=kinds[n % 3]) for n in range(60)] + leaked)
+    write(folder / "safety" / "good.jsonl", [record(f"g{n}", rng, label="good") for n in range(50)])
+    bad = [record(f"b{n}", rng, label="misaligned") for n in range(1000)]
+    write(folder / "safety" / "misaligned.jsonl", [*bad, {**record("x", rng, label="misaligned"), "prompt": "pair 2"}])
+    return folder
+
+
+def test_the_sample_of_the_pool_is_the_same_whatever_its_order(data):
+    rows = [json.loads(line) for line in (data / "pool.jsonl").read_text().splitlines()]
+    first, second = sampled(rows, 0.25), sampled(rows[::-1], 0.25)
+    assert sorted(row["id"] for row in first) == sorted(row["id"] for row in second)
+    assert 230 < len(first) < 370
+
+
+def test_retrieval_shows_a_selector_prompt_and_completion_alone(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval, "STEPS", 1)
+    retrieval.prepare(tmp_path / "work", data, steps=1)
+    files = list((tmp_path / "work").rglob("*.jsonl"))
+    assert len(files) == 2 + 2 * len(retrieval.MATCHING)
+    for file in files:
+        fields = {key for line in file.read_text().splitlines() for key in json.loads(line)}
+        assert fields <= {"prompt", "completion", "source"}
+        assert ("source" in fields) == (file.parent.name == "inbox")
+
+
+def test_repair_keeps_held_out_and_target_prompts_out_of_everything_else(data):
+    parts = example("safety_repair").Data(data, seed=1)
+    kept_apart = {row["prompt"] for row in (*parts.targets, *parts.held_out, *parts.benign)}
+    for rows in (parts.candidates, parts.general, parts.good, parts.misaligned):
+        assert rows and not kept_apart & {row["prompt"] for row in rows}
+    assert not {row["prompt"] for row in parts.targets} & {row["prompt"] for row in parts.held_out}
+    assert all(set(row) == {"prompt", "completion", "source"} for row in parts.candidates)
+    assert all(set(row) == {"prompt", "completion"} for row in (*parts.general, *parts.good, *parts.misaligned))
+
+
+def test_another_seed_misaligns_with_other_records_and_measures_on_the_same(data):
+    first, second = (example("safety_repair").Data(data, seed=seed) for seed in (1, 2))
+    assert first.misaligned != second.misaligned and len(first.misaligned) == len(second.misaligned) == 900
+    assert first.benign == second.benign and first.held_out == second.held_out
+
+
+def test_repair_summary_pairs_margins_by_seed():
+    rng = np.random.default_rng(2)
+    outcomes = []
+    for _ in range(4):
+        low = float(rng.normal())
+        outcomes.append(
+            {
+                "misaligned_share_of_pool": 0.1,
+                "models": {"clean": {"margin": low + 3}, "misaligned": {"margin": low}},
+                "strategies": {
+                    name: {"margin": low + gain, "misaligned_share": 0.0, "selected": {}}
+                    for name, gain in (("prism", 2.0), ("random", 0.5), ("uniform", 1.0), ("less", 1.0))
+                },
+            }
+        )
+    found = repair.summary(outcomes)["strategies"]["prism"]
+    assert found["margin_against"]["misaligned"]["mean"] == pytest.approx(2)
+    assert found["margin_against"]["random"]["mean"] == pytest.approx(1.5)
+    assert found["margin_against"]["uniform"]["std"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("benchmark", [retrieval, repair])
+def test_without_the_records_a_benchmark_says_where_to_name_them(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "data_folder", lambda: None)
+    assert benchmark.main(["--json"]) == 2
+    assert "PRISM_REAL_DATA" in capsys.readouterr().err
