@@ -1,4 +1,4 @@
-"""Does preference weighting pay? The skills experiment: six situations, several seeds, the product end to end.
+"""Does preference weighting pay? The skills experiment: eight situations, several seeds, the product end to end.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quality --json [--seeds 10] [--situations sort_noise …] [--work FOLDER]
 
@@ -60,6 +60,9 @@ SITUATIONS: dict[str, Situation] = {
     # What is wanted is far from the model, what stands beside it is known by heart: weights follow the known, so
     # PRISM is expected to lose.
     "shift_copy": Situation(("shift", "copy"), ("shift",), unseen=True),
+    # Added after prism-cover had been designed on the six above: breadth and noise at once, and another clean pair.
+    "reverse_shift_noise": Situation(("reverse", "shift", "noise"), ("reverse", "shift"), unseen=True),
+    "sort_shift": Situation(("sort", "shift"), ("sort", "shift"), unseen=True),
 }
 
 
