@@ -24,6 +24,7 @@ from prism_assets.features.assets import (
 from prism_assets.housekeeping import feature_versions
 from prism_assets.reference.assets import warmup_scope
 from prism_assets.selection.assets import direction_scope, join_key, load_direction
+from prism_assets.selection.target_direction import scores_of, tokens_counted
 from prism_assets.settings import Settings
 from resources.lake import Artifact, Lake, LakeError
 from resources.language_model import LanguageModel, ModelError
@@ -165,6 +166,8 @@ class Explainer:
         total = float(parts.values.sum())
         order = np.argsort(-parts.values, kind="stable")
         texts = self.table.select(["id", "prompt", "completion"]).to_pylist()
+        # A correction is no sum over targets: what it changes is a row of its own.
+        corrected = "fisher_damping" in self.direction.header["settings"]
         return Explanation(
             target=self.target,
             strategy=self.strategy,
@@ -191,8 +194,9 @@ class Explainer:
                 )
                 for j in order
             ],
-            sketch_error=None if exact is None else exact - total,
-            rounding=score - total,
+            curvature=score - total if corrected else None,
+            sketch_error=None if exact is None else exact - (score if corrected else total),
+            rounding=0.0 if corrected else score - total,
             ranks=list(self._ranks(place, position)),
             neighbours=self._neighbours(place, position, stored, neighbours),
             earlier=list(self._earlier(place.id)),
@@ -227,27 +231,20 @@ class Explainer:
 
     def _target_side(self) -> "tuple[pa.Table, np.ndarray, list[float]]":
         """The usable targets with their sketches [m rows], their weights [C, m], and learning rates [C]."""
-        import numpy as np
-
-        from prism_assets.selection.strategies import STRATEGIES, TargetScores
+        from prism_assets.selection.strategies import STRATEGIES
 
         inputs = self.direction.header["inputs"]
-        features = self._input(inputs["features"])
-        targets = self.lake.read_table(self._input(inputs["targets"]), ["prompt", "completion"])
-        notes = self._weights_artifact().notes
-        table = self.lake.read_table(features, ["id", "score", "norm", "sketch", "refused"])
+        targets = self.lake.read_table(self._input(inputs["targets"]))
+        table = self.lake.read_table(self._input(inputs["features"]))
         for name in ("prompt", "completion"):
             table = table.append_column(name, targets[name])
-        usable = [reason is None for reason in table["refused"].to_pylist()]
-        table = table.filter(usable)
-        scores = TargetScores(
-            np.array(table["score"].to_pylist()).T,
-            np.array(table["norm"].to_pylist()).T,
-            notes["kind"],
-            notes["temperature"],
-        )
+        scores, usable = scores_of(self.settings, table, targets)
+        # The temperature that the direction was made with.
+        scores = scores._replace(temperature=self._weights_artifact().notes["temperature"])
+        counted = tokens_counted(self.settings, targets.take(usable), scores.kind == "pairs")
         checkpoints = json.loads((self._input(inputs["warmup"]).path / "checkpoints.json").read_text())
-        return table, STRATEGIES[self.strategy].weigh(scores), [one["mean_learning_rate"] for one in checkpoints]
+        weights = STRATEGIES[self.strategy].weigh(scores) * counted
+        return table.take(usable), weights, [one["mean_learning_rate"] for one in checkpoints]
 
     def _weights_artifact(self) -> Artifact:
         """The target weights that were published with the direction: they know the temperature."""

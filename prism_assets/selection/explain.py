@@ -118,8 +118,9 @@ class Explanation:
     exact_score: float | None  # the same without a sketch: what the score approximates
     why_not_exact: str
     parts: list[TargetPart]  # by descending contribution
-    sketch_error: float | None  # exact score less the parts
-    rounding: float  # score less the parts, about 1e-7
+    curvature: float | None  # score less the parts, where the direction was corrected for curvature
+    sketch_error: float | None  # exact score less the parts (and the curvature)
+    rounding: float  # without a correction: score less the parts, about 1e-7
     ranks: list[Rank]
     neighbours: list[Neighbour]
     earlier: list[Earlier]
@@ -149,6 +150,8 @@ class Explanation:
         if rest:
             added = sum(one.weight for one in rest), sum(one.contribution for one in rest)
             rows.append((f"{len(rest)} more targets", added[0], None, added[1]))
+        if self.curvature is not None:
+            rows.append(("curvature correction", None, None, self.curvature))
         if self.exact_score is not None and self.sketch_error is not None:
             rows.append(("sketch error", None, None, self.sketch_error))
             rows.append(("exact score", None, None, self.exact_score))

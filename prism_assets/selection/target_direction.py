@@ -158,7 +158,7 @@ def scores_of(settings: Settings, features: "pa.Table", targets: "pa.Table") -> 
     usable = np.array([reason is None for reason in features["refused"].to_pylist()])
     positions = np.flatnonzero(usable)
     rows = features.take(positions)
-    tokens = _tokens_counted(settings, targets.take(positions), pairs)
+    tokens = tokens_counted(settings, targets.take(positions), pairs)
     return (
         TargetScores(
             np.array(rows["score"].to_pylist()).T * tokens,
@@ -170,7 +170,7 @@ def scores_of(settings: Settings, features: "pa.Table", targets: "pa.Table") -> 
     )
 
 
-def _tokens_counted(settings: Settings, targets: "pa.Table", pairs: bool) -> "np.ndarray":
+def tokens_counted(settings: Settings, targets: "pa.Table", pairs: bool) -> "np.ndarray":
     """What turns a mean log-probability into the preference score, float64 [m]: 1, or the supervised tokens."""
     import numpy as np
 
@@ -200,7 +200,7 @@ def _publish_direction(
     table = lake.read_table(inputs.targets)
     scores, usable = scores_of(settings, lake.read_table(inputs.features), table)
     # Coefficients of the gradients of mean log-probabilities, which is what a gradient pass gives.
-    weights = strategy.weigh(scores) * _tokens_counted(settings, table.take(usable), scores.kind == "pairs")
+    weights = strategy.weigh(scores) * tokens_counted(settings, table.take(usable), scores.kind == "pairs")
     damping = settings.preference.fisher_damping
     recipe = Recipe(
         "target_directions",
@@ -411,7 +411,7 @@ def _first_order(
     held_out_examples = held_out.examples[: held_out.size]
     engine = work.at(work.checkpoints[-1])
 
-    tokens = _tokens_counted(settings, table, chosen.pairs)
+    tokens = tokens_counted(settings, table, chosen.pairs)
 
     def preference(values: "np.ndarray") -> Any:
         return preference_weights(values * tokens, scores.kind, scores.temperature)

@@ -217,3 +217,19 @@ def test_summed_scores_weigh_targets_by_their_whole_probability(project, tmp_pat
     expected = np.exp(means * tokens / 5)
     weights = lake.read_table(next(lake.get("target_weights", one["fingerprint"]) for one in lake.heads("target_weights")))
     np.testing.assert_allclose(weights["prism"].to_numpy(), expected / expected.sum(), rtol=1e-6)
+
+
+def test_an_explanation_of_a_corrected_or_summed_score_still_adds_up(project, tmp_path):
+    from prism_assets.explanation import Explainer
+
+    for number, preference in enumerate(({"fisher_damping": 0.002}, {"score": "sum", "temperature": 5.0})):
+        copy = project.copy(tmp_path / str(number)).configure(preference=preference, selection={"rerank": 0})
+        copy.run()
+        top = copy.selected("prism")[0]
+        engines = [copy.definitions.resources[name] for name in ("lake", "language_model", "vector_store")]
+        with Explainer(copy.settings, *engines, target="plain") as explainer:
+            found = explainer.explain(top["id"])
+        assert found.score == pytest.approx(top["score"], abs=1e-6)
+        assert (found.curvature is not None) == ("fisher_damping" in preference) and abs(found.rounding) < 1e-5
+        *parts, total = (row[3] for row in found.score_rows())
+        assert sum(parts) == pytest.approx(total, abs=1e-6) and total == pytest.approx(found.exact_score)
