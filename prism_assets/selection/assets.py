@@ -221,7 +221,7 @@ def query_index(
         raise SettingsError(f"{strategy!r} is no strategy with a direction here; prism.yaml has {', '.join(known)}.")
     inputs = selection_inputs(settings, lake, model, target, STRATEGIES[strategy], version)
     budget = Budget(kind="rows", amount=k)
-    ranked = rank(settings, lake, model, store, STRATEGIES[strategy], inputs, budget, rerank)
+    ranked = rank(settings, lake, model, store, STRATEGIES[strategy], inputs, budget, rerank, whole=False)
     columns = ["rank", "score", "id", "shard", "row", "source", "prompt", "completion"]
     return ranked.table.select(columns).to_pylist()
 
@@ -236,10 +236,12 @@ def rank(
     budget: Budget,
     rerank: float = 0.0,
     representations: Representations | None = None,
+    whole: bool = True,
 ) -> Ranked:
     """The top of a strategy's ranking within a budget. Refused rows are never returned.
 
-    `rerank` (for strategies with one direction): the first `rerank` times the budget are ordered by exact scores.
+    For strategies with one direction: the first `rerank` times the budget are ordered by exact scores; `whole` False
+    asks the index for the top alone, where scores of all rows are neither noted nor remembered.
     """
     manifest = inputs["pool"]
     pool = LivePool(
@@ -260,7 +262,6 @@ def rank(
     counted = manifest.notes["canonical_rows"]
     if strategy.needs_direction:
         query, _ = load_direction(lake, inputs["direction"])
-        scores = pool.scores(query)
         exact = None
         if rerank:
             warmup = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
@@ -268,7 +269,7 @@ def rank(
             def exact(positions: "np.ndarray") -> "np.ndarray":
                 return exact_scores(settings, lake, model, warmup, inputs["direction"], pool, positions)
 
-        table, scored = _top_by_score(pool, scores, budget, counted, max(rerank, 1.0), exact)
+        table, scored = _top_by_score(pool, query, budget, counted, max(rerank, 1.0), exact, whole)
     else:
         table, scored = _top_by_order(pool, strategy, budget, counted)
     return Ranked(table, {**_counts(table), "pool_rows": counted, "refused_rows": pool.refused, **scored})
@@ -276,26 +277,33 @@ def rank(
 
 def _top_by_score(
     pool: LivePool,
-    scores: "np.ndarray",
+    query: "np.ndarray",
     budget: Budget,
     counted: int,
-    shortlist: float = 1.0,
-    exact: "Callable[[np.ndarray], np.ndarray] | None" = None,
+    shortlist: float,
+    exact: "Callable[[np.ndarray], np.ndarray] | None",
+    whole: bool,
 ) -> "tuple[pa.Table, dict[str, Any]]":
-    """Rows by descending score [n] within the budget, reading only shards that have some; and what to note of the scores.
+    """Rows by descending score within the budget, reading only shards that have some; and what to note of the scores.
 
-    `exact` gives the scores by which the first `shortlist` times the budget are ordered.
+    `exact` gives the scores by which the first `shortlist` times the budget are ordered. `whole`: the scores of all rows
+    are computed, remembered and noted; else the index is asked for the top alone.
     """
     import numpy as np
 
     from prism_assets.evaluation.metrics import score_histogram
     from prism_assets.selection.ranking import cut, ranking
 
+    scores = pool.scores(query) if whole else None
     k = min(math.ceil(shortlist * pool.wanted), pool.size)
     while True:
         # All that tie with the k-th: where they are cut, ids decide.
-        best = np.flatnonzero(scores >= np.partition(scores, pool.size - k)[pool.size - k])
-        ordered_by = scores[best] if exact is None else exact(best)
+        if scores is None:
+            best, found = pool.top(query, k)
+        else:
+            best = np.flatnonzero(scores >= np.partition(scores, pool.size - k)[pool.size - k])
+            found = scores[best]
+        ordered_by = found if exact is None else exact(best)
         rows = pool.rows_at(best)
         order = ranking(ordered_by, rows["id"].to_pylist())
         tokens = rows["completion_tokens"].to_numpy()[order]
@@ -307,7 +315,7 @@ def _top_by_score(
     selected = ordered_by[order]
     noted = {
         "non_positive_influence": int((selected <= 0).sum()),
-        "score_histogram": score_histogram(scores, selected=taken),
+        **({"score_histogram": score_histogram(scores, selected=taken)} if scores is not None else {}),
         "shortlist": len(best) if exact is not None else None,
     }
     return _selected_table(rows.take(order), selected), noted

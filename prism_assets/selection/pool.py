@@ -179,6 +179,19 @@ class LivePool:
         found = self.shard_scores(query)
         return np.concatenate([found[one.shard][mask] for one, mask in zip(self.segments, self.allowed, strict=True)])
 
+    def top(self, query: "np.ndarray", k: int) -> "tuple[np.ndarray, np.ndarray]":
+        """Positions and scores of the k rows of highest inner product, and of all that tie with the k-th, as the index
+        answers them (on a GPU where the store is on one). Bit for bit those of `scores`; nothing is remembered."""
+        import numpy as np
+
+        index = self.store.open([segment_part(self.lake, one) for one in self.segments])
+        found = index.top_k(query, k, self.allowed, with_ties=True)
+        place = [np.cumsum(mask) - 1 for mask in self.allowed]  # of each row among the shard's ranked ones
+        start = np.cumsum([0, *(mask.sum() for mask in self.allowed)])
+        positions = [start[segment] + place[segment][row] for segment, row in zip(found.segment, found.row, strict=True)]
+        order = np.argsort(positions)
+        return np.array(positions, dtype=np.int64)[order], found.scores[order]
+
     def shard_scores(self, query: "np.ndarray") -> "dict[str, np.ndarray]":
         """Inner products of a query with every row of every indexed shard, float32 [rows of the shard]."""
         import numpy as np
