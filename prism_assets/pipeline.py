@@ -39,6 +39,7 @@ _MISTAKES = {
     "UnreadableFile",
     "MixedTargets",
     "UnusableTargets",
+    "UnusableBenchmark",
 }
 
 
@@ -143,6 +144,7 @@ def _run_steps(
     if not found.files:
         ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
         raise UserMistake(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
+    _check_benchmarks(settings)
     reconcile_shards(instance, [file.key for file in found.files])
     results = []
     for step in steps:
@@ -160,6 +162,17 @@ def _run_steps(
         on_result(results[-1])
     catalog.refresh(lake)
     return results
+
+
+def _check_benchmarks(settings: Settings) -> None:
+    """Benchmarks come last: what is wrong with their names is better said now than after hours of work."""
+    from prism_assets.evaluation.assets import benchmark_tasks
+    from prism_assets.evaluation.benchmarks import UnusableBenchmark
+
+    try:
+        benchmark_tasks(settings)
+    except UnusableBenchmark as error:
+        raise UserMistake(str(error)) from error
 
 
 @contextmanager
