@@ -65,7 +65,9 @@ class Facts(NamedTuple):
     base: Mapping[str, float | None]  # held-out metrics where fine-tuning starts
     figures: Mapping[str, Mapping[str, Any] | None]  # mean, std and seeds of the held-out metrics
     held_out_records: int
-    lineage: Sequence[Source]
+    benchmarks: Sequence[tuple[str, float, Mapping[str, Any]]]  # label, base model, mean, std and seeds
+    made_from: Sequence[Source]  # the selection, and what it was made from
+    results: Sequence[Source]  # adapters and evaluations of all seeds
 
 
 # -- cards -------------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def adapter_card(facts: Facts) -> str:
             "## Held-out figures\n",
             *_figure_lines(facts),
             "",
-            *_lineage_section(facts),
+            *_lineage_section(facts, [*facts.made_from, *facts.results]),
         ]
     )
 
@@ -134,7 +136,7 @@ def data_card(facts: Facts) -> str:
             "| `completion_tokens` | supervised tokens under the base model's tokenizer |",
             "",
             *_composition_section(facts),
-            *_lineage_section(facts),
+            *_lineage_section(facts, facts.made_from),
         ]
     )
 
@@ -159,27 +161,29 @@ def _figure_lines(facts: Facts) -> list[str]:
     seeds = max(value["seeds"] for value in facts.figures.values() if value)
     words = "1 seed" if seeds == 1 else f"{seeds} seeds, mean ± standard deviation"
     lines = [
-        f"On {facts.held_out_records:,} held-out records of `{facts.target}`; fine-tuned over {words}. This folder is seed {facts.seed}.\n",
+        f"On {facts.held_out_records:,} held-out records of `{facts.target}`; fine-tuned over {words}. This folder is seed {facts.seed}. "
+        + ("Tasks of lm-eval have documents of their own.\n" if facts.benchmarks else "\n"),
         "| metric | before | fine-tuned |",
         "|---|---|---|",
     ]
-    for metric, label in METRICS.items():
-        value, before = facts.figures.get(metric), facts.base.get(metric)
+    ours = [(label, facts.base.get(metric), facts.figures.get(metric)) for metric, label in METRICS.items()]
+    benchmarks = [(f"lm-eval: {label}", before, value) for label, before, value in facts.benchmarks]
+    for label, before, value in [*ours, *benchmarks]:
         if value is None:
             continue
         spread = "" if value["std"] is None else f" ± {value['std']:.3f}"
-        lines.append(f"| {label} | {'–' if before is None else f'{before:.3f}'} | {value['mean']:.3f}{spread} |")
+        lines.append(f"| {_cell(label)} | {'–' if before is None else f'{before:.3f}'} | {value['mean']:.3f}{spread} |")
     return lines
 
 
-def _lineage_section(facts: Facts) -> list[str]:
+def _lineage_section(facts: Facts, sources: Sequence[Source]) -> list[str]:
     version = f" Gradient features are of version `{facts.feature_version}`." if facts.feature_version else ""
     return [
         "## Lineage\n",
         f"Model fingerprint `{facts.model_fingerprint}`.{version} `prism lineage FINGERPRINT` shows all of it.\n",
         "| what | fingerprint | content hash | Dagster run |",
         "|---|---|---|---|",
-        *(f"| {_cell(one.what)} | `{one.fingerprint}` | `{one.content_hash}` | {f'`{one.run_id}`' if one.run_id else '–'} |" for one in facts.lineage),
+        *(f"| {_cell(one.what)} | `{one.fingerprint}` | `{one.content_hash}` | {f'`{one.run_id}`' if one.run_id else '–'} |" for one in sources),
         "",
     ]
 
@@ -296,7 +300,7 @@ def _facts(
 
     above = [one for one in trace(lake, selection)["artifacts"] if one["table"] in _NAMED]
     above.sort(key=lambda one: _NAMED.index(one["table"]))
-    made = [("selection", selection)]
+    made = []
     for seed, adapter, evaluation in zip(settings.seeds, adapters, evaluations, strict=True):
         made += [(f"adapter, seed {seed}", adapter), (f"evaluation, seed {seed}", evaluation)]
     config = json.loads((adapters[0].path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -319,11 +323,40 @@ def _facts(
         base={metric: base.notes[metric] for metric in METRICS},
         figures={metric: summarize([one.notes[metric] for one in evaluations]) for metric in METRICS},
         held_out_records=base.notes["records"],
-        lineage=[
-            *(Source(one["table"], one["fingerprint"], one["content_hash"], one["run_id"] or "") for one in above),
-            *(Source(what, one.fingerprint, one.content_hash, one.header["run_id"] or "") for what, one in made),
+        benchmarks=_benchmarks(settings, lake, f"{strategy}|{target}", adapters),
+        made_from=[
+            *(Source(_name(one), one["fingerprint"], one["content_hash"], one["run_id"] or "") for one in above),
+            _source("selection", selection),
         ],
+        results=[_source(what, artifact) for what, artifact in made],
     )
+
+
+def _benchmarks(
+    settings: Settings, lake: Lake, key: str, adapters: Sequence[Artifact]
+) -> list[tuple[str, float, Mapping[str, Any]]]:
+    """Label, figure of the base model and summary over seeds of every benchmark metric that the settings ask for."""
+    if not settings.evaluation.benchmarks:
+        return []
+    from prism_assets.evaluation.assets import benchmarks_of, shown_scores
+
+    target = key.partition("|")[2]
+    base = _shown(lake, "benchmarks", f"base|{target}", target)
+    for seed, adapter in zip(settings.seeds, adapters, strict=True):
+        scores = _shown(lake, "benchmarks", f"{key}/seed-{seed}", target)
+        if scores.header["inputs"]["adapter"]["content_hash"] != adapter.content_hash:
+            raise CannotExport(f"The benchmarks of {key} are those of an earlier adapter: `prism run` brings them up to date.")
+    summary, _ = benchmarks_of(settings, lake, key)
+    before = shown_scores(lake, base)
+    return [(label, before[label].value, value) for label, value in summary.items()]
+
+
+def _source(what: str, artifact: Artifact) -> Source:
+    return Source(what, artifact.fingerprint, artifact.content_hash, artifact.header["run_id"] or "")
+
+
+def _name(traced: Mapping[str, Any]) -> str:
+    return f"{traced['table']}[{traced['partition']}]" if traced["partition"] else traced["table"]
 
 
 def _check_free(place: Path, known: Sequence[str], force: bool) -> None:

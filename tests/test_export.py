@@ -29,7 +29,9 @@ FACTS = Facts(
         "exact_match": None,
     },
     held_out_records=50,
-    lineage=[Source("selection", "ef" * 16, "01" * 16, "run-1"), Source("live_pool", "23" * 16, "45" * 16, "")],
+    benchmarks=[("arc_easy acc", 0.25, {"mean": 0.3125, "std": 0.0125, "seeds": 3})],
+    made_from=[Source("live_pool", "23" * 16, "45" * 16, ""), Source("selection", "ef" * 16, "01" * 16, "run-1")],
+    results=[Source("adapter, seed 7", "67" * 16, "89" * 16, "run-2")],
 )
 
 
@@ -138,7 +140,13 @@ def test_figures_are_mean_and_spread_over_seeds():
     assert "fine-tuned over 3 seeds, mean ± standard deviation" in card
     assert "| target preference | 0.500 | 0.625 ± 0.031 |" in card
     assert "| mean log-probability | -0.750 | -0.250 |" in card
+    assert "| lm-eval: arc_easy acc | 0.250 | 0.312 ± 0.013 |" in card
     assert "exact match" not in card
+
+
+def test_the_datas_card_ends_its_lineage_with_the_selection():
+    assert "run-1" in data_card(FACTS) and "run-2" in adapter_card(FACTS)
+    assert "run-2" not in data_card(FACTS)
 
 
 def test_front_matter_names_only_what_can_be_the_name_of_a_data_set():

@@ -287,7 +287,7 @@ def _score_columns() -> "pa.Schema":
     )
 
 
-def _shown_scores(lake: Lake, artifact: Artifact) -> "dict[str, Score]":
+def shown_scores(lake: Lake, artifact: Artifact) -> "dict[str, Score]":
     """Label and score of every metric that the settings ask for."""
     from prism_assets.evaluation.benchmarks import Score
 
@@ -295,19 +295,19 @@ def _shown_scores(lake: Lake, artifact: Artifact) -> "dict[str, Score]":
     return {score.label: score for score in scores if score.asked}
 
 
-def _benchmarks_of(settings: Settings, lake: Lake, key: str) -> tuple[dict[str, Any], list[Artifact]]:
+def benchmarks_of(settings: Settings, lake: Lake, key: str) -> tuple[dict[str, Any], list[Artifact]]:
     """Mean and std over seeds of each benchmark metric of a target and strategy, and the artefacts they are from."""
     from prism_assets.evaluation.metrics import summarize
 
     artifacts = [lake.require("benchmarks", seed_partition(key, seed)) for seed in settings.seeds]
-    scores = [_shown_scores(lake, one) for one in artifacts]
+    scores = [shown_scores(lake, one) for one in artifacts]
     return {label: summarize([one[label].value for one in scores]) for label in scores[0]}, artifacts
 
 
 def _with_benchmarks(outcome: stage.Outcome, settings: Settings, lake: Lake, key: str) -> stage.Outcome:
     """The outcome with the benchmarks' scores: their content is part of the evaluation's data version."""
-    summary, artifacts = _benchmarks_of(settings, lake, key)
-    base = _shown_scores(lake, lake.require("benchmarks", f"base|{split_key(key)[0]}"))
+    summary, artifacts = benchmarks_of(settings, lake, key)
+    base = shown_scores(lake, lake.require("benchmarks", f"base|{split_key(key)[0]}"))
     rows = [
         {"benchmark": label, "base": base[label].value, "mean": value["mean"], "std": value["std"]}
         for label, value in summary.items()
@@ -497,7 +497,7 @@ def _benchmark_content(settings: Settings, lake: Lake, target: str) -> tuple[dic
     base = lake.require("benchmarks", f"base|{target}")
     artifacts, strategies = [base], {}
     for strategy in settings.strategies:
-        strategies[strategy], scored = _benchmarks_of(settings, lake, join_key(target, strategy))
+        strategies[strategy], scored = benchmarks_of(settings, lake, join_key(target, strategy))
         artifacts += scored
     content = {
         "lm_eval": base.header["settings"]["lm_eval"],
@@ -509,7 +509,7 @@ def _benchmark_content(settings: Settings, lake: Lake, target: str) -> tuple[dic
                 **{"documents": score.documents, "shots": score.shots, "version": score.task_version},
                 "strategies": {strategy: summary.get(label) for strategy, summary in strategies.items()},
             }
-            for label, score in _shown_scores(lake, base).items()
+            for label, score in shown_scores(lake, base).items()
         },
     }
     return content, artifacts

@@ -9,6 +9,7 @@ import difflib
 import glob
 import logging
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -186,18 +187,14 @@ def run_tasks(
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _seeded():
-        loaded, asked = _load(tasks)
-        log = logging.getLogger("lm_eval.models.huggingface")
-        level = log.level
-        log.setLevel(logging.ERROR)  # it warns of every model that is given in memory
-        try:
+    with _seeded(), _bars_for_terminals():
+        with _only_errors("lm_eval.api.task"):  # it warns of every default that a task file leaves to it
+            loaded, asked = _load(tasks)
+        with _only_errors("lm_eval.models.huggingface"):  # it warns of every model that is given in memory
             # A copy: the harness may add a padding token.
             harness = HFLM(
                 pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, trust_remote_code=False
             )
-        finally:
-            log.setLevel(level)
         results = evaluate(lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     return list(_scores(results, asked))
 
@@ -268,3 +265,32 @@ def _seeded() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _only_errors(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
+def _bars_for_terminals() -> Iterator[None]:
+    """The harness's progress bars only on a terminal, and gone when they are full; it has no switch for either."""
+    from tqdm.std import tqdm
+
+    original = tqdm.__init__
+
+    def init(bar: tqdm, *arguments: Any, **options: Any) -> None:
+        disable = options.get("disable") or not sys.stderr.isatty()
+        original(bar, *arguments, **{**options, "leave": False, "disable": disable})
+
+    tqdm.__init__ = init
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
