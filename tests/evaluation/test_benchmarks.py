@@ -32,11 +32,12 @@ metadata: {version: 3}
 
 
 def write_choice_task(folder: Path, count: int = 12) -> Path:
-    """A task file and its data: a word turned round, the word and the beginning of it, each of them right in turn."""
+    """A task file and its data: a word turned round, the word, and two letters of either; each is right in turn."""
     rows = []
     for number, row in enumerate(make_rows(count, 400, "reverse")):
-        choices = [row["completion"], row["completion"][::-1], row["completion"][:2]]
-        rows.append({"prompt": row["prompt"], "choices": choices, "gold": number % 3})
+        whole = [row["completion"], row["completion"][::-1]]
+        choices = [*whole, *(one[:2] for one in whole)]
+        rows.append({"prompt": row["prompt"], "choices": choices, "gold": number % 4})
     write_lines(folder / "data" / "turned.jsonl", rows)
     (folder / "turned.yaml").write_text(CHOICE_TASK)
     return folder / "turned.yaml"
@@ -60,7 +61,7 @@ def adapted_model(tiny_model):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return model.eval(), AutoTokenizer.from_pretrained(tiny_model)
 
@@ -254,8 +255,7 @@ def test_the_catalogue_has_the_scores(project):
     assert sorted(rows) == sorted(("plain", "prism", 1, row["metric"], row["value"]) for row in stored.to_pylist())
 
 
-def test_scores_are_found_again_and_only_changed_data_are_scored_anew(copy):
-    assert set(copy.run().values()) == {0}
+def test_changed_data_are_scored_anew_and_nothing_else_is_made(copy):
     data = copy.folder / "tasks" / "data" / "turned.jsonl"
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
     made = {step: count for step, count in copy.run().items() if count}
