@@ -30,7 +30,10 @@ METRICS = {
     "exact_match": "exact match",
 }
 # Of what a selection was made from, the tables that a card names one by one; the rest is one per shard.
-_NAMED = ("live_pool", "candidate_index", "warmup_sample", "warmup_checkpoints", "targets", "target_features", "target_directions")
+_NAMED = (
+    *("live_pool", "candidate_index", "warmup_sample", "warmup_checkpoints"),
+    *("targets", "target_features", "target_directions"),
+)
 
 
 class CannotExport(Exception):
@@ -89,8 +92,8 @@ def adapter_card(facts: Facts) -> str:
         [
             f"---\n{front.to_yaml()}\n---\n",
             f"# {facts.base_model}, fine-tuned for {facts.target} on data selected by {facts.strategy}\n",
-            f"A LoRA adapter for `{facts.base_model}`{start}, trained for {facts.steps:,} optimiser steps (seed {facts.seed}) on "
-            f"{_data_sentence(facts)}\n",
+            f"A LoRA adapter for `{facts.base_model}`{start}, trained for {facts.steps:,} optimiser steps "
+            f"(seed {facts.seed}) on {_data_sentence(facts)}\n",
             "```python",
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
@@ -144,7 +147,8 @@ def data_card(facts: Facts) -> str:
 def _data_sentence(facts: Facts) -> str:
     return (
         f"{facts.rows:,} examples ({facts.completion_tokens:,} completion tokens), which the strategy `{facts.strategy}` of "
-        f"prism-assets selected for the target `{facts.target}` from {facts.pool_rows:,} candidates under the budget {facts.budget}."
+        f"prism-assets selected for the target `{facts.target}` from {facts.pool_rows:,} candidates "
+        f"under the budget {facts.budget}."
     )
 
 
@@ -154,14 +158,16 @@ def _capital(text: str) -> str:
 
 def _composition_section(facts: Facts) -> list[str]:
     ordered = sorted(facts.composition.items(), key=lambda item: (-item[1], item[0]))
-    return ["## Data by source\n", "| source | rows |", "|---|---|", *(f"| {_cell(name)} | {count:,} |" for name, count in ordered), ""]
+    rows = [f"| {_cell(name)} | {count:,} |" for name, count in ordered]
+    return ["## Data by source\n", "| source | rows |", "|---|---|", *rows, ""]
 
 
 def _figure_lines(facts: Facts) -> list[str]:
     seeds = max(value["seeds"] for value in facts.figures.values() if value)
     words = "1 seed" if seeds == 1 else f"{seeds} seeds, mean ± standard deviation"
     lines = [
-        f"On {facts.held_out_records:,} held-out records of `{facts.target}`; fine-tuned over {words}. This folder is seed {facts.seed}. "
+        f"On {facts.held_out_records:,} held-out records of `{facts.target}`; fine-tuned over {words}. "
+        + f"This folder is seed {facts.seed}. "
         + ("Tasks of lm-eval have documents of their own.\n" if facts.benchmarks else "\n"),
         "| metric | before | fine-tuned |",
         "|---|---|---|",
@@ -177,13 +183,17 @@ def _figure_lines(facts: Facts) -> list[str]:
 
 
 def _lineage_section(facts: Facts, sources: Sequence[Source]) -> list[str]:
+    rows = [
+        f"| {_cell(one.what)} | `{one.fingerprint}` | `{one.content_hash}` | {f'`{one.run_id}`' if one.run_id else '–'} |"
+        for one in sources
+    ]
     version = f" Gradient features are of version `{facts.feature_version}`." if facts.feature_version else ""
     return [
         "## Lineage\n",
         f"Model fingerprint `{facts.model_fingerprint}`.{version} `prism lineage FINGERPRINT` shows all of it.\n",
         "| what | fingerprint | content hash | Dagster run |",
         "|---|---|---|---|",
-        *(f"| {_cell(one.what)} | `{one.fingerprint}` | `{one.content_hash}` | {f'`{one.run_id}`' if one.run_id else '–'} |" for one in sources),
+        *rows,
         "",
     ]
 
@@ -210,7 +220,9 @@ def _repository_names(composition: Mapping[str, int]) -> list[str]:
 # -- the door ----------------------------------------------------------------------------------------------------
 
 
-def export(settings: Settings, lake: Lake, target: str, strategy: str, folder: Path, *, force: bool = False) -> tuple[Path, Path]:
+def export(
+    settings: Settings, lake: Lake, target: str, strategy: str, folder: Path, *, force: bool = False
+) -> tuple[Path, Path]:
     """Write `adapter/` (the first seed's) and `data/` into `folder`; returns the two.
 
     With `force` folders of an earlier export are replaced. Raises CannotExport where the lake does not hold a
@@ -345,7 +357,9 @@ def _benchmarks(
     for seed, adapter in zip(settings.seeds, adapters, strict=True):
         scores = _shown(lake, "benchmarks", f"{key}/seed-{seed}", target)
         if scores.header["inputs"]["adapter"]["content_hash"] != adapter.content_hash:
-            raise CannotExport(f"The benchmarks of {key} are those of an earlier adapter: `prism run` brings them up to date.")
+            raise CannotExport(
+                f"The benchmarks of {key} are those of an earlier adapter: `prism run` brings them up to date."
+            )
     summary, _ = benchmarks_of(settings, lake, key)
     before = shown_scores(lake, base)
     return [(label, before[label].value, value) for label, value in summary.items()]
@@ -365,7 +379,8 @@ def _check_free(place: Path, known: Sequence[str], force: bool) -> None:
         return
     if not force:
         raise CannotExport(f"{place} is there already: name another folder, or use --force to replace an earlier export.")
-    others = [one.name for one in place.iterdir() if one.name not in known] if place.is_dir() and not place.is_symlink() else ["it"]
+    plain = place.is_dir() and not place.is_symlink()
+    others = [one.name for one in place.iterdir() if one.name not in known] if plain else ["it"]
     if others:
         raise CannotExport(f"{place} was not written by an export ({others[0]} is no file of one): name another folder.")
 

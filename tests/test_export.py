@@ -186,7 +186,10 @@ def test_what_no_export_wrote_is_never_replaced(two_versions, prism):
     assert not (two_versions.folder / "adapter").exists()
 
 
-@pytest.mark.parametrize(("arguments", "says"), [(["gone"], "gone: prism.yaml names plain, pairs"), (["plain", "--strategy", "full"], "full: prism.yaml names")])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["gone"], "gone: prism.yaml names plain, pairs"), (["plain", "--strategy", "full"], "full: prism.yaml names")],
+)
 def test_unknown_names_are_answered_with_the_known(two_versions, prism, tmp_path, arguments, says):
     refused = prism("export", *arguments, "--to", tmp_path, "--config", two_versions.config)
     assert refused.exit_code == 2 and says in refused.output

@@ -56,7 +56,8 @@ def adapted_model(tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model).eval(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        AutoModelForCausalLM.from_pretrained(tiny_model).eval(),
+        LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -255,6 +256,26 @@ def test_the_catalogue_has_the_scores(project):
     assert sorted(rows) == sorted(("plain", "prism", 1, row["metric"], row["value"]) for row in stored.to_pylist())
 
 
+def test_an_exported_adapters_card_has_the_scores_and_never_those_of_another(project, tmp_path):
+    import numpy as np
+
+    from prism_assets.export import CannotExport, export
+
+    adapter, _ = export(project.settings, project.lake, "plain", "prism", tmp_path / "out")
+
+    def stored(partition):
+        scores = project.lake.read_table(project.lake.require("benchmarks", partition)).to_pylist()
+        return {row["metric"]: row["value"] for row in scores}["acc_norm"]
+
+    values = [stored(f"prism|plain/seed-{seed}") for seed in (0, 1)]
+    row = f"| lm-eval: turned acc_norm | {stored('base|plain'):.3f} | {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |"
+    assert row in (adapter / "README.md").read_text(encoding="utf-8")
+    changed = project.copy(tmp_path / "copy")
+    changed.lake.point(changed.lake.require("benchmarks", "random|plain/seed-0"), "prism|plain/seed-0")
+    with pytest.raises(CannotExport, match="those of an earlier adapter"):
+        export(changed.settings, changed.lake, "plain", "prism", tmp_path / "other")
+
+
 def test_changed_data_are_scored_anew_and_nothing_else_is_made(copy):
     data = copy.folder / "tasks" / "data" / "turned.jsonl"
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
@@ -278,5 +299,6 @@ def test_a_benchmark_that_cannot_be_run_stops_a_run_before_any_work(make_project
 def test_a_harness_that_is_not_installed_is_said_before_any_work(make_project, tmp_path, monkeypatch):
     monkeypatch.setattr("prism_assets.settings.find_spec", lambda name: None)
     project = make_project(tmp_path / "project", evaluation={"benchmarks": ["gsm8k"]})
-    with pytest.raises(SettingsError, match=r"evaluation\.benchmarks: lm-eval is not installed: `pip install 'prism-assets\[benchmarks\]'`"):
+    says = r"evaluation\.benchmarks: lm-eval is not installed: `pip install 'prism-assets\[benchmarks\]'`"
+    with pytest.raises(SettingsError, match=says):
         project.settings  # noqa: B018
