@@ -11,6 +11,7 @@ and `lineage` there are
     selections          one row per selection, current or earlier
     evaluations         one row per target, strategy and seed
     evaluation_records  one row per held-out record of these
+    benchmarks          one row per target, strategy, seed and metric of a benchmark
 
 All are there, with their columns, also while the lake is empty. Vectors can be multiplied; this ranks the candidates
 by their likeness to one of them in gradient space:
@@ -109,6 +110,17 @@ TABLES: dict[str, dict[str, str]] = {
         "prediction": "VARCHAR",
         "exact_match": "BOOLEAN",
     },
+    "benchmarks": {
+        "task": "VARCHAR",
+        "metric": "VARCHAR",
+        "filter": "VARCHAR",
+        "value": "DOUBLE",
+        "higher_is_better": "BOOLEAN",
+        "documents": "BIGINT",
+        "shots": "BIGINT",
+        "task_version": "VARCHAR",
+        "asked": "BOOLEAN",
+    },
 }
 
 # A partition of target and strategy is written strategy|target, of one seed strategy|target/seed-N.
@@ -194,6 +206,11 @@ VIEWS: dict[str, str] = {
     "evaluation_records": f"""
         SELECT {_key('"partition"', seed=True)}, id, mean_log_prob, margin, prediction, exact_match, fingerprint
         FROM raw.evaluations
+    """,
+    "benchmarks": f"""
+        SELECT {_key('"partition"', seed=True)}, task, metric, filter, value, higher_is_better, documents, shots,
+            task_version, asked, fingerprint
+        FROM raw.benchmarks
     """,
 }
 

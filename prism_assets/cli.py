@@ -69,7 +69,7 @@ _CHECK_WIDTH = 240
 _USER_ERRORS = {
     "UserMistake",
     *("ModelError", "UnsupportedModelError", "UnusableTokenizer"),
-    *("CannotExplain", "QueryRefused", "UnknownThing", "NotMadeYet"),
+    *("CannotExplain", "CannotExport", "QueryRefused", "UnknownThing", "NotMadeYet", "UnusableBenchmark"),
 }
 _WORK_ERRORS = {"PipelineError", "LakeError", "DamagedArtifact", "DamagedSegment", "Failure"}
 
@@ -395,6 +395,28 @@ def _print_explanation(found: Any) -> None:
         columns = ["version", "used", "rank", "of", "score", "note"]
         earlier = [[getattr(one, name) for name in columns] for one in found.earlier]
         _print_table(columns, earlier, title="In other feature versions")
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(help="A target of prism.yaml.")],
+    to: Annotated[Path, typer.Option("--to", help="A folder; adapter/ and data/ are written into it.")],
+    strategy: Annotated[str, typer.Option(help="A strategy of prism.yaml.")] = "prism",
+    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier export wrote there.")] = False,
+    config: Config = None,
+) -> None:
+    """Write the first seed's adapter and the data it was trained on, each with a card, to hand on."""
+    with _expected_failures():
+        settings = _settings(config)
+        for name, known in ((target, settings.targets), (strategy, settings.strategies)):
+            if name not in known:
+                raise _fail(f"{name}: prism.yaml names {', '.join(known)}.", 2)
+        from prism_assets.export import export as write_export
+        from resources.lake import Lake
+
+        adapter, data = write_export(settings, Lake(root=str(settings.storage.root)), target, strategy, to, force=force)
+        typer.echo(f"Adapter: {adapter}  (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))")
+        typer.echo(f"Data:    {data}  (datasets: load_dataset({str(data)!r}, split='train'))")
 
 
 @app.command()

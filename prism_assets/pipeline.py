@@ -39,6 +39,7 @@ _MISTAKES = {
     "UnreadableFile",
     "MixedTargets",
     "UnusableTargets",
+    "UnusableBenchmark",
 }
 
 
@@ -184,6 +185,7 @@ def _run_steps(
         ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
         raise UserMistake(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
     _require_usable_model(settings, definitions.resources["language_model"])
+    _check_benchmarks(settings)
     reconcile_shards(instance, [file.key for file in found.files])
     results = []
     for step in steps:
@@ -212,6 +214,17 @@ def _require_usable_model(settings: Settings, model: Any) -> None:
         model.torch_device()
         require_context(settings, model)
     except ModelError as error:
+        raise UserMistake(str(error)) from error
+
+
+def _check_benchmarks(settings: Settings) -> None:
+    """Benchmarks come last: what is wrong with their names is better said now than after hours of work."""
+    from prism_assets.evaluation.assets import benchmark_tasks
+    from prism_assets.evaluation.benchmarks import UnusableBenchmark
+
+    try:
+        benchmark_tasks(settings)
+    except UnusableBenchmark as error:
         raise UserMistake(str(error)) from error
 
 

@@ -44,6 +44,12 @@ def _installed(trackers: tuple[str, ...]) -> tuple[str, ...]:
     return trackers
 
 
+def _harness_installed(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    if tasks and find_spec("lm_eval") is None:
+        raise ValueError("lm-eval is not installed: `pip install 'prism-assets[benchmarks]'`, or leave benchmarks out")
+    return tasks
+
+
 class ModelSettings(_Section):
     """The causal language model, from the Hugging Face hub or from a folder."""
 
@@ -148,6 +154,10 @@ class EvaluationSettings(_Section):
 
     max_new_tokens: int = Field(128, ge=1)
     batch_size: int = Field(32, ge=1)
+    benchmarks: Annotated[tuple[str, ...], AfterValidator(_harness_installed)] = Field(
+        (), description="tasks of lm-eval: names, or paths of task files (.yaml)"
+    )
+    benchmark_limit: int | None = Field(None, ge=1, description="documents of each task at most; null: all")
 
 
 class TrustSettings(_Section):
@@ -383,6 +393,13 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
                 name: TargetSettings(examples=at(target.examples), eval=at(target.eval))
                 for name, target in settings.targets.items()
             },
+            "evaluation": settings.evaluation.model_copy(
+                update={
+                    "benchmarks": tuple(
+                        str(at(Path(one))) if one.endswith((".yaml", ".yml")) else one for one in settings.evaluation.benchmarks
+                    )
+                }
+            ),
             "storage": StorageSettings(root=at(settings.storage.root), report=at(settings.storage.report)),
         }
     )

@@ -39,7 +39,7 @@ def blank_plots():
 
 @pytest.fixture(autouse=True)
 def no_leftovers():
-    for name in ("PRISM_CONFIG", "DAGSTER_HOME"):
+    for name in ("PRISM_CONFIG", "DAGSTER_HOME", "PRISM_TRAINING__REPORT_TO"):
         os.environ.pop(name, None)
 
 
@@ -53,7 +53,7 @@ def prism(*arguments):
 def finished(make_project, tmp_path_factory):
     """A project finished by `prism run`, and what that printed."""
     project = make_project(tmp_path_factory.mktemp("cli") / "project", strategies=["prism", "random"], seeds=[0])
-    return project, prism("run", "--config", project.config)
+    return project, prism("run", "--config", project.config, "--report-to", "tensorboard")
 
 
 # -- light -------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_help_is_light(arguments):
 
 def test_every_promised_command_is_there():
     output = prism("--help").output
-    for command in ("init", "demo", "run", "query", "trust", "ui", "doctor"):
+    for command in ("init", "demo", "run", "query", "trust", "ui", "doctor", "export"):
         assert f" {command} " in output
 
 
@@ -206,6 +206,18 @@ def test_run_ends_with_the_comparison_and_the_paths(finished):
     assert str(project.settings.storage.report / "report.html") in result.output
     assert f"prism ui --config {project.config}" in result.output
     assert (project.settings.storage.root / "prism.duckdb").is_file()
+
+
+def test_a_tracker_gets_the_losses_of_every_step(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    project, _ = finished
+    losses = project.lake.require("adapters", "prism|plain/seed-0").notes["losses"]
+    (folder,) = {path.parent for path in (project.settings.storage.root / "tracking" / "plain" / "prism" / "seed-0").rglob("events*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    # The Trainer rounds what it logs to four digits.
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, abs=1e-4)
 
 
 def test_a_second_run_says_that_everything_is_up_to_date(finished):

@@ -169,6 +169,14 @@ def test_trackers_are_no_part_of_what_is_fingerprinted(load, monkeypatch):
     assert plain.model_dump() == tracked.model_dump()
 
 
+def test_a_benchmarks_file_is_relative_to_the_settings_and_a_name_stays_a_name(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("prism_assets.settings.find_spec", lambda name: object())
+    monkeypatch.chdir("/")
+    settings = load({"evaluation": {"benchmarks": ["arc_easy", "tasks/mine.yaml"]}})
+    assert settings.evaluation.benchmarks == ("arc_easy", str(tmp_path / "project" / "tasks" / "mine.yaml"))
+    assert load({}).evaluation.benchmarks == ()
+
+
 def test_a_variable_that_is_no_yaml_is_named(load, monkeypatch):
     monkeypatch.setenv("PRISM_SEEDS", "[1, 2")
     message = refusal(load, {})

@@ -25,9 +25,13 @@ from resources.language_model import LanguageModel
 from resources.vector_store import VectorStore
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from peft import PeftModel
 
+    from prism_assets.evaluation.benchmarks import Score, Task
+
 EVALUATION_VERSION = 1
+BENCHMARK_VERSION = 1
 REPORT_VERSION = 2
 
 GROUP = "evaluation"
@@ -59,7 +63,11 @@ def build_evaluation(settings: Settings) -> dg.AssetsDefinition:
         lake: Lake,
         language_model: LanguageModel,
     ) -> dg.MaterializeResult:
-        """Held-out mean log-probability, target preference (τ = 1) and exact match of each seed's adapter."""
+        """Held-out mean log-probability, target preference (τ = 1) and exact match of each seed's adapter.
+
+        Where the settings name benchmarks, their scores too.
+        """
+        tasks = benchmark_tasks(settings)
 
         def evaluate(key: str) -> stage.Outcome:
             target, strategy = split_key(key)
@@ -73,7 +81,14 @@ def build_evaluation(settings: Settings) -> dg.AssetsDefinition:
                 lake.point(scores, seed_partition(key, seed), run_id=context.run_id)
                 published.append(scores)
                 computed += made
-            return _evaluation_outcome(strategy, base, published, computed, settings)
+            # After our own measures: data of a benchmark that cannot be downloaded keep nothing of these back.
+            computed += _publish_benchmarks(context, settings, lake, language_model, tasks, None, f"base|{target}")
+            for seed in settings.seeds:
+                head = seed_partition(key, seed)
+                trained = lake.require("adapters", head)
+                computed += _publish_benchmarks(context, settings, lake, language_model, tasks, trained, head)
+            outcome = _evaluation_outcome(strategy, base, published, computed, settings)
+            return _with_benchmarks(outcome, settings, lake, key) if tasks else outcome
 
         return stage.each_partition(context, evaluate)
 
@@ -192,6 +207,119 @@ def _evaluation_outcome(
             ),
         },
         {"better_than_base": (gain > 0, {"gain_in_mean_log_prob": gain})},
+    )
+
+
+# -- benchmarks --------------------------------------------------------------------------------------------------
+
+
+def benchmark_tasks(settings: Settings) -> "list[Task]":
+    """The tasks of `evaluation.benchmarks`. Raises UnusableBenchmark."""
+    if not settings.evaluation.benchmarks:
+        return []
+    from prism_assets.evaluation.benchmarks import read_tasks
+
+    return read_tasks(settings.evaluation.benchmarks)
+
+
+def _publish_benchmarks(
+    context: dg.AssetExecutionContext,
+    settings: Settings,
+    lake: Lake,
+    model: LanguageModel,
+    tasks: "Sequence[Task]",
+    adapter: Artifact | None,
+    head: str,
+) -> int:
+    """One row per metric of each task, for one adapter (None: where fine-tuning starts); the head points at them.
+
+    Returns how many artefacts were made. Without tasks nothing is done, and no head is left to be shown.
+    """
+    import pyarrow as pa
+
+    from prism_assets.evaluation.benchmarks import harness_version, run_tasks
+
+    if not tasks:
+        lake.retire("benchmarks", head)
+        return 0
+    recipe = Recipe(
+        "benchmarks",
+        BENCHMARK_VERSION,
+        {
+            "tasks": [task.name for task in tasks],
+            "limit": settings.evaluation.benchmark_limit,
+            "lm_eval": harness_version(),
+            "lora": lora_identity(settings),
+            "dtype": str(model.torch_dtype()),
+        },
+        {
+            "model": model.identify().fingerprint,
+            "adapter": adapter or "none",
+            **{f"task file {task.name}": task.content for task in tasks if task.content},
+        },
+        partition=head,
+    )
+    artifact = lake.find(recipe)
+    computed = artifact is None
+    if artifact is None:
+        context.log.info(f"Benchmarks of {head}: {', '.join(task.name for task in tasks)}")
+        with adapted(settings, model, state=_adapter_state(adapter) if adapter else None) as peft_model:
+            scores = run_tasks(
+                peft_model,
+                model.tokenizer(),
+                tasks,
+                batch_size=settings.evaluation.batch_size,
+                limit=settings.evaluation.benchmark_limit,
+            )
+        rows = pa.Table.from_pylist([score._asdict() for score in scores], schema=_score_columns())
+        seed = {"seed": adapter.notes["seed"]} if adapter else {}
+        artifact = lake.publish_table(recipe, rows, run_id=context.run_id, notes=seed)
+    lake.point(artifact, head, run_id=context.run_id)
+    return int(computed)
+
+
+def _score_columns() -> "pa.Schema":
+    import pyarrow as pa
+
+    text, number = pa.string(), pa.int64()
+    return pa.schema(
+        {
+            **{"task": text, "metric": text, "filter": text, "value": pa.float64(), "higher_is_better": pa.bool_()},
+            **{"documents": number, "shots": number, "task_version": text, "asked": pa.bool_()},
+        }
+    )
+
+
+def shown_scores(lake: Lake, artifact: Artifact) -> "dict[str, Score]":
+    """Label and score of every metric that the settings ask for."""
+    from prism_assets.evaluation.benchmarks import Score
+
+    scores = [Score(**row) for row in lake.read_table(artifact).to_pylist()]
+    return {score.label: score for score in scores if score.asked}
+
+
+def benchmarks_of(settings: Settings, lake: Lake, key: str) -> tuple[dict[str, Any], list[Artifact]]:
+    """Mean and std over seeds of each benchmark metric of a target and strategy, and the artefacts they are from."""
+    from prism_assets.evaluation.metrics import summarize
+
+    artifacts = [lake.require("benchmarks", seed_partition(key, seed)) for seed in settings.seeds]
+    scores = [shown_scores(lake, one) for one in artifacts]
+    return {label: summarize([one[label].value for one in scores]) for label in scores[0]}, artifacts
+
+
+def _with_benchmarks(outcome: stage.Outcome, settings: Settings, lake: Lake, key: str) -> stage.Outcome:
+    """The outcome with the benchmarks' scores: their content is part of the evaluation's data version."""
+    summary, artifacts = benchmarks_of(settings, lake, key)
+    base = shown_scores(lake, lake.require("benchmarks", f"base|{split_key(key)[0]}"))
+    rows = [
+        {"benchmark": label, "base": base[label].value, "mean": value["mean"], "std": value["std"]}
+        for label, value in summary.items()
+    ]
+    return stage.Outcome(
+        [*outcome.artifacts, *artifacts],
+        outcome.computed,
+        {**outcome.metadata, "benchmarks": stage.preview(rows, limit=50)},
+        outcome.checks,
     )
 
 
@@ -364,6 +492,9 @@ def _target_content(
         "strategies": strategies,
         "trust": None if measured is None else [one._asdict() for one in findings(measured.notes)],
     }
+    if settings.evaluation.benchmarks:
+        content["benchmarks"], scored = _benchmark_content(settings, lake, name)
+        shown += scored
     return content, {"shown": shown}
 
 
@@ -377,6 +508,29 @@ def _trust_in(lake: Lake, weights: Artifact, target: str, version: str) -> Artif
         for name in ("prism", "uniform")
     )
     return found if same else None
+
+
+def _benchmark_content(settings: Settings, lake: Lake, target: str) -> tuple[dict[str, Any], list[Artifact]]:
+    """Every benchmark metric of the base model and, as mean and std over seeds, of each strategy."""
+    base = lake.require("benchmarks", f"base|{target}")
+    artifacts, strategies = [base], {}
+    for strategy in settings.strategies:
+        strategies[strategy], scored = benchmarks_of(settings, lake, join_key(target, strategy))
+        artifacts += scored
+    content = {
+        "lm_eval": base.header["settings"]["lm_eval"],
+        "limit": base.header["settings"]["limit"],
+        "metrics": {
+            label: {
+                "base": score.value,
+                "higher_is_better": score.higher_is_better,
+                **{"documents": score.documents, "shots": score.shots, "version": score.task_version},
+                "strategies": {strategy: summary.get(label) for strategy, summary in strategies.items()},
+            }
+            for label, score in shown_scores(lake, base).items()
+        },
+    }
+    return content, artifacts
 
 
 def _strategy_content(

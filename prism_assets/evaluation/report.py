@@ -35,14 +35,18 @@ _TRUST_MARKS = {True: "holds", False: "does not hold", None: "not measured"}
 def comparison_table(data: Mapping[str, Any]) -> list[list[str]]:
     """Strategies side by side, as text: a header row, then per target the base model and each strategy.
 
-    Columns: target, strategy, the metrics as "mean ± std" over seeds, and the number of selected rows. `data`
-    is the content of report.json; its order of targets and strategies is kept.
+    Columns: target, strategy, the metrics and the benchmarks' metrics as "mean ± std" over seeds, and the number
+    of selected rows. `data` is the content of report.json; its order of targets and strategies is kept.
     """
     _check_format(data)
-    table = [["target", "strategy", *METRICS.values(), "rows"]]
-    for name, target in data.get("targets", {}).items():
+    targets = data.get("targets", {})
+    benchmarks = list(dict.fromkeys(label for target in targets.values() for label in _benchmark_metrics(target)))
+    table = [["target", "strategy", *METRICS.values(), *benchmarks, "rows"]]
+    for name, target in targets.items():
+        scores = _benchmark_metrics(target)
         for row in _metric_rows(target):
-            table.append([name, row.strategy, *(cell.text for cell in row.cells), row.rows])
+            own = [_benchmark_text(scores.get(label), row.strategy) for label in benchmarks]
+            table.append([name, row.strategy, *(cell.text for cell in row.cells), *own, row.rows])
     return table
 
 
@@ -85,6 +89,41 @@ def _metric_rows(target: Mapping[str, Any]) -> list[_MetricRow]:
         )
         rows.append(_MetricRow(name, cells, *counts))
     return rows
+
+
+# ---- benchmarks
+
+
+def _benchmark_metrics(target: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metrics of lm-eval's tasks by label; empty where no benchmark was asked for."""
+    return (target.get("benchmarks") or {}).get("metrics") or {}
+
+
+def _benchmark_text(metric: Mapping[str, Any] | None, strategy: str) -> str:
+    """The figure of the base model, or mean ± std over seeds of a strategy."""
+    if metric is None:
+        return _MISSING
+    if strategy == "base":
+        return _figure(metric["base"])
+    return _mean_and_std(metric["strategies"], strategy)
+
+
+def _benchmarks_view(target: Mapping[str, Any]) -> dict[str, Any]:
+    metrics, about = _benchmark_metrics(target), target.get("benchmarks") or {}
+    strategies = list(target["strategies"])
+    rows = []
+    for label, metric in metrics.items():
+        better = {True: "higher", False: "lower"}.get(metric["higher_is_better"], _MISSING)
+        means = {name: _mean(metric["strategies"], name) for name in strategies}
+        known = [mean for mean in means.values() if mean is not None]
+        best = (min if better == "lower" else max)(known, default=None) if better != _MISSING and len(known) > 1 else None
+        cells = [
+            _Cell(_benchmark_text(metric, name), means[name], best is not None and means[name] == best)
+            for name in strategies
+        ]
+        rows.append((label, better, _count(metric["documents"]), _figure(metric["base"]), cells))
+    limit = "" if about.get("limit") is None else f", the first {_count(about['limit'])} documents of each task"
+    return {"strategies": strategies, "rows": rows, "made_by": f"lm-eval {about.get('lm_eval')}{limit}"}
 
 
 # ---- sentences
@@ -278,6 +317,7 @@ def _target_view(anchor: str, name: str, target: Mapping[str, Any]) -> dict[str,
         "name": name,
         "facts": [fact for fact in facts if fact[1] != _MISSING],
         "rows": _metric_rows(target),
+        "benchmarks": _benchmarks_view(target),
         "verdicts": verdict_sentences(target),
         "plots": _plots(target),
         "direction": _direction_view(direction),

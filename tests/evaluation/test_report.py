@@ -197,6 +197,47 @@ def test_comparison_table_lists_base_and_strategies_of_every_target():
     assert rows[3] == ["reverse_noise", "random", "0.250", "−0.525 ± 0.005", "–", "1,200"]
 
 
+def with_benchmarks(data: dict) -> dict:
+    """The sample with two benchmark metrics for one of its targets: one that is better high, one better low."""
+    accuracy = {
+        "prism": metrics.summarize([0.5, 0.6, 0.7]),
+        "uniform": metrics.summarize([0.65, 0.65, 0.65]),
+        "random": None,
+    }
+    perplexity = {"prism": metrics.summarize([9.0, 11.0]), "uniform": metrics.summarize([12.0, 12.5]), "random": None}
+    common = {"shots": 0, "version": "1"}
+    data["targets"]["reverse_noise"]["benchmarks"] = {
+        "lm_eval": "0.4.13",
+        "limit": 50,
+        "metrics": {
+            HOSTILE: {"base": 0.25, "higher_is_better": True, "documents": 1234, "strategies": accuracy, **common},
+            "words perplexity": {"base": 20, "higher_is_better": False, "documents": 7, "strategies": perplexity, **common},
+        },
+    }
+    return data
+
+
+def test_benchmarks_stand_in_the_table_beside_our_own_metrics():
+    plain, table = comparison_table(sample()), comparison_table(with_benchmarks(sample()))
+    assert table[0] == [*plain[0][:5], HOSTILE, "words perplexity", "rows"]
+    scores = {(row[0], row[1]): row[5:7] for row in table[1:]}
+    assert scores["reverse_noise", "base"] == ["0.250", "20.000"]
+    assert scores["reverse_noise", "prism"] == ["0.600 ± 0.100", "10.000 ± 1.414"]
+    assert scores["reverse_noise", "random"] == ["–", "–"] == scores[HOSTILE, "prism"]
+    assert [row[:5] + row[7:] for row in table] == plain
+
+
+def test_the_page_has_a_table_of_benchmarks_that_marks_the_better_end():
+    html = build_report(with_benchmarks(sample()))
+    assert "<script" not in html and build_report(sample()).count('<table class="benchmarks">') == 0
+    (table,) = [part.split("</table>")[0] for part in html.split('<table class="benchmarks">')[1:]]
+    assert "lm-eval 0.4.13, the first 50 documents of each task" in table
+    first, second = table.split("<tbody>")[1].split("</tr>")[:2]
+    assert '<td class="number best">0.650 ± 0.000</td>' in first and "1,234" in first and "0.250" in first
+    assert '<td class="number best">10.000 ± 1.414</td>' in second
+    assert (first + second).count("best") == 2
+
+
 def test_a_report_survives_a_round_trip_through_json():
     data = one_target()
     assert build_report(json.loads(json.dumps(data))) == build_report(data)
