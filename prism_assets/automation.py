@@ -48,7 +48,8 @@ class _Automated(dg.AutomationCondition):
         )
 
 
-CONDITIONS: dict[str, dg.AutomationCondition] = {
+# None: made by hand alone.
+CONDITIONS: dict[str, dg.AutomationCondition | None] = {
     "base_model": _WHEN_MISSING,
     "candidates": _WHEN_MISSING & ~C.any_deps_missing(),
     "targets": _WHEN_MISSING & ~C.any_deps_missing(),
@@ -64,6 +65,9 @@ CONDITIONS: dict[str, dg.AutomationCondition] = {
     "adapter": _FOLLOW & _Automated(),
     "evaluation": _FOLLOW & _Automated(),
     "report": _FOLLOW,
+    # Many times the fine-tuning of everything else.
+    "experiment_trials": None,
+    "experiment": None,
 }
 
 # The sections of prism.yaml that an asset reads. They are part of its code version, so the UI shows an asset whose
@@ -81,6 +85,11 @@ SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "adapter": ("training", "seeds", "lora", "model"),
     "evaluation": ("evaluation", "seeds", "model"),
     "report": ("strategies", "seeds"),
+    "experiment_trials": (
+        *("experiment", "strategies", "seeds", "model", "lora", "features", "preference", "selection", "training"),
+        "evaluation",
+    ),
+    "experiment": ("experiment", "strategies", "seeds"),
 }
 
 JOBS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -96,6 +105,10 @@ JOBS: dict[str, tuple[tuple[str, ...], str]] = {
     "refresh_selections": (
         ("selection", "adapter", "evaluation"),
         "Selection, fine-tuning and evaluation of targets and strategies.",
+    ),
+    "experiment": (
+        ("experiment_trials", "experiment"),
+        "Every strategy over several splits and seeds, and what the differences come to. Never started by itself.",
     ),
 }
 

@@ -63,6 +63,13 @@ STEPS: tuple[Step, ...] = (
 )
 
 
+# What `prism experiment` walks: what all trials share, then the trials.
+EXPERIMENT_STEPS: tuple[Step, ...] = (
+    *STEPS[: [step.title for step in STEPS].index("Index") + 1],
+    Step("Experiment", ("experiment_trials", "experiment"), "target"),
+)
+
+
 class StepResult(NamedTuple):
     """What one step came to."""
 

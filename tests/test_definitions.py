@@ -28,7 +28,11 @@ EDGES = {
     "adapter": {"selection", "base_model"},
     "evaluation": {"adapter", "targets"},
     "report": {"evaluation", "selection", "target_direction", "live_pool"},
+    "experiment_trials": {"targets", "candidate_index", "live_pool", "warmup_checkpoints"},
+    "experiment": {"experiment_trials"},
 }
+# Not part of `prism run`, and never made without a hand.
+BY_HAND = {"experiment_trials", "experiment"}
 GROUPS = {
     "corpus": {"candidates", "targets", "live_pool"},
     "reference": {"base_model", "warmup_sample", "warmup_checkpoints"},
@@ -36,10 +40,11 @@ GROUPS = {
     "selection": {"target_direction", "selection"},
     "training": {"adapter"},
     "evaluation": {"evaluation", "report"},
+    "experiment": {"experiment_trials", "experiment"},
 }
 PARTITIONS = {
     "shard": {"candidates", "candidate_features"},
-    "target": {"targets", "target_features", "target_direction", "report"},
+    "target": {"targets", "target_features", "target_direction", "report", "experiment_trials", "experiment"},
     "target and strategy": {"selection", "adapter", "evaluation"},
 }
 
@@ -148,19 +153,28 @@ def test_one_job_per_partitions_definition_covers_every_asset_once(project, grap
         assert job.description
         covered += members
     assert sorted(covered) == sorted(EDGES)
-    assert len(jobs) == len(PARTITIONS) + 1
+    assert len(jobs) == len(PARTITIONS) + 2  # what has no partitions, and the experiment
+    (by_hand,) = [job for job in jobs if job.name == "experiment"]
+    assert names(by_hand.asset_layer.executable_asset_keys) == BY_HAND
 
 
 def test_the_steps_of_prism_run_take_every_asset_after_its_inputs():
-    from prism_assets.pipeline import STEPS
+    from prism_assets.pipeline import EXPERIMENT_STEPS, STEPS
 
-    done: set[str] = set()
-    for step in STEPS:
-        inside = set(step.assets)
-        for name in step.assets:
-            assert EDGES[name] <= done | inside, name
-        done |= inside
-    assert done == set(EDGES) and sum(len(step.assets) for step in STEPS) == len(EDGES)
+    for steps, everything in ((STEPS, set(EDGES) - BY_HAND), (EXPERIMENT_STEPS, None)):
+        done: set[str] = set()
+        for step in steps:
+            inside = set(step.assets)
+            for name in step.assets:
+                assert EDGES[name] <= done | inside, name
+            done |= inside
+        assert done >= BY_HAND if everything is None else done == everything
+        assert sum(len(step.assets) for step in steps) == len(done)
+
+
+def test_an_experiment_is_never_made_without_a_hand(project, graph):
+    without = {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).automation_condition is None}
+    assert without == BY_HAND
 
 
 def test_engines_can_be_exchanged(project, tmp_path):
@@ -193,7 +207,7 @@ def loaded_modules(code, project, *unwanted):
 
 def test_the_definitions_load_without_torch_and_transformers(project):
     assert loaded_modules(
-        "import definitions; assert len(definitions.defs.resolve_asset_graph().get_all_asset_keys()) == 14",
+        "import definitions; assert len(definitions.defs.resolve_asset_graph().get_all_asset_keys()) == 16",
         project,
         "torch", "transformers", "peft", "faiss", "matplotlib", "duckdb", "pyarrow",
     ) == "[]"  # fmt: skip
