@@ -106,7 +106,8 @@ JOBS: dict[str, tuple[tuple[str, ...], str]] = {
         ("selection", "adapter", "evaluation"),
         "Selection, fine-tuning and evaluation of targets and strategies.",
     ),
-    "experiment": (
+    # Not `experiment`: a job may not be called as an asset is.
+    "run_experiment": (
         ("experiment_trials", "experiment"),
         "Every strategy over several splits and seeds, and what the differences come to. Never started by itself.",
     ),

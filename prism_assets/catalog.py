@@ -201,7 +201,7 @@ VIEWS: dict[str, str] = {
             SELECT "partition", fingerprint, true AS current FROM heads WHERE table_name = 'selection'
             UNION ALL
             SELECT "partition", fingerprint, false FROM artifacts
-            WHERE table_name = 'selection' AND fingerprint NOT IN (
+            WHERE table_name = 'selection' AND "partition" NOT LIKE '%/split-%' AND fingerprint NOT IN (
                 SELECT fingerprint FROM heads WHERE table_name = 'selection')
         )
         SELECT {_key('n."partition"')}, n.current, (a.notes->>'rows')::BIGINT AS "rows",

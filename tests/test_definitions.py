@@ -154,7 +154,7 @@ def test_one_job_per_partitions_definition_covers_every_asset_once(project, grap
         covered += members
     assert sorted(covered) == sorted(EDGES)
     assert len(jobs) == len(PARTITIONS) + 2  # what has no partitions, and the experiment
-    (by_hand,) = [job for job in jobs if job.name == "experiment"]
+    (by_hand,) = [job for job in jobs if job.name == "run_experiment"]
     assert names(by_hand.asset_layer.executable_asset_keys) == BY_HAND
 
 

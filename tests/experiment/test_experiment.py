@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import write_lines
+from conftest import make_rows, write_lines
 
 from prism_assets.experiment.assets import split_name, trial_partition
 from prism_assets.experiment.summary import COMPARED_WITH, STAGES
@@ -241,6 +241,30 @@ def test_no_split_selects_a_target_or_held_out_record(started, tmp_path, how):
     selected = [set(lake.read_table(above(lake, trial(lake, s, p, 0), "selection"))["id"].to_pylist())
                 for s in STRATEGIES for p in (0, 1)]  # fmt: skip
     assert all(len(one) == 40 and not one & records for one in selected)
+
+
+def test_an_arrival_in_the_midst_of_it_gives_no_trial_another_pool(started, tmp_path, monkeypatch):
+    from prism_assets.experiment import assets
+
+    project = started.copy(tmp_path / "project")
+    lake = project.lake
+    tables = ("candidate_index", "live_pool")
+    before = {table: [(head, lake.get(table, head["fingerprint"])) for head in lake.heads(table)] for table in tables}
+    project.add("late", make_rows(20, 321))
+    project.configure(seeds=[0], strategies=["prism"])
+    judge = assets.publish_scores
+
+    def judge_and_move_the_pool(*arguments):
+        for table in tables:
+            for head, artifact in before[table]:
+                lake.point(artifact, head["partition"], head["scope"])
+        return judge(*arguments)
+
+    monkeypatch.setattr(assets, "publish_scores", judge_and_move_the_pool)
+    experiment(project)
+    pools = {s: [above(lake, above(lake, trial(lake, s, p, 0), "selection"), "pool") for p in (0, 1)] for s in STRATEGIES}
+    found = {one.fingerprint for its in pools.values() for one in its}
+    assert len(found) == 1 and found != {artifact.fingerprint for _, artifact in before["live_pool"]}
 
 
 def test_records_that_cannot_be_dealt_are_the_users_to_change(started, tmp_path):
