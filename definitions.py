@@ -12,6 +12,7 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 from prism_assets import automation
 from prism_assets.corpus.assets import build_targets, candidates, live_pool
 from prism_assets.evaluation.assets import build_evaluation, build_report_asset
+from prism_assets.experiment.assets import build_experiment, build_experiment_trials
 from prism_assets.features.assets import build_target_features, candidate_features, candidate_index
 from prism_assets.reference.assets import base_model, warmup_checkpoints, warmup_sample
 from prism_assets.selection.assets import build_selection, build_target_direction
@@ -60,6 +61,8 @@ def build_definitions(settings: Settings, resource_overrides: Mapping[str, Any] 
         build_evaluation(settings),
         build_report_asset(settings),
         build_trust(settings),
+        build_experiment_trials(settings),
+        build_experiment(settings),
     ]
     return dg.Definitions(
         assets=automation.conditioned(assets, settings),

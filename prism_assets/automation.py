@@ -49,6 +49,7 @@ class _Automated(dg.AutomationCondition):
         )
 
 
+# None: made by hand alone.
 CONDITIONS: dict[str, dg.AutomationCondition | None] = {
     "base_model": _WHEN_MISSING,
     "candidates": _WHEN_MISSING & ~C.any_deps_missing(),
@@ -67,6 +68,9 @@ CONDITIONS: dict[str, dg.AutomationCondition | None] = {
     "report": _FOLLOW,
     # Short fine-tunings and hundreds of forward passes a target: by hand or by the weekly schedule, not at each arrival.
     "trust": None,
+    # Many times the fine-tuning of everything else.
+    "experiment_trials": None,
+    "experiment": None,
 }
 
 # The sections of prism.yaml that an asset reads. They are part of its code version, so the UI shows an asset whose
@@ -85,6 +89,11 @@ SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "evaluation": ("evaluation", "seeds", "model"),
     "report": ("strategies", "seeds"),
     "trust": ("trust", "preference", "training", "features", "model"),
+    "experiment_trials": (
+        *("experiment", "strategies", "seeds", "model", "lora", "features", "preference", "selection", "training"),
+        "evaluation",
+    ),
+    "experiment": ("experiment", "strategies", "seeds"),
 }
 
 JOBS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -104,6 +113,11 @@ JOBS: dict[str, tuple[tuple[str, ...], str]] = {
     "check_trust": (
         ("trust",),
         "Whether the weights, the directions and the scores of targets hold, measured. Costly, and never automatic.",
+    ),
+    # Not `experiment`: a job may not be called as an asset is.
+    "run_experiment": (
+        ("experiment_trials", "experiment"),
+        "Every strategy over several splits and seeds, and what the differences come to. Never started by itself.",
     ),
 }
 

@@ -12,6 +12,8 @@ and `lineage` there are
     evaluations         one row per target, strategy and seed
     evaluation_records  one row per held-out record of these
     benchmarks          one row per target, strategy, seed and metric of a benchmark
+    trials              one row per target, strategy, split and seed of the experiments, with cost
+    experiments         their means, deviations and paired differences (`other` names the strategy taken off)
 
 All are there, with their columns, also while the lake is empty. Vectors can be multiplied; this ranks the candidates
 by their likeness to one of them in gradient space:
@@ -121,6 +123,32 @@ TABLES: dict[str, dict[str, str]] = {
         "task_version": "VARCHAR",
         "asked": "BOOLEAN",
     },
+    "experiments": {
+        "target": "VARCHAR",
+        "strategy": "VARCHAR",
+        "other": "VARCHAR",
+        "metric": "VARCHAR",
+        "mean": "DOUBLE",
+        "std": "DOUBLE",
+        "low": "DOUBLE",
+        "high": "DOUBLE",
+        "units": "BIGINT",
+        "unit": "VARCHAR",
+    },
+    "trials": {
+        "target": "VARCHAR",
+        "strategy": "VARCHAR",
+        "split": "BIGINT",
+        "seed": "BIGINT",
+        "target_preference": "DOUBLE",
+        "mean_log_prob": "DOUBLE",
+        "exact_match": "DOUBLE",
+        "base_target_preference": "DOUBLE",
+        "base_mean_log_prob": "DOUBLE",
+        "base_exact_match": "DOUBLE",
+        "selected_rows": "BIGINT",
+        "completion_tokens": "BIGINT",
+    },
 }
 
 # A partition of target and strategy is written strategy|target, of one seed strategy|target/seed-N.
@@ -185,7 +213,7 @@ VIEWS: dict[str, str] = {
             SELECT "partition", fingerprint, true AS current FROM heads WHERE table_name = 'selection'
             UNION ALL
             SELECT "partition", fingerprint, false FROM artifacts
-            WHERE table_name = 'selection' AND fingerprint NOT IN (
+            WHERE table_name = 'selection' AND "partition" NOT LIKE '%/split-%' AND fingerprint NOT IN (
                 SELECT fingerprint FROM heads WHERE table_name = 'selection')
         )
         SELECT {_key('n."partition"')}, n.current, (a.notes->>'rows')::BIGINT AS "rows",
@@ -212,6 +240,13 @@ VIEWS: dict[str, str] = {
             task_version, asked, fingerprint
         FROM raw.benchmarks
     """,
+    "trials": """
+        SELECT t.* EXCLUDE ("partition", file_row_number),
+            list_sum((a.notes->'$.costs[*].cpu_seconds')::DOUBLE[]) AS cpu_seconds,
+            list_sum((a.notes->'$.costs[*].gpu_seconds')::DOUBLE[]) AS gpu_seconds
+        FROM raw.trials t JOIN artifacts a ON a.table_name = 'trials' AND a.fingerprint = t.fingerprint
+    """,
+    "experiments": 'SELECT * EXCLUDE ("partition", file_row_number) FROM raw.experiments',
 }
 
 ADDITIONS = CatalogAdditions(

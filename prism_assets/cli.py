@@ -17,6 +17,7 @@ import typer
 if TYPE_CHECKING:
     import dagster as dg
 
+    from prism_assets import pipeline
     from prism_assets.settings import Settings
 
 app = typer.Typer(
@@ -143,13 +144,14 @@ def run(
             # An override like any other: definitions.py reads the same settings.
             os.environ["PRISM_TRAINING__REPORT_TO"] = json.dumps(report_to)
         settings = _settings(config)
-        unknown = [name for name in target or () if name not in settings.targets]
-        if unknown:
-            raise _fail(f"--target {unknown[0]}: prism.yaml names {', '.join(settings.targets)}.", 2)
+        _known_targets(settings, target)
         _run(settings, target, as_json)
 
 
-def _run(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
+def _walk(
+    settings: "Settings", targets: Sequence[str] | None, steps: "Sequence[pipeline.Step] | None" = None
+) -> "list[pipeline.StepResult]":
+    """Run the steps (by default all of `prism run`) and say what each came to."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -167,14 +169,19 @@ def _run(settings: "Settings", targets: Sequence[str] | None = None, as_json: bo
             console.print(f"  [yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
 
     with pipeline.instance_of(settings) as instance:
-        results = pipeline.run_pipeline(
+        return pipeline.run_pipeline(
             settings,
             definitions,
             instance,
             on_step=lambda step: console.print(f"[dim]… {step.title}[/]", highlight=False) if console.is_terminal else None,
             on_result=on_result,
             targets=targets,
+            steps=pipeline.STEPS if steps is None else steps,
         )
+
+
+def _run(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
+    results = _walk(settings, targets)
     report = settings.storage.report / "report.json"
     data = json.loads(report.read_text(encoding="utf-8"))
     if as_json:
@@ -192,6 +199,45 @@ def _run(settings: "Settings", targets: Sequence[str] | None = None, as_json: bo
     config = os.environ["PRISM_CONFIG"]
     typer.echo(f"\nReport:  {report.with_suffix('.html')}")
     typer.echo(f"Browse the same history in the Dagster UI:  prism ui --config {config}")
+
+
+@app.command()
+def experiment(
+    config: Config = None,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Only this target (repeatable).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the strategies over several splits and seeds, and say what follows. Goes on where it was stopped."""
+    with _expected_failures():
+        settings = _settings(config)
+        _known_targets(settings, target)
+        from prism_assets.pipeline import EXPERIMENT_STEPS
+
+        results = _walk(settings, target, EXPERIMENT_STEPS)
+        page = settings.storage.report / "experiment.html"
+        found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["targets"]
+        found = {name: one for name, one in found.items() if not target or name in target}
+        if as_json:
+            _print_json({"computed": results[-1].computed, "page": str(page), "targets": found})
+            return
+        from prism_assets.experiment.summary import table
+
+        for name, one in found.items():
+            header, *rows = table({name: one})
+            # The interval of a difference on a line of its own.
+            shown = [[cell.replace(" [", "\n[") for cell in row[1:]] for row in rows]
+            title = f"{name}: mean ± standard deviation over {one['unit']}s; differences in target preference, 95% intervals"
+            _print_table(header[1:], shown, title=title)
+            for sentence in one["verdict"]:
+                typer.echo(f"  {sentence}")
+            typer.echo()
+        typer.echo(f"Page:  {page}")
+
+
+def _known_targets(settings: "Settings", targets: Sequence[str] | None) -> None:
+    unknown = [name for name in targets or () if name not in settings.targets]
+    if unknown:
+        raise _fail(f"--target {unknown[0]}: prism.yaml names {', '.join(settings.targets)}.", 2)
 
 
 @app.command()

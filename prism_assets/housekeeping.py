@@ -26,6 +26,8 @@ _VERSIONED_TABLES = ("candidate_features", "candidate_index", "target_features",
 # Tables whose heads are partitioned by shard, and tables whose rows list the shards of one state of the pool.
 _SHARD_TABLES = ("candidates", "rejects", "candidate_features")
 _POOL_TABLES = ("live_pool", "candidate_index")
+# What may lie beside a table under its fingerprint.
+_ATTACHED = (".jsonl", ".json", ".html")
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}\Z")
 DEFAULT_MIN_AGE = 3600.0
 DEFAULT_KEEP = 1
@@ -262,7 +264,7 @@ def _refuse_damaged(lake: Lake, artifacts: Mapping[_Key, Artifact], heads: Itera
         if _key(head) in artifacts:
             continue
         for path in _files_of(lake, *_key(head)):
-            if path.suffix != ".jsonl":
+            if path.suffix not in _ATTACHED:
                 raise DamagedArtifact(
                     f"{path} is damaged, so what it was made from is not known. Run `prism run` first: it sets the "
                     "file aside and makes it again."
@@ -284,7 +286,7 @@ def _files_of(lake: Lake, table: str, fingerprint: str) -> tuple[Path, ...]:
     """The file or folder of an artefact and what lies beside it, the artefact itself first."""
     home = lake.folder / "artifacts" / table
     found = [path for path in home.glob(f"{fingerprint}*") if not path.name.endswith(".damaged")]
-    return tuple(sorted(found, key=lambda path: (path.suffix == ".jsonl", path.name)))
+    return tuple(sorted(found, key=lambda path: (path.suffix in _ATTACHED, path.name)))
 
 
 def _removal(lake: Lake, artifact: Artifact) -> Removal:
@@ -299,7 +301,8 @@ def _leftovers(lake: Lake, before: float, needed: Collection[str]) -> Iterator[R
     other than the needed ones, if older than `before`; and every damaged file."""
     folder = lake.folder
     drafts = [*folder.glob("unpublished/*"), *folder.glob("heads/*/*/.*"), *folder.glob("cache/**/.*")]
-    alone = [path for path in folder.glob("artifacts/*/*.jsonl") if not path.with_suffix(".parquet").exists()]
+    attached = [path for path in folder.glob("artifacts/*/*") if path.suffix in _ATTACHED]
+    alone = [path for path in attached if not path.with_suffix(".parquet").exists()]
     remembered = [path for path in folder.glob("cache/*/**/*") if path.is_file() and path.name[0] != "."]
     of_others = [path for path in remembered if _FINGERPRINT.match(path.name) and path.name not in needed]
     old = [path for path in (*drafts, *alone, *of_others) if _changed(path) < before]

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 # An asset whose artefacts lie in a table of another name.
-_TABLE_OF_ASSET = {"adapter": "adapters", "evaluation": "evaluations", "target_direction": "target_directions"}
+_TABLE_OF_ASSET = {
+    **{"adapter": "adapters", "evaluation": "evaluations", "target_direction": "target_directions"},
+    **{"experiment": "experiments", "experiment_trials": "trials"},
+}
 _FINGERPRINT_PREFIX = re.compile(r"[0-9a-f]{4,32}\Z")
 _PARTITION = re.compile(r"(?P<table>\w+)\[(?P<partition>.*)\]\Z", re.DOTALL)
 # Columns of a table that name other artefacts: table -> column -> table of what it names.

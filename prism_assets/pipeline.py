@@ -66,6 +66,13 @@ STEPS: tuple[Step, ...] = (
 TRUST = Step("Trust", ("trust",), "target")
 
 
+# What `prism experiment` walks: what all trials share, then the trials.
+EXPERIMENT_STEPS: tuple[Step, ...] = (
+    *STEPS[: [step.title for step in STEPS].index("Index") + 1],
+    Step("Experiment", ("experiment_trials", "experiment"), "target"),
+)
+
+
 class StepResult(NamedTuple):
     """What one step came to."""
 

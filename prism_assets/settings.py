@@ -173,6 +173,19 @@ class TrustSettings(_Section):
     seed: int = 0
 
 
+class ExperimentSettings(_Section):
+    """`prism experiment`: how often the comparison of strategies is repeated."""
+
+    splits: int = Field(3, ge=1, description="draws of targets and held-out records; the first is the files as they are")
+    redraw: Literal["apart", "together"] = Field(
+        "apart", description="apart: each file by itself, with replacement; together: both files' records dealt anew"
+    )
+    seeds: tuple[int, ...] | None = Field(None, min_length=1, description="of fine-tuning in each split; null: `seeds`")
+    strategies: tuple[Literal[STRATEGIES], ...] | None = Field(
+        None, min_length=1, description="null: `strategies`; uniform, less and random are always added"
+    )
+
+
 class StorageSettings(_Section):
     """Where results live."""
 
@@ -251,6 +264,7 @@ class Settings(_Section):
     selection: SelectionSettings = SelectionSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    experiment: ExperimentSettings = ExperimentSettings()
     strategies: tuple[Literal[STRATEGIES], ...] = Field(
         ("prism", "prism-cover", "uniform", "less", "random"), min_length=1
     )
@@ -269,10 +283,11 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _no_repetition(self) -> "Settings":
-        for name in ("strategies", "seeds"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name} names something twice: {', '.join(map(str, values))}")
+        for section, place in ((self, ""), (self.experiment, "experiment.")):
+            for name in ("strategies", "seeds"):
+                values = getattr(section, name) or ()
+                if len(set(values)) != len(values):
+                    raise ValueError(f"{place}{name} names something twice: {', '.join(map(str, values))}")
         return self
 
 

@@ -158,6 +158,31 @@ def column_lineage(**columns: tuple[str, str]) -> dict[str, Any]:
     }
 
 
+class Stopwatch:
+    """What work costs from the moment that the stopwatch is made: for the notes of an artefact, never for its identity."""
+
+    def __init__(self) -> None:
+        _wait_for_gpu()
+        self._processor, self._clock = time.process_time(), time.perf_counter()
+
+    def cost(self) -> dict[str, float | None]:
+        """`cpu_seconds` of all threads of this process; `gpu_seconds` from idle GPU to idle GPU, None without one."""
+        gpu = _wait_for_gpu()
+        return {
+            "cpu_seconds": time.process_time() - self._processor,
+            "gpu_seconds": time.perf_counter() - self._clock if gpu else None,
+        }
+
+
+def _wait_for_gpu() -> bool:
+    """Whether this process uses a GPU; if so, it is idle now."""
+    torch = sys.modules.get("torch")  # a process that has not imported it has no work on a GPU
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return False
+    torch.cuda.synchronize()
+    return True
+
+
 class Progress:
     """Rows done, rate and time left: a line that renews itself on a terminal, a sparse log line in Dagster."""
 

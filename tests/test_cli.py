@@ -77,7 +77,7 @@ def test_help_is_light(arguments):
 
 def test_every_promised_command_is_there():
     output = prism("--help").output
-    for command in ("init", "demo", "run", "query", "trust", "ui", "doctor", "export"):
+    for command in ("init", "demo", "run", "experiment", "query", "trust", "ui", "doctor", "export"):
         assert f" {command} " in output
 
 
@@ -105,7 +105,7 @@ def test_init_overwrites_only_when_told_to(tmp_path):
 # -- what the user must change -----------------------------------------------------------------------------------
 
 
-COMMANDS = [["run"], ["query", "plain"], ["trust", "plain"], ["doctor"], ["ui"]]
+COMMANDS = [["run"], ["experiment"], ["query", "plain"], ["trust", "plain"], ["doctor"], ["ui"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])

@@ -30,9 +30,12 @@ EDGES = {
     "evaluation": {"adapter", "targets"},
     "report": {"evaluation", "selection", "target_direction", "live_pool"},
     "trust": {"target_direction", "candidate_index", "targets", "warmup_checkpoints"},
+    "experiment_trials": {"targets", "candidate_index", "live_pool", "warmup_checkpoints"},
+    "experiment": {"experiment_trials"},
 }
-# Too costly for every run: made by hand or by the weekly schedule.
-ON_DEMAND = {"trust"}
+# Too costly for `prism run`: made by hand, `trust` also by a weekly schedule.
+BY_HAND = {"experiment_trials", "experiment"}
+ON_DEMAND = {"trust", *BY_HAND}
 GROUPS = {
     "corpus": {"candidates", "targets", "live_pool"},
     "reference": {"base_model", "warmup_sample", "warmup_checkpoints"},
@@ -41,10 +44,11 @@ GROUPS = {
     "training": {"adapter"},
     "evaluation": {"evaluation", "report"},
     "trust": {"trust"},
+    "experiment": {"experiment_trials", "experiment"},
 }
 PARTITIONS = {
     "shard": {"candidates", "candidate_features"},
-    "target": {"targets", "target_features", "target_direction", "report", "trust"},
+    "target": {"targets", "target_features", "target_direction", "report", "trust", "experiment_trials", "experiment"},
     "target and strategy": {"selection", "adapter", "evaluation"},
 }
 
@@ -159,7 +163,9 @@ def test_one_job_per_partitions_definition_and_one_on_demand_cover_every_asset_o
         assert job.description
         covered += members
     assert sorted(covered) == sorted(EDGES)
-    assert len(jobs) == len(PARTITIONS) + 1 + len(ON_DEMAND)
+    assert len(jobs) == len(PARTITIONS) + 1 + 2  # what has no partitions; trust and the experiment
+    (by_hand,) = [job for job in jobs if job.name == "run_experiment"]
+    assert names(by_hand.asset_layer.executable_asset_keys) == BY_HAND
 
 
 def test_the_report_alone_is_to_be_fresh_and_the_weekly_refresh_is_often_enough(project):
@@ -202,15 +208,22 @@ def test_the_pool_lets_one_step_run_at_a_time(project, monkeypatch):
 
 
 def test_the_steps_of_prism_run_take_every_asset_after_its_inputs():
-    from prism_assets.pipeline import STEPS
+    from prism_assets.pipeline import EXPERIMENT_STEPS, STEPS
 
-    done: set[str] = set()
-    for step in STEPS:
-        inside = set(step.assets)
-        for name in step.assets:
-            assert EDGES[name] <= done | inside, name
-        done |= inside
-    assert done == set(EDGES) - ON_DEMAND and sum(len(step.assets) for step in STEPS) == len(done)
+    for steps, everything in ((STEPS, set(EDGES) - ON_DEMAND), (EXPERIMENT_STEPS, None)):
+        done: set[str] = set()
+        for step in steps:
+            inside = set(step.assets)
+            for name in step.assets:
+                assert EDGES[name] <= done | inside, name
+            done |= inside
+        assert done >= BY_HAND if everything is None else done == everything
+        assert sum(len(step.assets) for step in steps) == len(done)
+
+
+def test_an_experiment_is_never_made_without_a_hand(project, graph):
+    without = {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).automation_condition is None}
+    assert without == ON_DEMAND
 
 
 def test_engines_can_be_exchanged(project, tmp_path):
@@ -243,7 +256,7 @@ def loaded_modules(code, project, *unwanted):
 
 def test_the_definitions_load_without_torch_and_transformers(project):
     assert loaded_modules(
-        "import definitions; assert len(definitions.defs.resolve_asset_graph().get_all_asset_keys()) == 15",
+        "import definitions; assert len(definitions.defs.resolve_asset_graph().get_all_asset_keys()) == 17",
         project,
         "torch", "transformers", "peft", "faiss", "matplotlib", "duckdb", "pyarrow",
     ) == "[]"  # fmt: skip

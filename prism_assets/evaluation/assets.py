@@ -72,12 +72,12 @@ def build_evaluation(settings: Settings) -> dg.AssetsDefinition:
         def evaluate(key: str) -> stage.Outcome:
             target, strategy = split_key(key)
             records = lake.require("eval_examples", target, corpus_version(settings, language_model))
-            base, computed = _publish_scores(context, settings, lake, language_model, records, None, key)
+            base, computed = publish_scores(context, settings, lake, language_model, records, None, key)
             lake.point(base, f"base|{target}", run_id=context.run_id)
             published = []
             for seed in settings.seeds:
                 trained = lake.require("adapters", seed_partition(key, seed))
-                scores, made = _publish_scores(context, settings, lake, language_model, records, trained, key)
+                scores, made = publish_scores(context, settings, lake, language_model, records, trained, key)
                 lake.point(scores, seed_partition(key, seed), run_id=context.run_id)
                 published.append(scores)
                 computed += made
@@ -95,7 +95,7 @@ def build_evaluation(settings: Settings) -> dg.AssetsDefinition:
     return evaluation
 
 
-def _publish_scores(
+def publish_scores(
     context: dg.AssetExecutionContext,
     settings: Settings,
     lake: Lake,
@@ -125,10 +125,12 @@ def _publish_scores(
     with ExitStack() as stack:
         state = _adapter_state(adapter) if adapter else None
         peft_model = stack.enter_context(adapted(settings, model, state=state))
+        stopwatch = stage.Stopwatch()
         columns, means = score_records(peft_model, table, settings, model)
+        cost = stopwatch.cost()
     rows = pa.table({"id": table["id"], **columns})
     seed = {"seed": adapter.notes["seed"]} if adapter else {}
-    return lake.publish_table(recipe, rows, run_id=context.run_id, notes={**means, **seed}), 1
+    return lake.publish_table(recipe, rows, run_id=context.run_id, notes={**means, **seed, "cost": cost}), 1
 
 
 def _adapter_state(adapter: Artifact) -> Mapping[str, Any]:

@@ -277,6 +277,69 @@ def strategies_comparison(
         return _png(figure)
 
 
+def paired_differences(
+    differences: Mapping[str, Mapping[str, Mapping[str, Any]]], *, title: str = "Paired differences, with 95% intervals"
+) -> bytes:
+    """A panel per metric: each strategy less each that it is held against, its interval, and the units it rests on.
+
+    `differences`: strategy -> other -> metric -> `{"mean", "interval", "values"}` or None. A metric that no pair has is
+    left out.
+    """
+    pairs = [(name, other, metrics) for name, others in differences.items() for other, metrics in others.items()]
+    present = [metric for metric in METRICS if any(metrics.get(metric) for *_, metrics in pairs)]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.6, 1.45 + 0.26 * max(len(pairs), 1)), dpi=DPI, layout="constrained")
+        figure.get_layout_engine().set(wspace=0.07)
+        panels = figure.subplots(1, max(len(present), 1), sharey=True, squeeze=False)[0]
+        positions = {name: position for position, name in enumerate(differences)}  # colours as in the other plots
+        for axes, metric in zip(panels, present, strict=False):
+            for row, (name, _, metrics) in enumerate(pairs):
+                entry = metrics.get(metric)
+                if not entry:
+                    continue
+                color = _color(name, positions[name])
+                if entry["interval"] is not None:
+                    axes.plot(entry["interval"], (row, row), color=color, linewidth=1.6)
+                values = _numbers(entry["values"])
+                axes.plot(values, np.full(len(values), row), "|", color=_tint(color, 0.6), markersize=8)
+                axes.plot(entry["mean"], row, "o", color=color, markersize=5.5)
+            axes.axvline(0, color=MUTED, linewidth=1.0, linestyle="--", zorder=0)
+            axes.xaxis.set_major_locator(_ticks(4))
+            axes.margins(x=0.08)
+            _finish(axes, "", f"difference in\n{METRICS[metric].partition(chr(10))[0]}", "", grid="x")
+        if present:
+            names = [f"{_short(name, 18)} − {_short(other, 18)}" for name, other, _ in pairs]
+            panels[0].set_yticks(range(len(pairs)), names)
+            panels[0].set_ylim(len(pairs) - 0.4, -0.6)
+        else:
+            _nothing(panels[0])
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        return _png(figure)
+
+
+def stage_costs(costs: Mapping[str, Mapping[str, float]], *, unit: str, title: str = "Cost by stage") -> bytes:
+    """One stacked bar per strategy. `costs`: strategy -> stage -> seconds; `unit` says of what (CPU, GPU)."""
+    stages = list(dict.fromkeys(stage for its in costs.values() for stage in its))
+    with rc_context(_STYLE):
+        figure, axes = _canvas(8.6, 1.5 + 0.3 * max(len(costs), 1))
+        lefts = np.zeros(len(costs))
+        for number, stage in enumerate(stages):
+            seconds = [its.get(stage, 0.0) for its in costs.values()]
+            color = SOURCE_COLORS[number % len(SOURCE_COLORS)]
+            axes.barh(
+                range(len(costs)), seconds, left=lefts, height=0.7, color=color, edgecolor="white", linewidth=0.6, label=stage
+            )
+            lefts += seconds
+        if stages:
+            axes.set_yticks(range(len(costs)), [_short(name, 24) for name in costs])
+            axes.invert_yaxis()
+            figure.legend(loc="outside lower center", ncols=5, handlelength=1.0, handleheight=1.0)
+        else:
+            _nothing(axes)
+        _finish(axes, title, f"{unit} seconds, all trials of a strategy", "", grid="x")
+        return _png(figure)
+
+
 def first_order_gains(
     first_order: Mapping[str, Any], *, title: str = "Gain after a small step: predicted and measured"
 ) -> bytes:

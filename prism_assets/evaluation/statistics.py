@@ -80,10 +80,10 @@ def gap_recovered(values: Sequence[float], low: Sequence[float], high: Sequence[
     return Summary(gain.mean / gap.mean, float(ratios.std(ddof=1)), (float(low_end), float(high_end)), gap.n)
 
 
-def compared(name: str, other: str, difference: Summary, what: str) -> str:
-    """One sentence on a paired difference: above, below, or not to be told apart."""
+def compared(name: str, other: str, difference: Summary, what: str, unit: str = "seed") -> str:
+    """One sentence on a paired difference over units (seeds, splits): above, below, or not to be told apart."""
     if difference.interval is None:
-        return f"{name} − {other} in {what}: {difference.mean:+.3f} on one seed, which says nothing about chance."
+        return f"{name} − {other} in {what}: {difference.mean:+.3f} on one {unit}, which says nothing about chance."
     low, high = difference.interval
     verdict = "above" if low > 0 else "below" if high < 0 else "not to be told apart from"
-    return f"{name} is {verdict} {other} in {what}: {difference.mean:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n} seeds."
+    return f"{name} is {verdict} {other} in {what}: {difference.mean:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n} {unit}s."

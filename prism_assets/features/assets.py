@@ -289,6 +289,8 @@ def _publish_block(
         progress.advance(rows.num_rows * len(work.checkpoints))
         return artifact, 0
     examples = from_table(rows)
+    work.at(None)  # loads the model, which is the cost of no block
+    stopwatch = stage.Stopwatch()
     passes = []
     for checkpoint in work.checkpoints:
         engine = work.at(checkpoint)
@@ -307,6 +309,7 @@ def _publish_block(
     notes = {
         "refused": sum(reason is not None for reason in table["refused"].to_pylist()),
         "mean_log_prob": _weighted_mean([(float(score), 1) for score in scores]),
+        "cost": stopwatch.cost(),
     }
     return lake.publish_table(recipe, table, run_id=run_id, notes=notes, compression="none"), 1
 
@@ -613,24 +616,12 @@ def build_target_features(settings: Settings) -> dg.AssetsDefinition:
 
         def compute(name: str) -> stage.Outcome:
             targets = lake.require("targets", name, corpus)
-            recipe = Recipe(
-                "target_features", TARGET_VERSION, feature_identity(settings, language_model, warmup),
-                {"targets": targets, "warmup": warmup}, partition=name, version=version,
-            )  # fmt: skip
-            artifact = lake.find(recipe)
-            computed = artifact is None
-            if artifact is None:
-                table = _target_table(context, work, lake.read_table(targets))
-                refused = sum(reason is not None for reason in table["refused"].to_pylist())
-                artifact = lake.publish_table(recipe, table, run_id=context.run_id, notes={"refused": refused})
-            if artifact.notes["refused"] == artifact.notes["rows"]:
-                first = lake.read_table(artifact, ["refused"])["refused"][0].as_py()
-                raise dg.Failure(f"No target of {name} has a usable gradient; the first: {first}")
+            artifact, computed = publish_target_features(context, settings, lake, work, warmup, targets, name, version)
             lake.point(artifact, name, version, context.run_id)
             columns = ["id", "score", "norm", "refused"]
             return stage.Outcome(
                 [artifact],
-                int(computed),
+                computed,
                 {
                     "dagster/row_count": artifact.notes["rows"],
                     "feature_version": version,
@@ -643,6 +634,36 @@ def build_target_features(settings: Settings) -> dg.AssetsDefinition:
             return stage.each_partition(context, compute)
 
     return target_features
+
+
+def publish_target_features(
+    context: dg.AssetExecutionContext,
+    settings: Settings,
+    lake: Lake,
+    work: GradientPass,
+    warmup: Artifact,
+    targets: Artifact,
+    name: str,
+    version: str,
+) -> tuple[Artifact, int]:
+    """The gradients of these targets. Raises dagster.Failure where none of them is usable."""
+    recipe = Recipe(
+        "target_features", TARGET_VERSION, feature_identity(settings, work.model, warmup),
+        {"targets": targets, "warmup": warmup}, partition=name, version=version,
+    )  # fmt: skip
+    artifact = lake.find(recipe)
+    computed = artifact is None
+    if artifact is None:
+        work.at(None)  # loads the model, which is no target's cost
+        stopwatch = stage.Stopwatch()
+        table = _target_table(context, work, lake.read_table(targets))
+        refused = sum(reason is not None for reason in table["refused"].to_pylist())
+        notes = {"refused": refused, "cost": stopwatch.cost()}
+        artifact = lake.publish_table(recipe, table, run_id=context.run_id, notes=notes)
+    if artifact.notes["refused"] == artifact.notes["rows"]:
+        first = lake.read_table(artifact, ["refused"])["refused"][0].as_py()
+        raise dg.Failure(f"No target of {name} has a usable gradient; the first: {first}")
+    return artifact, int(computed)
 
 
 def _target_table(context: dg.AssetExecutionContext, work: GradientPass, targets: "pa.Table") -> "pa.Table":

@@ -305,6 +305,7 @@ def _warm_up(
     with adapted(settings, model, seed=warmup.seed) as peft_model, stage.progress(
         context, "warm-up", number_of_steps(len(examples), warmup.epochs, None, warmup.batch_size, 1), "steps"
     ) as progress:
+        stopwatch = stage.Stopwatch()
         result = fine_tune(
             peft_model,
             examples,
@@ -342,7 +343,8 @@ def _warm_up(
                 }
             )
         (folder / "checkpoints.json").write_text(json.dumps(entries, indent=1))
-        return {"steps": result.steps, "losses": list(result.losses), "seconds": result.seconds}
+        cost = stopwatch.cost()
+        return {"steps": result.steps, "losses": list(result.losses), "seconds": result.seconds, "cost": cost}
 
     return lake.publish_folder(recipe, write, run_id=context.run_id)
 

@@ -79,11 +79,13 @@ def build_selection(settings: Settings) -> dg.AssetsDefinition:
         Ranked by inner product of gradient features with the target direction (or by the strategy's own order), cut
         by the budget over canonical live rows; ties break by example id.
         """
+        from prism_assets.selection.strategies import STRATEGIES
 
         def select(key: str) -> stage.Outcome:
             target, strategy = split_key(key)
-            artifact, computed = _publish_selection(
-                context, settings, lake, language_model, vector_store, target, strategy
+            inputs = selection_inputs(settings, lake, language_model, target, STRATEGIES[strategy])
+            artifact, computed = publish_selection(
+                context, settings, lake, language_model, vector_store, STRATEGIES[strategy], inputs, key
             )
             lake.point(artifact, key, run_id=context.run_id)
             pool = lake.require("live_pool", None, corpus_version(settings, language_model))
@@ -105,20 +107,18 @@ def join_key(target: str, strategy: str) -> str:
     return f"{strategy}|{target}"
 
 
-def _publish_selection(
+def publish_selection(
     context: dg.AssetExecutionContext,
     settings: Settings,
     lake: Lake,
     model: LanguageModel,
     store: VectorStore,
-    target: str,
-    name: str,
+    strategy: "Strategy",
+    inputs: dict[str, Artifact],
+    key: str,
 ) -> tuple[Artifact, int]:
-    from prism_assets.selection.strategies import STRATEGIES
-
-    strategy = STRATEGIES[name]
-    inputs = selection_inputs(settings, lake, model, target, strategy)
-    identity: dict[str, Any] = {"strategy": name, "budget": settings.selection.budget.model_dump()}
+    """What a strategy selects from its `selection_inputs`; `key` names it."""
+    identity: dict[str, Any] = {"strategy": strategy.name, "budget": settings.selection.budget.model_dump()}
     if "seed" in strategy.reads:
         identity["seed"] = settings.selection.seed
     if "target_features" in strategy.reads:
@@ -131,12 +131,11 @@ def _publish_selection(
     if "hidden_states" in strategy.reads:
         identity["hidden_states"] = representation_identity(model)
     version = feature_version(settings, lake, model) if strategy.needs_features else corpus_version(settings, model)
-    recipe = Recipe(
-        "selection", SELECTION_VERSION, identity, inputs, partition=join_key(target, name), version=version
-    )
+    recipe = Recipe("selection", SELECTION_VERSION, identity, inputs, partition=key, version=version)
     artifact = lake.find(recipe)
     if artifact is not None:
         return artifact, 0
+    stopwatch = stage.Stopwatch()
     states = Representations(context, settings, lake, model)
     ranked = rank(
         settings, lake, model, store, strategy, inputs, settings.selection.budget, settings.selection.rerank, states
@@ -146,7 +145,7 @@ def _publish_selection(
             replace(recipe, lineage={"hidden_states": states.used} if states.used else {}),
             ranked.table,
             run_id=context.run_id,
-            notes=ranked.notes,
+            notes={**ranked.notes, "cost": stopwatch.cost()},
             attachments={".jsonl": lambda path: _write_json_lines(path, ranked.table)},
         ),
         1,
@@ -154,12 +153,20 @@ def _publish_selection(
 
 
 def selection_inputs(
-    settings: Settings, lake: Lake, model: LanguageModel, target: str, strategy: "Strategy", version: str | None = None
+    settings: Settings,
+    lake: Lake,
+    model: LanguageModel,
+    target: str,
+    strategy: "Strategy",
+    version: str | None = None,
+    of_target: Callable[[str, str], Artifact] | None = None,
 ) -> dict[str, Artifact]:
     """What a strategy's ranking is made from, by name: what its `reads` declare and no more.
 
+    `of_target(table, scope)` gives what is the target's own; without it, what the lake shows for the target now.
     Raises LakeError where something of it is not there yet.
     """
+    of_target = of_target or (lambda table, scope: lake.require(table, target, scope))
     corpus = corpus_version(settings, model)
     inputs: dict[str, Artifact] = {}
     if strategy.needs_features:
@@ -171,13 +178,13 @@ def selection_inputs(
     else:
         inputs["pool"] = lake.require("live_pool", None, corpus)
     if strategy.needs_direction:
-        inputs["direction"] = lake.require("target_directions", target, direction_scope(version, strategy.name))
+        inputs["direction"] = of_target("target_directions", direction_scope(version, strategy.name))
     if "direction" in strategy.reads:
-        inputs["direction"] = lake.require("target_directions", target, direction_scope(version, "prism"))
+        inputs["direction"] = of_target("target_directions", direction_scope(version, "prism"))
     if {"text", "target_features", "hidden_states"} & strategy.reads:
-        inputs["targets"] = lake.require("targets", target, corpus)
+        inputs["targets"] = of_target("targets", corpus)
     if "target_features" in strategy.reads:
-        inputs["target_features"] = lake.require("target_features", target, version)
+        inputs["target_features"] = of_target("target_features", version)
     if {"direction", "target_features"} & strategy.reads:
         inputs["warmup"] = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
     if "hidden_states" in strategy.reads:

@@ -1,6 +1,6 @@
 """A door: target directions. Target gradients are weighed and added up; what is published says what was measured of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dagster as dg
@@ -92,7 +92,7 @@ def build_target_direction(settings: Settings) -> dg.AssetsDefinition:
     return target_direction
 
 
-class _Inputs(NamedTuple):
+class DirectionInputs(NamedTuple):
     """What the directions of one target are made from."""
 
     name: str
@@ -111,27 +111,39 @@ def _target_outcome(
 
     version = feature_version(settings, lake, work.model)
     corpus = corpus_version(settings, work.model)
-    inputs = _Inputs(
+    inputs = DirectionInputs(
         name,
         version,
         lake.require("target_features", name, version),
         lake.require("targets", name, corpus),
         lake.require("eval_examples", name, corpus),
         warmup,
-        _sample_features(context, settings, lake, work, warmup, version),
+        sample_features(context, settings, lake, work, warmup, version),
     )
     wanted = [s for s in STRATEGIES.values() if s.needs_direction and (s.name in settings.strategies or s.name in COMPARED)]
-    computed = 0
-    directions = {}
-    for strategy in wanted:
-        directions[strategy.name], made = _publish_direction(context, settings, lake, work, inputs, strategy)
-        computed += made
+    directions, computed = publish_directions(context, settings, lake, work, inputs, wanted)
     weights, made = _publish_weights(context, settings, lake, work, inputs, directions)
     computed += made
     for strategy, artifact in directions.items():
         lake.point(artifact, name, direction_scope(version, strategy), context.run_id)
     lake.point(weights, name, version, context.run_id)
     return _direction_outcome(settings, lake, [*directions.values(), weights], weights, computed)
+
+
+def publish_directions(
+    context: dg.AssetExecutionContext,
+    settings: Settings,
+    lake: Lake,
+    work: GradientPass,
+    inputs: DirectionInputs,
+    strategies: Iterable["Strategy"],
+) -> tuple[dict[str, Artifact], int]:
+    """The direction of each of the strategies, by name, and how many were made."""
+    directions, computed = {}, 0
+    for strategy in strategies:
+        directions[strategy.name], made = _publish_direction(context, settings, lake, work, inputs, strategy)
+        computed += made
+    return directions, computed
 
 
 def _temperature(settings: Settings, features: "pa.Table", pairs: bool) -> float:
@@ -189,7 +201,7 @@ def _publish_direction(
     settings: Settings,
     lake: Lake,
     work: GradientPass,
-    inputs: _Inputs,
+    inputs: DirectionInputs,
     strategy: "Strategy",
 ) -> tuple[Artifact, int]:
     """t per checkpoint (unsketched, fp32), its sketch and norm, and the query, as one safetensors file."""
@@ -216,6 +228,8 @@ def _publish_direction(
     artifact = lake.find(recipe)
     if artifact is not None:
         return artifact, 0
+    work.at(None)  # loads the model, which is no direction's cost
+    stopwatch = stage.Stopwatch()
     # Refused targets are left out, not weighted with zero: zero times NaN is NaN.
     chosen = target_set(table.take(usable))
     tensors: dict[str, torch.Tensor] = {}
@@ -231,10 +245,11 @@ def _publish_direction(
     rates = [checkpoint.mean_learning_rate for checkpoint in work.checkpoints]
     tensors["query"] = torch.from_numpy(query_vector(sketches, norms, rates))
     tensors["norms"] = torch.tensor(norms, dtype=torch.float64)
-    return lake.publish_tensors(recipe, tensors, run_id=context.run_id, notes={"strategy": strategy.name}), 1
+    notes = {"strategy": strategy.name, "cost": stopwatch.cost()}
+    return lake.publish_tensors(recipe, tensors, run_id=context.run_id, notes=notes), 1
 
 
-def _sample_features(
+def sample_features(
     context: dg.AssetExecutionContext,
     settings: Settings,
     lake: Lake,
@@ -314,7 +329,7 @@ def _publish_weights(
     settings: Settings,
     lake: Lake,
     work: GradientPass,
-    inputs: _Inputs,
+    inputs: DirectionInputs,
     directions: Mapping[str, Artifact],
 ) -> tuple[Artifact, int]:
     """One row per target with its score, preference and weights (last checkpoint); diagnostics in the notes."""
@@ -391,7 +406,7 @@ def _first_order(
     settings: Settings,
     lake: Lake,
     work: GradientPass,
-    inputs: _Inputs,
+    inputs: DirectionInputs,
     directions: Mapping[str, Artifact],
     scores: "TargetScores",
     usable: "np.ndarray",

@@ -56,7 +56,7 @@ def build_adapter(settings: Settings) -> dg.AssetsDefinition:
             rows = lake.read_table(selection)
             published, computed = [], 0
             for seed in settings.seeds:
-                artifact, made = _publish_adapter(context, settings, lake, language_model, key, selection, rows, seed)
+                artifact, made = publish_adapter(context, settings, lake, language_model, key, selection, rows, seed)
                 lake.point(artifact, seed_partition(key, seed), run_id=context.run_id)
                 published.append(artifact)
                 computed += made
@@ -67,7 +67,7 @@ def build_adapter(settings: Settings) -> dg.AssetsDefinition:
     return adapter
 
 
-def _publish_adapter(
+def publish_adapter(
     context: dg.AssetExecutionContext,
     settings: Settings,
     lake: Lake,
@@ -77,6 +77,7 @@ def _publish_adapter(
     rows: Any,
     seed: int,
 ) -> tuple[Artifact, int]:
+    """The adapter fine-tuned with a seed on the rows of a selection; `key` names it."""
     from prism_assets.corpus.tokenization import from_table
     from prism_assets.training.sft import fine_tune, number_of_steps, save_adapter
 
@@ -106,6 +107,7 @@ def _publish_adapter(
     with adapted(settings, model, seed=seed) as peft_model, stage.progress(
         context, f"fine-tuning {key} seed {seed}", steps, "steps"
     ) as progress:
+        stopwatch = stage.Stopwatch()
         result = fine_tune(
             peft_model,
             examples,
@@ -132,7 +134,8 @@ def _publish_adapter(
             save_adapter(peft_model, folder, {"rows": len(examples), "seed": seed}, base_model=name)
             losses = [float(loss) for loss in result.losses]
             (folder / "losses.json").write_text(json.dumps(losses))
-            return {"steps": result.steps, "rows": len(examples), "seed": seed, "losses": losses, "seconds": result.seconds}
+            facts = {"steps": result.steps, "rows": len(examples), "seed": seed, "losses": losses}
+            return {**facts, "seconds": result.seconds, "cost": stopwatch.cost()}
 
         return lake.publish_folder(recipe, write, run_id=context.run_id), 1
 

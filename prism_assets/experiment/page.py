@@ -1,0 +1,123 @@
+"""experiment.json's content as one self-contained HTML page: no script, no outside resource, all escaped."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prism_assets.experiment.summary import (
+    COMPARED_WITH,
+    METRICS,
+    STAGES,
+    cost_text,
+    mean_and_std,
+    total_cost,
+    with_interval,
+)
+
+FORMAT = 1
+
+
+def build_page(data: Mapping[str, Any]) -> str:
+    """The page for `data`, the content of experiment.json. Raises ValueError where its format is unknown."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    if data.get("format") != FORMAT:
+        raise ValueError(f"experiment.json has format {data.get('format')!r}; this version reads format {FORMAT}")
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader([here, here.parent / "evaluation"]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("experiment.html").render(
+        created=data["created"],
+        model_name=data["model"]["name"],
+        model_fingerprint=data["model"]["fingerprint"],
+        metrics=list(METRICS.values()),
+        compared_with=COMPARED_WITH,
+        targets=[_view(f"target-{n}", name, one) for n, (name, one) in enumerate(data["targets"].items(), start=1)],
+        settings=json.dumps(data["settings"], indent=1, ensure_ascii=False),
+    )
+
+
+def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    strategies = content["strategies"]
+    highest = {
+        metric: max((one[metric]["mean"] for one in strategies.values() if one[metric]), default=None) for metric in METRICS
+    }
+    stages = [stage for stage in STAGES if stage in content["cost"]]
+    return {
+        "anchor": anchor,
+        "name": name,
+        "facts": [
+            ("Splits", content["splits"], "files as they are, then redrawn" if content["splits"] > 1 else "the files as they are"),
+            ("Seeds", len(content["seeds"]), "in each split"),
+            ("Trials", len(content["trials"]), f"of {len(strategies)} strategies"),
+            ("Cost", cost_text(total_cost(content["cost"])), "of all trials"),
+        ],
+        "verdict": content["verdict"],
+        "unit": content["unit"],
+        "units": content["units"],
+        "base": [mean_and_std(content["base"][metric]) for metric in METRICS],
+        "rows": [
+            {
+                "strategy": strategy,
+                "cells": [(mean_and_std(one[metric]), one[metric] and one[metric]["mean"] == highest[metric]) for metric in METRICS],
+                "rows": f"{one['rows']:,.0f}",
+                "tokens": f"{one['completion_tokens']:,.0f}",
+            }
+            for strategy, one in strategies.items()
+        ],
+        "differences": [
+            {"strategy": strategy, "other": other, "cells": [with_interval(metrics[metric]) for metric in METRICS]}
+            for strategy, others in content["differences"].items()
+            for other, metrics in others.items()
+        ],
+        "stages": stages,
+        "costs": [
+            (strategy, [cost_text(one["cost"].get(stage)) for stage in stages], cost_text(total_cost(one["cost"])))
+            for strategy, one in strategies.items()
+        ],
+        "shared_cost": [(stage, cost_text(one)) for stage, one in content["shared_cost"].items()],
+        "trials": [
+            (one["strategy"], one["split"], one["seed"], ["–" if one[m] is None else f"{one[m]:.4f}" for m in METRICS])
+            for one in content["trials"]
+        ],
+        "plots": _plots(content),
+    }
+
+
+def _plots(content: Mapping[str, Any]) -> list[dict[str, str]]:
+    from prism_assets.evaluation import plots
+
+    strategies = content["strategies"]
+    unit = content["unit"]
+    base = {metric: one and one["mean"] for metric, one in content["base"].items()}
+    gpu = total_cost(content["cost"])["gpu_seconds"] is not None
+    key = "gpu_seconds" if gpu else "cpu_seconds"
+    costs = {
+        name: {stage: one["cost"][stage][key] or 0.0 for stage in STAGES if stage in one["cost"]}
+        for name, one in strategies.items()
+    }
+    drawn = [
+        (
+            plots.strategies_comparison(strategies, base),
+            f"Mean over {unit}s, with one standard deviation to each side; dashed: the base model.",
+        ),
+        (
+            plots.paired_differences(content["differences"]),
+            f"Left of zero: worse than the strategy behind the minus sign. Strokes are the {unit}s, bars 95% intervals.",
+        ),
+        (
+            plots.stage_costs(costs, unit="GPU" if gpu else "CPU"),
+            "What making the artefacts took, each counted once for its strategy, found ones included.",
+        ),
+    ]
+    return [{"uri": _data_uri(plots.as_markdown_image(image)), "caption": caption} for image, caption in drawn]
+
+
+def _data_uri(markdown: str) -> str:
+    return markdown[markdown.index("(") + 1 : -1]
