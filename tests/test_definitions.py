@@ -193,8 +193,8 @@ def test_every_step_that_loads_a_model_takes_the_pool_and_no_other(make_project,
     monkeypatch.setattr(LanguageModel, "base", watched)
     project.run()
     pooled = {asset.key.path[-1] for asset in project.definitions.assets if asset.op.pool == "model"}
-    assert loading | set(ON_DEMAND) == pooled
-    assert len(pooled) == 9 and {"candidate_features", "adapter", "evaluation"} <= pooled
+    assert loading | {"trust", "experiment_trials"} == pooled
+    assert len(pooled) == 10 and {"candidate_features", "adapter", "evaluation"} <= pooled
     assert {asset.op.pool for asset in project.definitions.assets} == {"model", None}
 
 
