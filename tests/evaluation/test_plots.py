@@ -156,3 +156,33 @@ def test_markdown_image_carries_the_bytes_and_no_markup_from_its_label():
     markdown = plots.as_markdown_image(png, "weights](evil)\n[x")
     assert markdown.startswith("![weightsevilx](data:image/png;base64,") and markdown.endswith(")")
     assert base64.b64decode(markdown.split("base64,")[1][:-1]) == png
+
+
+def difference(mean, half, values=()):
+    interval = None if half is None else (mean - half, mean + half)
+    return {"target_preference": {"mean": mean, "std": half, "interval": interval, "n": 3, "values": [mean, *values]}}
+
+
+def test_a_difference_stands_on_its_side_of_zero_with_a_bar_as_long_as_its_interval():
+    lengths, sides = [], []
+    for half in (0.1, 0.5):
+        image = image_of(
+            plots.paired_differences({"prism": {"random": difference(1.0, half)}, "less": {"random": difference(-1.0, half)}})
+        )
+        columns = [np.flatnonzero(near(image, plots.STRATEGY_COLORS[name], 20).any(axis=0)) for name in ("prism", "less")]
+        sides.append(columns[0].mean() > columns[1].mean())
+        lengths.append(np.ptp(columns[0]))
+    assert all(sides) and lengths[1] > 2 * lengths[0]
+
+
+def test_differences_without_interval_or_value_are_drawn_or_left_out():
+    image_of(plots.paired_differences({}))
+    names = {name: {"random": difference(0.1, None)} for name in LONG_NAMES}
+    image_of(plots.paired_differences({**names, "x": {"random": {"target_preference": None}}}))
+
+
+def test_stages_that_cost_more_have_longer_bars():
+    image = image_of(plots.stage_costs({"prism": {"direction": 1.0, "fine-tuning": 9.0}, "random": {}}, unit="CPU"))
+    widths = [near(image, plots.SOURCE_COLORS[number], 10).sum(axis=1).max() for number in (0, 1)]
+    assert widths[1] == pytest.approx(9 * widths[0], rel=0.1)
+    image_of(plots.stage_costs({}, unit="GPU"))
