@@ -19,7 +19,8 @@ random selection and the training order. Everything else is the product's own pi
                    p3/quarel): the pool has no MMLU, so this is a matching form, not a matching subject
 
 bbh and math500 have no matching source. `gain` is held-out mean log-probability (nats per token) after fine-tuning less
-that of the base model, for all six; `gain_in_preference` is the same for the mean per-token probability. CPU only.
+that of the base model, for all six; `gain_in_preference` is the same for the mean per-token probability. `against` holds
+differences to other strategies, paired by seed. CPU only.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ MATCHING: dict[str, tuple[str, ...]] = {
     "math500": (),
 }
 RANKED = ("prism", "uniform", "less", "prism-unit")
-STRATEGIES = (*RANKED, "prism-cover", "prism-round-robin", "random")
+STRATEGIES = (*RANKED, "prism-cover", "random")
+COUNTERPARTS = ("uniform", "less", "random")
 SHARE = 0.25
 HELD_OUT = 60
 STEPS = 700
@@ -112,7 +114,8 @@ def project_settings(folder: Path, seed: int) -> Any:
         },
         "preference": {"temperature": 1.0},
         "selection": {"budget": "5%", "seed": seed},
-        "training": {"steps": 40, "batch_size": 8, "learning_rate": 2e-3},
+        # Two passes over what is selected.
+        "training": {"steps": 26, "batch_size": 8, "learning_rate": 2e-3},
         "strategies": list(STRATEGIES),
         "seeds": [seed],
         "storage": {"root": str(home / "lake"), "report": str(home / "report")},
@@ -175,7 +178,7 @@ def _figures(settings: Any, resources: dict[str, Any], name: str, seed: int) -> 
 
 
 def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per target and strategy mean, standard deviation and interval over seeds, and PRISM's gain against the others'."""
+    """Per target and strategy mean, standard deviation and interval over seeds; `against` others, paired by seed."""
     from prism_assets.evaluation.statistics import paired_difference, summarize_seeds
 
     result: dict[str, Any] = {}
@@ -184,12 +187,17 @@ def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
         result[name] = {
             strategy: {
                 **{metric: summarize_seeds([one[strategy][metric] for one in per_seed])._asdict() for metric in entry},
-                "gain_less_random": paired_difference(
-                    [one[strategy]["gain"] for one in per_seed], [one["random"]["gain"] for one in per_seed]
-                )._asdict(),
-                "gain_less_uniform": paired_difference(
-                    [one[strategy]["gain"] for one in per_seed], [one["uniform"]["gain"] for one in per_seed]
-                )._asdict(),
+                "against": {
+                    other: {
+                        metric: paired_difference(
+                            [one[strategy][metric] for one in per_seed], [one[other][metric] for one in per_seed]
+                        )._asdict()
+                        for metric in entry
+                        if metric in per_seed[0][other]
+                    }
+                    for other in COUNTERPARTS
+                    if other != strategy
+                },
             }
             for strategy, entry in per_seed[0].items()
         }
@@ -229,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, strategies in result["targets"].items():
         print(f"\n{name}, {len(outcomes)} seeds")
         for strategy, entry in strategies.items():
-            shown = [f"{metric} {one['mean']:.4f}±{one['std'] or 0:.4f}" for metric, one in entry.items()]
+            shown = [f"{metric} {one['mean']:.4f}±{one['std'] or 0:.4f}" for metric, one in entry.items() if "mean" in one]
             print(f"  {strategy:18}" + "  ".join(shown))
     return 0
 

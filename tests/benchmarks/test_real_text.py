@@ -149,3 +149,21 @@ def test_without_the_records_a_benchmark_says_where_to_name_them(benchmark, monk
     monkeypatch.setattr(benchmark, "data_folder", lambda: None)
     assert benchmark.main(["--json"]) == 2
     assert "PRISM_REAL_DATA" in capsys.readouterr().err
+
+
+def test_retrieval_summary_pairs_precision_and_gain_by_seed():
+    rng = np.random.default_rng(3)
+    outcomes = []
+    for seed in range(4):
+        level = float(rng.normal())
+        entries = {
+            name: {"gain": level + gain, "average_precision": 0.3 + gain / 10}
+            for name, gain in (("prism", 2.0), ("uniform", 1.0), ("less", 3.0), ("random", 0.0))
+        }
+        outcomes.append({"seed": seed, "targets": {"gsm8k": entries, "bbh": {k: {"gain": v["gain"]} for k, v in entries.items()}}})
+    found = retrieval.summary(outcomes)
+    against = found["gsm8k"]["prism"]["against"]
+    assert against["uniform"]["gain"]["mean"] == pytest.approx(1) and against["uniform"]["gain"]["std"] == pytest.approx(0, abs=1e-9)
+    assert against["less"]["average_precision"]["mean"] == pytest.approx(-0.1)
+    assert set(found["bbh"]["prism"]["against"]["random"]) == {"gain"} and "prism" not in against
+    assert json.dumps(found)
