@@ -123,7 +123,7 @@ def test_another_seed_misaligns_with_other_records_and_measures_on_the_same(data
     assert first.benign == second.benign and first.held_out == second.held_out
 
 
-def test_repair_summary_pairs_margins_by_seed():
+def test_repair_summary_pairs_by_seed():
     rng = np.random.default_rng(2)
     outcomes = []
     for _ in range(4):
@@ -138,10 +138,12 @@ def test_repair_summary_pairs_margins_by_seed():
                 },
             }
         )
-    found = repair.summary(outcomes)["strategies"]["prism"]
-    assert found["margin_against"]["misaligned"]["mean"] == pytest.approx(2)
-    assert found["margin_against"]["random"]["mean"] == pytest.approx(1.5)
-    assert found["margin_against"]["uniform"]["std"] == pytest.approx(0, abs=1e-9)
+    found = repair.summary(outcomes)["strategies"]["prism"]["against"]
+    assert found["misaligned"]["margin"]["mean"] == pytest.approx(2)
+    assert found["clean"]["margin"]["mean"] == pytest.approx(-1)
+    assert found["random"]["margin"]["mean"] == pytest.approx(1.5)
+    assert found["uniform"]["margin"]["std"] == pytest.approx(0, abs=1e-9)
+    assert found["less"]["misaligned_share"]["mean"] == 0 and "misaligned_share" not in found["clean"]
 
 
 @pytest.mark.parametrize("benchmark", [retrieval, repair])
