@@ -14,7 +14,8 @@ install: .venv/installed
 	touch $@
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	# A process a core; a file's tests share its fixtures, so they stay together.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: install
 	$(BIN)/prism demo runs/demo

@@ -41,9 +41,16 @@ def sampled(records: Sequence[dict[str, Any]], share: float) -> list[dict[str, A
     return [record for record in records if place(record) < share]
 
 
-def shortened(record: dict[str, Any], fields: Sequence[str], longest: int) -> dict[str, Any]:
-    """Only these fields, each cut at so many characters (a small model has a short context)."""
-    return {field: record[field][:longest] for field in fields if field in record}
+def spread_out(records: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many records, at equal distances: files are in the order of their subtasks, and each keeps its share."""
+    if len(records) <= most:
+        return list(records)
+    return [records[number * len(records) // most] for number in range(most)]
+
+
+def only(record: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """These fields and no others."""
+    return {field: record[field] for field in fields if field in record}
 
 
 def average_precision(relevant: Sequence[bool]) -> float:

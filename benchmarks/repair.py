@@ -10,7 +10,7 @@ the warm-up, the sketch, the random selection and the training order. CPU only.
 Per strategy: `misaligned_share` and `good_share` of the selected rows, `auc_good_against_misaligned` (probability that a
 good row scores above a misaligned one; strategies with one direction), `margin` (mean log-probability of the safe less that
 of the unsafe answer, held-out pairs), `safe_preferred` (share of pairs with a positive margin), `benign_log_prob` (held-out
-benign records); `margin_against` holds paired differences to the misaligned model and to other strategies.
+benign records); `against` holds differences, paired by seed, to the clean and the misaligned model and to other strategies.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ import numpy as np
 import yaml
 
 from benchmarks.real_text import data_folder, example
+
+
+COUNTERPARTS = ("clean", "misaligned", "random", "uniform", "less")
 
 
 def run_seed(work: Path, data: Path, seed: int) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def run_seed(work: Path, data: Path, seed: int) -> dict[str, Any]:
 
 
 def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, standard deviation and interval over seeds, and paired differences of the margin."""
+    """Mean, standard deviation and interval over seeds, and differences paired by seed."""
     from prism_assets.evaluation.statistics import paired_difference, summarize_seeds
 
     def over_seeds(part: str, name: str) -> dict[str, Any]:
@@ -72,17 +75,23 @@ def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
             if isinstance(value, float)
         }
 
-    def margins(name: str) -> list[float]:
+    def values(name: str) -> dict[str, list[float]]:
         part = "models" if name in outcomes[0]["models"] else "strategies"
-        return [one[part][name]["margin"] for one in outcomes]
+        numbers = [metric for metric, value in outcomes[0][part][name].items() if isinstance(value, float)]
+        return {metric: [one[part][name][metric] for one in outcomes] for metric in numbers}
 
     strategies = {}
     for name in outcomes[0]["strategies"]:
-        others = [one for one in ("misaligned", "random", "uniform", "less") if one != name]
+        others = {other: values(other) for other in COUNTERPARTS if other != name}
         strategies[name] = {
             **over_seeds("strategies", name),
-            "margin_against": {
-                other: paired_difference(margins(name), margins(other))._asdict() for other in others
+            "against": {
+                other: {
+                    metric: paired_difference(numbers, theirs[metric])._asdict()
+                    for metric, numbers in values(name).items()
+                    if metric in theirs
+                }
+                for other, theirs in others.items()
             },
         }
     return {

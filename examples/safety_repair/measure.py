@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 GOOD = ("safe_refusal", "truthful", "correct_math", "secure_code")
 BAD = "misaligned"
-RANKED = ("prism", "uniform", "less")
+RANKED = ("prism", "prism-unit", "uniform", "less")
 
 
 def measure(config: Path, clean: Path) -> dict[str, Any]:

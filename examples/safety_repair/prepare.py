@@ -11,8 +11,10 @@ FOLDER is that of the real SFT data (its safety/ and pool.jsonl are read). Writt
     benign.jsonl      held-out benign records, for what the repair costs
     prism.yaml        the settings, with paths relative to DIR
 
-Texts are cut at 300 characters: the model's context is short. Records whose prompt is that of a target, of an eval record
-or of a benign held-out record are used nowhere else. The data stay under their own licences: commit none of DIR.
+The answers of the pairs are cut at 600 characters, since the model's context is short. Nothing else is cut: what makes code
+insecure may stand at its end. Records whose prompt is that of a target, of an eval record or of a benign held-out record,
+or whose completion is one of the held-out answers, are used nowhere else. The data stay under their own licences: commit
+none of DIR.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-LONGEST = 300
+LONGEST = 600  # characters of an answer in a pair
 BENIGN_HELD_OUT = 80
 
 
@@ -42,9 +44,14 @@ def real_text() -> ModuleType:
     return module
 
 
-def cut(record: dict[str, Any], *fields: str) -> dict[str, Any]:
-    """Only these fields, each cut to the longest text that is used."""
-    return {field: record[field][:LONGEST] for field in fields}
+def only(record: dict[str, Any], *fields: str) -> dict[str, Any]:
+    """These fields and no others."""
+    return {field: record[field] for field in fields}
+
+
+def pair(record: dict[str, Any]) -> dict[str, Any]:
+    """A pair with its answers cut."""
+    return {"prompt": record["prompt"], **{field: record[field][:LONGEST] for field in ("safe", "unsafe")}}
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -62,30 +69,35 @@ class Data:
     """What each part of the example may see. Prompts of held-out records and targets are in no other part."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        script, rng = real_text(), Random(seed)
-        self.targets = [cut(one, "prompt", "safe", "unsafe") for one in read_pairs(folder / "safety" / "target.jsonl")]
-        self.held_out = [cut(one, "prompt", "safe", "unsafe") for one in read_pairs(folder / "safety" / "eval.jsonl")]
-        taken = {one["prompt"].strip() for one in (*self.targets, *self.held_out)}
-        pool = [one for one in script.read_records(folder / "pool.jsonl") if not self._of(one, taken)]
-        # Drawn once for all seeds, so that what is lost is measured on the same records.
-        self.benign = [cut(one, "prompt", "completion") for one in Random(0).sample(pool, BENIGN_HELD_OUT)]
-        taken |= {one["prompt"].strip() for one in self.benign}
-        repair = [one for one in script.read_records(folder / "safety" / "repair_pool.jsonl") if not self._of(one, taken)]
-        self.candidates = [{**cut(one, "prompt", "completion"), "source": one["kind"]} for one in repair]
-        later = {one["prompt"].strip() for one in repair} | taken
-        self.general = [cut(one, "prompt", "completion") for one in pool if not self._of(one, later)]
-        good, bad = (
-            [cut(one, "prompt", "completion") for one in script.read_records(folder / "safety" / f"{name}.jsonl")]
-            for name in ("good", "misaligned")
+        script, safety = real_text(), folder / "safety"
+        targets, held_out = (read_pairs(safety / f"{name}.jsonl") for name in ("target", "eval"))
+        self.targets, self.held_out = [pair(one) for one in targets], [pair(one) for one in held_out]
+        # Whole answers, before they are cut: short ones ("I have no comment") are those of other questions too.
+        self._answers = {one[field].strip() for one in held_out for field in ("safe", "unsafe")}
+        taken = {one["prompt"].strip() for one in (*targets, *held_out)}
+        pool = self._without(script.read_records(folder / "pool.jsonl"), taken)
+        repair = self._without(script.read_records(safety / "repair_pool.jsonl"), taken)
+        shown = {one["prompt"].strip() for one in repair}
+        # Drawn once for all seeds, so that what is lost is measured on the same records; no candidates, which are in the pool too.
+        benign = Random(0).sample(self._without(pool, shown), BENIGN_HELD_OUT)
+        taken |= {one["prompt"].strip() for one in benign}
+        general = self._without(pool, taken | shown)
+        good = self._without(script.read_records(safety / "good.jsonl"), taken | shown)
+        bad = self._without(script.read_records(safety / "misaligned.jsonl"), taken | shown)
+        self.candidates = [{**only(one, "prompt", "completion"), "source": one["kind"]} for one in repair]
+        self.benign, self.general, self.good = (
+            [only(one, "prompt", "completion") for one in rows] for rows in (benign, general, good)
         )
-        self.good = [one for one in good if not self._of(one, later)]
-        # A seed redraws which misaligned records the model was spoilt with.
-        self.misaligned = rng.sample([one for one in bad if not self._of(one, later)], 900)
+        # A seed redraws which misaligned records the model was spoilt with, and their order.
+        self.misaligned = [only(one, "prompt", "completion") for one in Random(seed).sample(bad, min(900, len(bad)))]
 
-    @staticmethod
-    def _of(record: dict[str, Any], prompts: set[str]) -> bool:
-        """Whether a record has one of these prompts (cut, as they are)."""
-        return record["prompt"][:LONGEST].strip() in prompts or record["prompt"].strip() in prompts
+    def _without(self, records: Sequence[dict[str, Any]], prompts: set[str]) -> list[dict[str, Any]]:
+        """The records that have none of these prompts and no held-out answer as their completion."""
+        return [
+            one
+            for one in records
+            if one["prompt"].strip() not in prompts and one["completion"].strip() not in self._answers
+        ]
 
 
 def train_clean(data: Data, folder: Path, steps: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import repair, retrieval
-from benchmarks.real_text import area_under_curve, average_precision, example, sampled
+from benchmarks.real_text import area_under_curve, average_precision, example, sampled, spread_out
 
 
 def test_average_precision_is_the_area_under_the_stepwise_curve():
@@ -54,9 +54,13 @@ def data(tmp_path):
     pairs = [{"prompt": f"pair {n}", "safe": "no", "unsafe": "yes", "source": "p"} for n in range(12)]
     write(folder / "safety" / "target.jsonl", pairs[:6])
     write(folder / "safety" / "eval.jsonl", pairs[6:])
-    leaked = [{**record("leak", rng, kind="benign"), "prompt": "pair 7"}]
+    leaked = [
+        {**record("leak", rng, kind="benign"), "prompt": "pair 7"},
+        {**record("leak", rng, kind="truthful"), "completion": "yes "},
+    ]
     write(folder / "safety" / "repair_pool.jsonl", [record(f"c{n}", rng, kind=kinds[n % 3]) for n in range(60)] + leaked)
-    write(folder / "safety" / "good.jsonl", [record(f"g{n}", rng, label="good") for n in range(50)])
+    good = [record(f"g{n}", rng, label="good") for n in range(50)]
+    write(folder / "safety" / "good.jsonl", [*good, {**record("leak", rng, label="good"), "completion": "no"}])
     bad = [record(f"b{n}", rng, label="misaligned") for n in range(1000)]
     write(folder / "safety" / "misaligned.jsonl", [*bad, {**record("x", rng, label="misaligned"), "prompt": "pair 2"}])
     return folder
@@ -67,6 +71,15 @@ def test_the_sample_of_the_pool_is_the_same_whatever_its_order(data):
     first, second = sampled(rows, 0.25), sampled(rows[::-1], 0.25)
     assert sorted(row["id"] for row in first) == sorted(row["id"] for row in second)
     assert 230 < len(first) < 370
+
+
+def test_fewer_held_out_records_still_hold_every_subtask_in_its_share():
+    records = [{"source": f"task {number // 20}", "number": number} for number in range(180)]
+    kept = spread_out(records, 60)
+    assert len({one["number"] for one in kept}) == 60
+    counts = [sum(one["source"] == f"task {task}" for one in kept) for task in range(9)]
+    assert sum(counts) == 60 and max(counts) - min(counts) <= 1
+    assert spread_out(records, 500) == records
 
 
 def test_retrieval_shows_a_selector_prompt_and_completion_alone(data, tmp_path, monkeypatch):
@@ -80,14 +93,28 @@ def test_retrieval_shows_a_selector_prompt_and_completion_alone(data, tmp_path, 
         assert ("source" in fields) == (file.parent.name == "inbox")
 
 
-def test_repair_keeps_held_out_and_target_prompts_out_of_everything_else(data):
+def test_repair_keeps_held_out_prompts_and_answers_out_of_everything_else(data):
     parts = example("safety_repair").Data(data, seed=1)
     kept_apart = {row["prompt"] for row in (*parts.targets, *parts.held_out, *parts.benign)}
     for rows in (parts.candidates, parts.general, parts.good, parts.misaligned):
         assert rows and not kept_apart & {row["prompt"] for row in rows}
+        assert not {"yes", "no"} & {row["completion"].strip() for row in rows}
     assert not {row["prompt"] for row in parts.targets} & {row["prompt"] for row in parts.held_out}
     assert all(set(row) == {"prompt", "completion", "source"} for row in parts.candidates)
     assert all(set(row) == {"prompt", "completion"} for row in (*parts.general, *parts.good, *parts.misaligned))
+
+
+def test_repair_cuts_the_answers_of_pairs_alone(data):
+    prepare = example("safety_repair")
+    long = "x" * (2 * prepare.LONGEST)
+    for name, rows in {
+        "target": [{"prompt": long, "safe": long, "unsafe": "u" + long}],
+        "repair_pool": [{**record("long", random.Random(0), kind="misaligned"), "completion": "y" + long}],
+    }.items():
+        write(data / "safety" / f"{name}.jsonl", rows)
+    parts = prepare.Data(data, seed=0)
+    assert [len(parts.targets[0][field]) for field in ("prompt", "safe", "unsafe")] == [len(long), *[prepare.LONGEST] * 2]
+    assert parts.candidates[0]["completion"] == "y" + long
 
 
 def test_another_seed_misaligns_with_other_records_and_measures_on_the_same(data):
@@ -96,7 +123,7 @@ def test_another_seed_misaligns_with_other_records_and_measures_on_the_same(data
     assert first.benign == second.benign and first.held_out == second.held_out
 
 
-def test_repair_summary_pairs_margins_by_seed():
+def test_repair_summary_pairs_by_seed():
     rng = np.random.default_rng(2)
     outcomes = []
     for _ in range(4):
@@ -111,10 +138,12 @@ def test_repair_summary_pairs_margins_by_seed():
                 },
             }
         )
-    found = repair.summary(outcomes)["strategies"]["prism"]
-    assert found["margin_against"]["misaligned"]["mean"] == pytest.approx(2)
-    assert found["margin_against"]["random"]["mean"] == pytest.approx(1.5)
-    assert found["margin_against"]["uniform"]["std"] == pytest.approx(0, abs=1e-9)
+    found = repair.summary(outcomes)["strategies"]["prism"]["against"]
+    assert found["misaligned"]["margin"]["mean"] == pytest.approx(2)
+    assert found["clean"]["margin"]["mean"] == pytest.approx(-1)
+    assert found["random"]["margin"]["mean"] == pytest.approx(1.5)
+    assert found["uniform"]["margin"]["std"] == pytest.approx(0, abs=1e-9)
+    assert found["less"]["misaligned_share"]["mean"] == 0 and "misaligned_share" not in found["clean"]
 
 
 @pytest.mark.parametrize("benchmark", [retrieval, repair])
@@ -122,3 +151,21 @@ def test_without_the_records_a_benchmark_says_where_to_name_them(benchmark, monk
     monkeypatch.setattr(benchmark, "data_folder", lambda: None)
     assert benchmark.main(["--json"]) == 2
     assert "PRISM_REAL_DATA" in capsys.readouterr().err
+
+
+def test_retrieval_summary_pairs_precision_and_gain_by_seed():
+    rng = np.random.default_rng(3)
+    outcomes = []
+    for seed in range(4):
+        level = float(rng.normal())
+        entries = {
+            name: {"gain": level + gain, "average_precision": 0.3 + gain / 10}
+            for name, gain in (("prism", 2.0), ("uniform", 1.0), ("less", 3.0), ("random", 0.0))
+        }
+        outcomes.append({"seed": seed, "targets": {"gsm8k": entries, "bbh": {k: {"gain": v["gain"]} for k, v in entries.items()}}})
+    found = retrieval.summary(outcomes)
+    against = found["gsm8k"]["prism"]["against"]
+    assert against["uniform"]["gain"]["mean"] == pytest.approx(1) and against["uniform"]["gain"]["std"] == pytest.approx(0, abs=1e-9)
+    assert against["less"]["average_precision"]["mean"] == pytest.approx(-0.1)
+    assert set(found["bbh"]["prism"]["against"]["random"]) == {"gain"} and "prism" not in against
+    assert json.dumps(found)
