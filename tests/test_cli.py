@@ -287,7 +287,7 @@ def test_a_run_that_fails_says_where_and_why(finished, tmp_path):
     project = project.copy(tmp_path / "project")
     write_lines(project.folder / "plain" / "target.jsonl", [{"prompt": "a", "completion": ""}])
     result = prism("run", "--config", project.config)
-    assert result.exit_code == MUST_CHANGE
+    assert result.exit_code == MUST_CHANGE, result.output
     assert "UnusableTargets" not in result.output
     assert "Targets" in result.output and "holds no usable row" in result.output and "Traceback" not in result.output
 
