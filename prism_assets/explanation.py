@@ -238,10 +238,14 @@ class Explainer:
         table = self.lake.read_table(self._input(inputs["features"]))
         for name in ("prompt", "completion"):
             table = table.append_column(name, targets[name])
-        scores, usable = scores_of(self.settings, table, targets)
-        # The temperature that the direction was made with.
-        scores = scores._replace(temperature=self._weights_artifact().notes["temperature"])
-        counted = tokens_counted(self.settings, targets.take(usable), scores.kind == "pairs")
+        # The temperature and the kind of score that the direction was made with, whatever the settings say today.
+        made = self._weights_artifact()
+        preference = self.settings.preference.model_copy(
+            update={"temperature": made.notes["temperature"], "score": made.header["settings"].get("score", "mean")}
+        )
+        settings = self.settings.model_copy(update={"preference": preference})
+        scores, usable = scores_of(settings, table, targets)
+        counted = tokens_counted(settings, targets.take(usable), scores.kind == "pairs")
         checkpoints = json.loads((self._input(inputs["warmup"]).path / "checkpoints.json").read_text())
         weights = STRATEGIES[self.strategy].weigh(scores) * counted
         return table.take(usable), weights, [one["mean_learning_rate"] for one in checkpoints]

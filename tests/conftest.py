@@ -6,6 +6,7 @@ instance that lives in memory; `Project.run` is what `prism run` does.
 
 import importlib.util
 import json
+import os
 import random
 import shutil
 import string
@@ -66,6 +67,20 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+_ENVIRONMENT = dict(os.environ)
+
+
+@pytest.fixture(autouse=True)
+def the_environment_as_it_was():
+    """Commands that are called in this process tell Dagster's processes by variables; no other test may see them."""
+    yield
+    for name in [name for name in os.environ if name == "DAGSTER_HOME" or name.startswith("PRISM_")]:
+        if name in _ENVIRONMENT:
+            os.environ[name] = _ENVIRONMENT[name]
+        else:
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")

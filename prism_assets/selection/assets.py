@@ -226,6 +226,8 @@ def query_index(
     known = [s.name for s in STRATEGIES.values() if s.needs_direction and s.name in (*settings.strategies, *COMPARED)]
     if strategy not in known:
         raise SettingsError(f"{strategy!r} is no strategy with a direction here; prism.yaml has {', '.join(known)}.")
+    if rerank and version not in (None, feature_version(settings, lake, model)):
+        raise SettingsError("Exact scores need the model of today's feature version: ask an older one without them.")
     inputs = selection_inputs(settings, lake, model, target, STRATEGIES[strategy], version)
     budget = Budget(kind="rows", amount=k)
     ranked = rank(settings, lake, model, store, STRATEGIES[strategy], inputs, budget, rerank, whole=False)

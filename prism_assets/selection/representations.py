@@ -48,7 +48,8 @@ class Representations:
                 {"examples": table},
                 partition=table.partition,
             )
-            for table in tables
+            # Two files of equal content have one table.
+            for table in {one.fingerprint: one for one in tables}.values()
             for first in range(0, table.notes["rows"], BLOCK_ROWS)
         ]
         found = {recipe.fingerprint: self.lake.find(recipe) for recipe in recipes}

@@ -13,7 +13,7 @@ from prism_assets.features.assets import GradientPass, feature_identity, feature
 from prism_assets.partitions import targets_of
 from prism_assets.reference.assets import pad_token_id, warmup_scope
 from prism_assets.selection.assets import direction_scope, load_direction
-from prism_assets.settings import Settings
+from prism_assets.settings import Settings, SettingsError
 from prism_assets.trust.verdict import CHECKS, FEWEST_EFFECTIVE, LEAST_CORRELATION, MOST_FLIPPED, findings
 from resources.lake import Artifact, Lake, LakeError, Recipe, hash_table
 from resources.language_model import LanguageModel
@@ -117,6 +117,11 @@ def _publish_trust(
 ) -> stage.Outcome:
     import pyarrow as pa
 
+    if settings.preference.score != "mean" or settings.preference.fisher_damping is not None:
+        raise SettingsError(
+            "prism trust measures directions of preference.score: mean without preference.fisher_damping alone: set them so "
+            "to measure these."
+        )
     version = feature_version(settings, lake, work.model)
     corpus = corpus_version(settings, work.model)
     inputs = _Inputs(

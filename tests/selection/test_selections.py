@@ -188,3 +188,12 @@ def test_hidden_states_belong_to_a_model(selected, tmp_path):
     select(project)
     assert len(list(project.lake.artifacts("hidden_states"))) == 6
     assert ids_of(project, "rds") != ids_of(selected, "rds")
+
+
+def test_two_files_of_equal_content_change_no_selection(selected, tmp_path):
+    """They share one table of candidates, whose rows count once."""
+    copy = selected.copy(tmp_path / "copy")
+    (copy.inbox / "zz-again.jsonl").write_bytes((copy.inbox / "shard0.jsonl").read_bytes())
+    select(copy)
+    for strategy in STRATEGIES:
+        assert ids_of(copy, strategy) == ids_of(selected, strategy), strategy

@@ -172,3 +172,13 @@ def test_the_command_prints_sentences_and_json(measured, monkeypatch, tmp_path):
     assert found["measurements"]["single_steps"]["prism"]["stored"]["n"] == 16
     unknown = CliRunner().invoke(app, ["trust", "nobody", *config])
     assert unknown.exit_code == 2 and "prism.yaml names the targets plain" in unknown.output
+
+
+@pytest.mark.parametrize("preference", [{"score": "sum"}, {"fisher_damping": 0.1}])
+def test_directions_of_another_kind_are_refused_with_advice(finished, tmp_path, preference):
+    from prism_assets.pipeline import UserMistake
+
+    copy = finished.copy(tmp_path / "copy").configure(preference=preference)
+    copy.run()
+    with pytest.raises(UserMistake, match="measures directions of preference.score: mean without"):
+        measure(copy)
