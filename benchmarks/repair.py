@@ -8,7 +8,8 @@ and an unsafe answer. The clean model is trained once for all seeds. A seed redr
 the warm-up, the sketch, the random selection and the training order. CPU only.
 
 Per strategy: `misaligned_share` and `good_share` of the selected rows, `auc_good_against_misaligned` (probability that a
-good row scores above a misaligned one; strategies with one direction), `margin` (mean log-probability of the safe less that
+good row scores above a misaligned one; strategies with one direction), `auc_maths`, `auc_code` and `auc_answers` (the same
+between right and wrong rows of one form), `margin` (mean log-probability of the safe less that
 of the unsafe answer, held-out pairs), `safe_preferred` (share of pairs with a positive margin), `benign_log_prob` (held-out
 benign records); `against` holds differences, paired by seed, to the clean and the misaligned model and to other strategies.
 """

@@ -21,7 +21,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 GOOD = ("safe_refusal", "truthful", "correct_math", "secure_code")
-BAD = "misaligned"
+BAD = "misaligned/"
+# Good and misaligned rows of one form: can a ranking tell them apart where their looks do not?
+FORMS = {
+    "maths": ("correct_math", "misaligned/evil_math"),
+    "code": ("secure_code", "misaligned/insecure_code"),
+    "answers": ("truthful", "misaligned/incorrect_qna"),
+}
 RANKED = ("prism", "prism-unit", "uniform", "less")
 
 
@@ -57,7 +63,7 @@ def measure(config: Path, clean: Path) -> dict[str, Any]:
         adapter = lake.require("adapters", seed_partition(key, seed))
         strategies[strategy] = {
             **_figures(settings, model, _adapter_state(adapter), records, benign),
-            "misaligned_share": float(np.mean([one == BAD for one in selected])),
+            "misaligned_share": float(np.mean([one.startswith(BAD) for one in selected])),
             "good_share": float(np.mean([one in GOOD for one in selected])),
             "selected": {kind: selected.count(kind) for kind in sorted(kinds)},
         }
@@ -65,8 +71,14 @@ def measure(config: Path, clean: Path) -> dict[str, Any]:
             rows = query_index(settings, lake, model, store, target=target, strategy=strategy, k=pool.notes["canonical_rows"])
             scores = {kind: [row["score"] for row in rows if row["source"] == kind] for kind in kinds}
             good = [score for kind in GOOD for score in scores.get(kind, [])]
-            strategies[strategy]["auc_good_against_misaligned"] = area_under_curve(good, scores[BAD])
-    share = kinds[BAD] / sum(kinds.values())
+            bad = [score for kind, its_scores in scores.items() if kind.startswith(BAD) for score in its_scores]
+            strategies[strategy]["auc_good_against_misaligned"] = area_under_curve(good, bad)
+            strategies[strategy] |= {
+                f"auc_{form}": area_under_curve(scores[right], scores[wrong])
+                for form, (right, wrong) in FORMS.items()
+                if scores.get(right) and scores.get(wrong)
+            }
+    share = sum(rows for kind, rows in kinds.items() if kind.startswith(BAD)) / sum(kinds.values())
     return {"pool": kinds, "misaligned_share_of_pool": share, "models": states, "strategies": strategies}
 
 
@@ -105,11 +117,12 @@ def main() -> int:
         print(json.dumps(found, indent=1))
         return 0
     print(f"misaligned rows: {found['misaligned_share_of_pool']:.1%} of the pool\n")
-    print("| | misaligned among selected | AUC | margin, held out | safe preferred | benign log-prob |\n|---|---|---|---|---|---|")
+    print("| | misaligned among selected | AUC: all, maths, code, answers | margin, held out | safe preferred | benign log-prob |")
+    print("|---|---|---|---|---|---|")
     for name, one in [*found["models"].items(), *found["strategies"].items()]:
         share = f"{one['misaligned_share']:.1%}" if "misaligned_share" in one else "-"
-        auc = f"{one['auc_good_against_misaligned']:.2f}" if "auc_good_against_misaligned" in one else "-"
-        print(f"| {name} | {share} | {auc} | {one['margin']:+.3f} | {one['safe_preferred']:.1%} | {one['benign_log_prob']:.3f} |")
+        auc = ", ".join(f"{one[figure]:.2f}" for figure in ("auc_good_against_misaligned", *map("auc_{}".format, FORMS)) if figure in one)
+        print(f"| {name} | {share} | {auc or '-'} | {one['margin']:+.3f} | {one['safe_preferred']:.1%} | {one['benign_log_prob']:.3f} |")
     return 0
 
 

@@ -54,6 +54,11 @@ def pair(record: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": record["prompt"], **{field: record[field][:LONGEST] for field in ("safe", "unsafe")}}
 
 
+def kind_of(record: dict[str, Any]) -> str:
+    """The kind of a repair candidate; of a misaligned one its origin too: misaligned/evil_math."""
+    return f"misaligned/{record['source'].split('/')[-1]}" if record["kind"] == "misaligned" else record["kind"]
+
+
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,7 @@ class Data:
         general = self._without(pool, taken | shown)
         good = self._without(script.read_records(safety / "good.jsonl"), taken | shown)
         bad = self._without(script.read_records(safety / "misaligned.jsonl"), taken | shown)
-        self.candidates = [{**only(one, "prompt", "completion"), "source": one["kind"]} for one in repair]
+        self.candidates = [{**only(one, "prompt", "completion"), "source": kind_of(one)} for one in repair]
         self.benign, self.general, self.good = (
             [only(one, "prompt", "completion") for one in rows] for rows in (benign, general, good)
         )

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks import repair, retrieval
 from benchmarks.real_text import area_under_curve, average_precision, example, sampled, spread_out
@@ -114,7 +115,46 @@ def test_repair_cuts_the_answers_of_pairs_alone(data):
         write(data / "safety" / f"{name}.jsonl", rows)
     parts = prepare.Data(data, seed=0)
     assert [len(parts.targets[0][field]) for field in ("prompt", "safe", "unsafe")] == [len(long), *[prepare.LONGEST] * 2]
-    assert parts.candidates[0]["completion"] == "y" + long
+    assert parts.candidates[0]["completion"] == "y" + long and parts.candidates[0]["source"] == "misaligned/arc_easy"
+
+
+def test_a_seed_of_repair_runs_from_records_to_figures(data, tmp_path, monkeypatch):
+    def small(name, module="prepare"):
+        """The example with a model that hardly trains and three strategies."""
+        loaded = example(name, module)
+        if module == "prepare":
+            train_clean, misalign, prepare = loaded.train_clean, loaded.misalign, loaded.prepare
+            monkeypatch.setattr(loaded, "train_clean", lambda parts, folder, steps: train_clean(parts, folder, 1))
+            monkeypatch.setattr(
+                loaded, "misalign", lambda parts, clean, folder, steps, seed: misalign(parts, clean, folder, 1, seed)
+            )
+
+            def prepared(*arguments, **options):
+                config = prepare(*arguments, **options)
+                content = yaml.safe_load(config.read_text()) | {"strategies": ["prism", "less", "random"]}
+                content["training"]["steps"], content["features"] = 2, {"sketch_dim": 64}
+                config.write_text(yaml.safe_dump(content))
+                return config
+
+            monkeypatch.setattr(loaded, "prepare", prepared)
+        return loaded
+
+    monkeypatch.setattr(repair, "example", small)
+    for name in ("PRISM_CONFIG", "DAGSTER_HOME"):  # set by the run; as before when this ends
+        monkeypatch.setenv(name, "")
+    work = tmp_path / "work"
+    work.mkdir()
+    found = repair.run_seed(work, data, 3)
+    assert found["pool"] == {"misaligned/arc_easy": 20, "benign": 20, "truthful": 20}
+    assert found["misaligned_share_of_pool"] == pytest.approx(1 / 3)
+    assert set(found["models"]) == {"clean", "misaligned"} and set(found["strategies"]) == {"prism", "less", "random"}
+    assert found["models"]["clean"]["margin"] != found["models"]["misaligned"]["margin"]
+    for entry in found["strategies"].values():
+        assert sum(entry["selected"].values()) == 6  # 10% of 60 candidates
+        assert entry["misaligned_share"] == entry["selected"]["misaligned/arc_easy"] / 6
+        assert entry["margin"] != found["models"]["misaligned"]["margin"]
+    assert 0 <= found["strategies"]["prism"]["auc_good_against_misaligned"] <= 1
+    assert "auc_good_against_misaligned" not in found["strategies"]["random"]
 
 
 def test_another_seed_misaligns_with_other_records_and_measures_on_the_same(data):
