@@ -457,10 +457,10 @@ def export(
         for name, known in ((target, settings.targets), (strategy, settings.strategies)):
             if name not in known:
                 raise _fail(f"{name}: prism.yaml names {', '.join(known)}.", 2)
+        lake = _definitions().resources["lake"]
         from prism_assets.export import export as write_export
-        from resources.lake import Lake
 
-        adapter, data = write_export(settings, Lake(root=str(settings.storage.root)), target, strategy, to, force=force)
+        adapter, data = write_export(settings, lake, target, strategy, to, force=force)
         typer.echo(f"Adapter: {adapter}  (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))")
         typer.echo(f"Data:    {data}  (datasets: load_dataset({str(data)!r}, split='train'))")
 

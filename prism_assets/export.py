@@ -68,9 +68,10 @@ class Facts(NamedTuple):
     base: Mapping[str, float | None]  # held-out metrics where fine-tuning starts
     figures: Mapping[str, Mapping[str, Any] | None]  # mean, std and seeds of the held-out metrics
     held_out_records: int
+    harness: str | None  # lm-eval and its version; None where there are no benchmarks
     benchmarks: Sequence[tuple[str, float, Mapping[str, Any]]]  # label, base model, mean, std and seeds
     made_from: Sequence[Source]  # the selection, and what it was made from
-    results: Sequence[Source]  # adapters and evaluations of all seeds
+    results: Sequence[Source]  # what the figures are from: adapters, evaluations and benchmarks of all seeds
 
 
 # -- cards -------------------------------------------------------------------------------------------------------
@@ -86,6 +87,7 @@ def adapter_card(facts: Facts) -> str:
         pipeline_tag="text-generation",
         tags=["lora", "data-selection", "prism-assets"],
         datasets=_repository_names(facts.composition) or None,
+        metrics=[metric for metric, value in facts.figures.items() if value],
     )
     start = f", with the adapter {facts.starting_adapter} to start from" if facts.starting_adapter else ""
     return "\n".join(
@@ -168,7 +170,7 @@ def _figure_lines(facts: Facts) -> list[str]:
     lines = [
         f"On {facts.held_out_records:,} held-out records of `{facts.target}`; fine-tuned over {words}. "
         + f"This folder is seed {facts.seed}. "
-        + ("Tasks of lm-eval have documents of their own.\n" if facts.benchmarks else "\n"),
+        + (f"Benchmarks are tasks of {facts.harness}, over documents of their own.\n" if facts.benchmarks else "\n"),
         "| metric | before | fine-tuned |",
         "|---|---|---|",
     ]
@@ -203,12 +205,12 @@ def _cell(text: str) -> str:
 
 
 def _repository_names(composition: Mapping[str, int]) -> list[str]:
-    """The sources that have the form of a data set's name on the hub; the hub refuses a card with others."""
+    """The sources written owner/name, as data sets are on the hub. A bare word is a label: it would claim another's data."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     names = []
-    for name in sorted(composition):
+    for name in sorted(one for one in composition if "/" in one):
         try:
             validate_repo_id(name)
         except HFValidationError:
@@ -312,7 +314,8 @@ def _facts(
 
     above = [one for one in trace(lake, selection)["artifacts"] if one["table"] in _NAMED]
     above.sort(key=lambda one: _NAMED.index(one["table"]))
-    made = []
+    benchmarks, scored = _benchmarks(settings, lake, f"{strategy}|{target}", adapters)
+    made = [("evaluation, before", base)]
     for seed, adapter, evaluation in zip(settings.seeds, adapters, evaluations, strict=True):
         made += [(f"adapter, seed {seed}", adapter), (f"evaluation, seed {seed}", evaluation)]
     config = json.loads((adapters[0].path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -335,21 +338,25 @@ def _facts(
         base={metric: base.notes[metric] for metric in METRICS},
         figures={metric: summarize([one.notes[metric] for one in evaluations]) for metric in METRICS},
         held_out_records=base.notes["records"],
-        benchmarks=_benchmarks(settings, lake, f"{strategy}|{target}", adapters),
+        harness=f"lm-eval {scored[0][1].header['settings']['lm_eval']}" if scored else None,
+        benchmarks=benchmarks,
         made_from=[
             *(Source(_name(one), one["fingerprint"], one["content_hash"], one["run_id"] or "") for one in above),
             _source("selection", selection),
         ],
-        results=[_source(what, artifact) for what, artifact in made],
+        results=[_source(what, artifact) for what, artifact in [*made, *scored]],
     )
 
 
 def _benchmarks(
     settings: Settings, lake: Lake, key: str, adapters: Sequence[Artifact]
-) -> list[tuple[str, float, Mapping[str, Any]]]:
-    """Label, figure of the base model and summary over seeds of every benchmark metric that the settings ask for."""
+) -> tuple[list[tuple[str, float, Mapping[str, Any]]], list[tuple[str, Artifact]]]:
+    """Label, figure of the base model and summary over seeds of every benchmark metric that the settings ask for.
+
+    And the artefacts that they are from, the base model's first.
+    """
     if not settings.evaluation.benchmarks:
-        return []
+        return [], []
     from prism_assets.evaluation.assets import benchmarks_of, shown_scores
 
     target = key.partition("|")[2]
@@ -360,9 +367,14 @@ def _benchmarks(
             raise CannotExport(
                 f"The benchmarks of {key} are those of an earlier adapter: `prism run` brings them up to date."
             )
-    summary, _ = benchmarks_of(settings, lake, key)
+    summary, scored = benchmarks_of(settings, lake, key)
     before = shown_scores(lake, base)
-    return [(label, before[label].value, value) for label, value in summary.items()]
+    figures = [
+        (f"{label} ({before[label].documents:,} documents)", before[label].value, value)
+        for label, value in summary.items()
+    ]
+    seeds = [(f"benchmarks, seed {seed}", one) for seed, one in zip(settings.seeds, scored, strict=True)]
+    return figures, [("benchmarks, before", base), *seeds]
 
 
 def _source(what: str, artifact: Artifact) -> Source:

@@ -29,7 +29,8 @@ FACTS = Facts(
         "exact_match": None,
     },
     held_out_records=50,
-    benchmarks=[("arc_easy acc", 0.25, {"mean": 0.3125, "std": 0.0125, "seeds": 3})],
+    harness="lm-eval 0.4.13",
+    benchmarks=[("arc_easy acc (7 documents)", 0.25, {"mean": 0.3125, "std": 0.0125, "seeds": 3})],
     made_from=[Source("live_pool", "23" * 16, "45" * 16, ""), Source("selection", "ef" * 16, "01" * 16, "run-1")],
     results=[Source("adapter, seed 7", "67" * 16, "89" * 16, "run-2")],
 )
@@ -109,7 +110,9 @@ def test_the_adapters_card_names_data_strategy_lineage_and_figures(two_versions,
     card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
     front = front_matter(card)
     assert (front["base_model"], front["library_name"]) == ("model", "peft")
-    assert set(front["datasets"]) <= {"reverse", "copy"} and "lora" in front["tags"]
+    # The sources are bare words, which on the hub would be data sets of somebody else.
+    assert "datasets" not in front and "lora" in front["tags"]
+    assert front["metrics"] == ["target_preference", "mean_log_prob", "exact_match"]
     lake = two_versions.lake
     selection = two_versions.selection("prism")
     version = selection.header["version"]
@@ -119,6 +122,7 @@ def test_the_adapters_card_names_data_strategy_lineage_and_figures(two_versions,
         (lake.require("warmup_checkpoints", None, lake.heads("warmup_checkpoints")[0]["scope"]), "warmup_checkpoints"),
         (lake.require("candidate_index", None, version), "candidate_index"),
         (lake.require("adapters", "prism|plain/seed-0"), "adapter, seed 0"),
+        (lake.require("evaluations", "base|plain"), "evaluation, before"),
         (lake.require("evaluations", "prism|plain/seed-0"), "evaluation, seed 0"),
     ]
     for artifact, what in told:
@@ -140,7 +144,7 @@ def test_figures_are_mean_and_spread_over_seeds():
     assert "fine-tuned over 3 seeds, mean ± standard deviation" in card
     assert "| target preference | 0.500 | 0.625 ± 0.031 |" in card
     assert "| mean log-probability | -0.750 | -0.250 |" in card
-    assert "| lm-eval: arc_easy acc | 0.250 | 0.312 ± 0.013 |" in card
+    assert "| lm-eval: arc_easy acc (7 documents) | 0.250 | 0.312 ± 0.013 |" in card and "tasks of lm-eval 0.4.13," in card
     assert "exact match" not in card
 
 
@@ -152,7 +156,8 @@ def test_the_datas_card_ends_its_lineage_with_the_selection():
 def test_front_matter_names_only_what_can_be_the_name_of_a_data_set():
     assert front_matter(adapter_card(FACTS))["datasets"] == ["open/sums"]
     assert "| web text: 2\\|3 | 10 |" in adapter_card(FACTS)
-    assert "datasets" not in front_matter(adapter_card(FACTS._replace(composition={"no name!": 1})))
+    assert "datasets" not in front_matter(adapter_card(FACTS._replace(composition={"no name!": 1, "a/b c": 1, "label": 1})))
+    assert front_matter(adapter_card(FACTS))["metrics"] == ["target_preference", "mean_log_prob"]
 
 
 def test_the_hubs_own_reader_understands_the_cards():

@@ -8,6 +8,7 @@ import copy
 import difflib
 import glob
 import logging
+import math
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,7 +183,8 @@ def run_tasks(
     """The harness's scores of a causal LM, on the device that it is on; at most `limit` documents of each task.
 
     As by the harness's command line: no chat template, few-shot examples as the task says. Random states are left as
-    they were. Raises UnusableBenchmark for a data set that cannot be had, and for tasks that run what a model wrote.
+    they were. Raises UnusableBenchmark for a data set that cannot be had, for tasks that run what a model wrote, and for
+    a score that is no finite number.
     """
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -236,6 +238,11 @@ def _scores(results: Mapping[str, Any], asked: Sequence[str]) -> Iterator[Score]
             metric, comma, answer_filter = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
+            if not math.isfinite(float(value)):
+                raise UnusableBenchmark(
+                    f"evaluation.benchmarks: the {metric} of {name} is {value}, which no mean can hold; leave this metric "
+                    "out of the task, or the task out of the settings."
+                )
             yield Score(
                 name,
                 metric,

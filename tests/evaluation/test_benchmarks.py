@@ -189,6 +189,34 @@ def test_data_that_cannot_be_downloaded_are_said_with_the_task(adapted_model, tm
         run_tasks(*adapted_model, read_tasks([str(path)]), batch_size=2)
 
 
+def test_a_score_that_is_no_finite_number_is_said_with_its_task_and_metric(adapted_model, tmp_path):
+    path = write_choice_task(tmp_path, count=3)
+    path.write_text(CHOICE_TASK.replace("{metric: acc_norm}", "{metric: acc_norm, aggregation: !function own.nothing}"))
+    (tmp_path / "own.py").write_text("def nothing(values):\n    return float('nan')\n")
+    with pytest.raises(UnusableBenchmark, match="the acc_norm of turned is nan"):
+        run_tasks(*adapted_model, read_tasks([str(path)]), batch_size=2)
+
+
+def test_a_group_has_one_score_that_is_asked_for_over_the_documents_of_its_members(adapted_model, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    model, tokenizer = adapted_model
+    rows = {}
+    for name, count in (("few", 3), ("many", 9)):
+        path = write_choice_task(tmp_path / name, count)
+        rows[name] = rows_of(path)
+        path.write_text(CHOICE_TASK.replace("turned\n", f"{name}\n").replace("data/", f"{tmp_path / name}/data/"))
+    write = "group: both\ntask: [few, many]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\nmetadata: {version: 1}\n"
+    (tmp_path / "both.yaml").write_text(write)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(benchmarks, "_manager", lambda defaults: manager)
+    scores = run_tasks(model, tokenizer, read_tasks(["both"]), batch_size=4)
+    (asked,) = [score for score in scores if score.asked]
+    expected = accuracy_by_hand(model, tokenizer, [*rows["few"], *rows["many"]])["acc"]
+    assert (asked.task, asked.metric, asked.documents, asked.value) == ("both", "acc", 12, pytest.approx(expected))
+    assert {score.task for score in scores if not score.asked} == {"few", "many"}
+
+
 # -- in the pipeline ---------------------------------------------------------------------------------------------
 
 
@@ -268,8 +296,14 @@ def test_an_exported_adapters_card_has_the_scores_and_never_those_of_another(pro
         return {row["metric"]: row["value"] for row in scores}["acc_norm"]
 
     values = [stored(f"prism|plain/seed-{seed}") for seed in (0, 1)]
-    row = f"| lm-eval: turned acc_norm | {stored('base|plain'):.3f} | {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |"
-    assert row in (adapter / "README.md").read_text(encoding="utf-8")
+    figures = f"{stored('base|plain'):.3f} | {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |"
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert f"| lm-eval: turned acc_norm (12 documents) | {figures}" in card
+    assert f"tasks of lm-eval {benchmarks.harness_version()}," in card
+    sources = {"before": "base|plain", "seed 0": "prism|plain/seed-0", "seed 1": "prism|plain/seed-1"}
+    for what, partition in sources.items():
+        scores = project.lake.require("benchmarks", partition)
+        assert f"| benchmarks, {what} | `{scores.fingerprint}` | `{scores.content_hash}` |" in card
     changed = project.copy(tmp_path / "copy")
     changed.lake.point(changed.lake.require("benchmarks", "random|plain/seed-0"), "prism|plain/seed-0")
     with pytest.raises(CannotExport, match="those of an earlier adapter"):
