@@ -287,10 +287,10 @@ GOOD_LINES = b"".join(b'{"prompt": "%d", "completion": "x"}\n' % i for i in rang
     [
         ("a.jsonl", b"", "empty"),
         ("a.jsonl", b"\n \n", "no records"),
-        ("a.jsonl.gz", gzip.compress(b""), "no records"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "no records"),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
         ("a.jsonl.gz", b"plain text", "gzip"),
-        ("a.jsonl.gz", gzip.compress(GOOD_LINES)[:-2000], "gzip"),
+        ("a.jsonl.gz", gzip.compress(GOOD_LINES, mtime=0)[:-2000], "gzip"),
         ("a.jsonl.zst", pa.compress(GOOD_LINES, "zstd", asbytes=True)[:-10], "zstd"),
         ("a.parquet", b"PAR1 this is none PAR1", "Parquet"),
         ("a.csv", b"a,b", "unknown extension; known are .jsonl"),
