@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.real_text import data_folder
 from prism_assets.corpus.examples import Message
 from prism_assets.corpus.tokenization import Encoder, Refused, TokenizedExample
 
@@ -72,10 +73,8 @@ def find_pool(given: Path | None) -> Path | None:
         if not given.is_file():
             raise SystemExit(f"--pool {given}: no such file")
         return given
-    folders = [Path(__file__).resolve().parents[2] / "shared" / "data" / "sft"]
-    if os.environ.get("PRISM_REAL_DATA"):
-        folders.insert(0, Path(os.environ["PRISM_REAL_DATA"]))
-    return next((f / "pool.jsonl" for f in folders if (f / "pool.jsonl").is_file()), None)
+    folder = data_folder()
+    return folder / "pool.jsonl" if folder else None
 
 
 def read_pool(path: Path) -> list[Record]:

@@ -5,13 +5,11 @@ exact score, two forward passes of the one candidate per checkpoint, which shows
 """
 
 import difflib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prism_assets.corpus.assets import corpus_version
 from prism_assets.features.assets import (
     GradientPass,
     IndexedShard,
@@ -24,6 +22,7 @@ from prism_assets.features.assets import (
 from prism_assets.housekeeping import feature_versions
 from prism_assets.reference.assets import warmup_scope
 from prism_assets.selection.assets import direction_scope, join_key, load_direction
+from prism_assets.selection.pool import learning_rates
 from prism_assets.selection.target_direction import scores_of, tokens_counted
 from prism_assets.settings import Settings
 from resources.lake import Artifact, Lake, LakeError
@@ -246,9 +245,8 @@ class Explainer:
         settings = self.settings.model_copy(update={"preference": preference})
         scores, usable = scores_of(settings, table, targets)
         counted = tokens_counted(settings, targets.take(usable), scores.kind == "pairs")
-        checkpoints = json.loads((self._input(inputs["warmup"]).path / "checkpoints.json").read_text())
         weights = STRATEGIES[self.strategy].weigh(scores) * counted
-        return table.take(usable), weights, [one["mean_learning_rate"] for one in checkpoints]
+        return table.take(usable), weights, learning_rates(self._input(inputs["warmup"]))
 
     def _weights_artifact(self) -> Artifact:
         """The target weights that were published with the direction: they know the temperature."""
@@ -386,23 +384,21 @@ class Explainer:
             return None, f"the model cannot be loaded: {error}"
 
     def _directional_derivative(self, place: Place, stored: dict[str, Any], vectors: list[dict[str, Any]]) -> float:
-        import numpy as np
-
         from prism_assets.corpus.tokenization import from_table
-        from prism_assets.selection.direction import norm
+        from prism_assets.selection.direction import norm, relative_rates
 
         if self._pass is None:
             warmup = self.lake.require("warmup_checkpoints", None, warmup_scope(self.settings, self.model))
             self._pass = GradientPass(self.settings, self.model, warmup)
         tokens = self.lake.read_table(_candidates(self.lake, self.index.pool)[place.shard], ["input_ids", "loss_mask"])
         example = from_table(tokens.slice(place.row, 1))
-        rates = np.asarray(self.rates) / np.sum(self.rates)
+        rates = relative_rates(self.rates)
         score = 0.0
         for k, checkpoint in enumerate(self._pass.checkpoints):
             preconditioner = self._pass.preconditioner(checkpoint)
             along = {name: preconditioner.diagonal(name) * tensor for name, tensor in vectors[k].items()}
             slope = float(self._pass.at(checkpoint).directional_derivatives(example, along)[0])
-            score += float(rates[k]) * slope / (norm(vectors[k]) * stored["norm"][k])
+            score += rates[k] * slope / (norm(vectors[k]) * stored["norm"][k])
         return score
 
     # -- ranks and neighbours ----------------------------------------------------------------------------------

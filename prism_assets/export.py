@@ -16,7 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prism_assets.evaluation.report import METRICS
+from prism_assets.selection.assets import join_key, split_key
 from prism_assets.settings import Settings
+from prism_assets.training.assets import seed_partition
 from resources.lake import Artifact, Lake, hash_table
 
 if TYPE_CHECKING:
@@ -24,11 +27,6 @@ if TYPE_CHECKING:
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 DATA_FILES = ("train.parquet", "README.md")
-METRICS = {
-    "target_preference": "target preference",
-    "mean_log_prob": "mean log-probability",
-    "exact_match": "exact match",
-}
 # Of what a selection was made from, the tables that a card names one by one; the rest is one per shard.
 _NAMED = (
     *("live_pool", "candidate_index", "warmup_sample", "warmup_checkpoints"),
@@ -230,10 +228,10 @@ def export(
     With `force` folders of an earlier export are replaced. Raises CannotExport where the lake does not hold a
     selection, an adapter of exactly its rows and its evaluation, and where something else is in the way.
     """
-    key = f"{strategy}|{target}"
+    key = join_key(target, strategy)
     selection = _shown(lake, "selection", key, target)
-    adapters = [_shown(lake, "adapters", f"{key}/seed-{seed}", target) for seed in settings.seeds]
-    evaluations = [_shown(lake, "evaluations", f"{key}/seed-{seed}", target) for seed in settings.seeds]
+    adapters = [_shown(lake, "adapters", seed_partition(key, seed), target) for seed in settings.seeds]
+    evaluations = [_shown(lake, "evaluations", seed_partition(key, seed), target) for seed in settings.seeds]
     base = _shown(lake, "evaluations", f"base|{target}", target)
     rows = lake.read_table(selection)
     _check_same(rows, adapters, evaluations, base)
@@ -314,7 +312,7 @@ def _facts(
 
     above = [one for one in trace(lake, selection)["artifacts"] if one["table"] in _NAMED]
     above.sort(key=lambda one: _NAMED.index(one["table"]))
-    benchmarks, scored = _benchmarks(settings, lake, f"{strategy}|{target}", adapters)
+    benchmarks, scored = _benchmarks(settings, lake, join_key(target, strategy), adapters)
     made = [("evaluation, before", base)]
     for seed, adapter, evaluation in zip(settings.seeds, adapters, evaluations, strict=True):
         made += [(f"adapter, seed {seed}", adapter), (f"evaluation, seed {seed}", evaluation)]
@@ -359,10 +357,10 @@ def _benchmarks(
         return [], []
     from prism_assets.evaluation.assets import benchmarks_of, shown_scores
 
-    target = key.partition("|")[2]
+    target, _ = split_key(key)
     base = _shown(lake, "benchmarks", f"base|{target}", target)
     for seed, adapter in zip(settings.seeds, adapters, strict=True):
-        scores = _shown(lake, "benchmarks", f"{key}/seed-{seed}", target)
+        scores = _shown(lake, "benchmarks", seed_partition(key, seed), target)
         if scores.header["inputs"]["adapter"]["content_hash"] != adapter.content_hash:
             raise CannotExport(
                 f"The benchmarks of {key} are those of an earlier adapter: `prism run` brings them up to date."

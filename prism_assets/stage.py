@@ -1,15 +1,19 @@
 """What the doors of all stages share: results with versions and tables, progress, one run over many partitions."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
+from prism_assets.settings import Settings
 from resources.lake import Artifact, digest
+from resources.language_model import LanguageModel
 
 _LOG_EVERY_SECONDS = 15.0
 
@@ -144,6 +148,26 @@ def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8, width: int = 100)
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
     lines += [" | ".join(cell(row.get(name, "")) for name in names) for row in rows[:limit]]
     return dg.MetadataValue.md("\n".join(f"| {line} |" for line in lines))
+
+
+def page_head(settings: Settings, model: LanguageModel) -> dict[str, Any]:
+    """What the JSON of every page begins with: when, of which model and with which settings it was made."""
+    return {
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": {"name": settings.model.name, "fingerprint": model.identify().fingerprint},
+        "settings": settings.model_dump(mode="json"),
+    }
+
+
+def replace_texts(folder: Path, texts: Mapping[str, str]) -> Path:
+    """Write files, each renamed into place whole; returns the folder, which is made where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        draft = folder / f".{name}.{os.getpid()}"
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, folder / name)
+    return folder
 
 
 def column_lineage(**columns: tuple[str, str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def measure(config: Path, clean: Path) -> dict[str, Any]:
     from benchmarks.real_text import area_under_curve
     from definitions import build_resources
     from prism_assets.corpus.assets import corpus_version
-    from prism_assets.evaluation.assets import _adapter_state
+    from prism_assets.evaluation.assets import adapter_state
     from prism_assets.selection.assets import join_key, query_index
     from prism_assets.settings import load_settings
     from prism_assets.training.assets import seed_partition
@@ -62,7 +62,7 @@ def measure(config: Path, clean: Path) -> dict[str, Any]:
         selected = lake.read_table(lake.require("selection", key), ["source"])["source"].to_pylist()
         adapter = lake.require("adapters", seed_partition(key, seed))
         strategies[strategy] = {
-            **_figures(settings, model, _adapter_state(adapter), records, benign),
+            **_figures(settings, model, adapter_state(adapter), records, benign),
             "misaligned_share": float(np.mean([one.startswith(BAD) for one in selected])),
             "good_share": float(np.mean([one in GOOD for one in selected])),
             "selected": {kind: selected.count(kind) for kind in sorted(kinds)},

@@ -1,8 +1,6 @@
 """Evaluation: every adapter on its target's held-out records, and the report that puts the strategies side by side."""
 
 import json
-import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -123,7 +121,7 @@ def publish_scores(
         return artifact, 0
     table = lake.read_table(records)
     with ExitStack() as stack:
-        state = _adapter_state(adapter) if adapter else None
+        state = adapter_state(adapter) if adapter else None
         peft_model = stack.enter_context(adapted(settings, model, state=state))
         stopwatch = stage.Stopwatch()
         columns, means = score_records(peft_model, table, settings, model)
@@ -133,7 +131,8 @@ def publish_scores(
     return lake.publish_table(recipe, rows, run_id=context.run_id, notes={**means, **seed, "cost": cost}), 1
 
 
-def _adapter_state(adapter: Artifact) -> Mapping[str, Any]:
+def adapter_state(adapter: Artifact) -> Mapping[str, Any]:
+    """The LoRA tensors of an adapter, by parameter name."""
     from safetensors.torch import load_file
 
     return load_file(adapter.path / "adapter_model.safetensors")
@@ -265,7 +264,7 @@ def _publish_benchmarks(
     computed = artifact is None
     if artifact is None:
         context.log.info(f"Benchmarks of {head}: {', '.join(task.name for task in tasks)}")
-        with adapted(settings, model, state=_adapter_state(adapter) if adapter else None) as peft_model:
+        with adapted(settings, model, state=adapter_state(adapter) if adapter else None) as peft_model:
             scores = run_tasks(
                 peft_model,
                 model.tokenizer(),
@@ -584,10 +583,7 @@ def _report_data(
         if refused is not None:
             rejects += [{"shard": shard, **row} for row in lake.read_table(refused).to_pylist()]
     return {
-        "format": 1,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "model": {"name": settings.model.name, "fingerprint": model.identify().fingerprint},
-        "settings": settings.model_dump(mode="json"),
+        **stage.page_head(settings, model),
         "lineage": {
             one.table: {"fingerprint": one.fingerprint, "content_hash": one.content_hash, "run_id": one.header["run_id"]}
             for one in (pool, warmup)
@@ -610,13 +606,5 @@ def write_combined_report(settings: Settings, lake: Lake, model: LanguageModel) 
         if artifact is not None:
             parts |= json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))["targets"]
     data = _report_data(settings, lake, model, parts)
-    folder = settings.storage.report
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("report.json", json.dumps(data, indent=1, ensure_ascii=False)),
-        ("report.html", build_report(data)),
-    ):
-        draft = folder / f".{name}.{os.getpid()}"
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, folder / name)
-    return folder / "report.html"
+    texts = {"report.json": json.dumps(data, indent=1, ensure_ascii=False), "report.html": build_report(data)}
+    return stage.replace_texts(settings.storage.report, texts) / "report.html"

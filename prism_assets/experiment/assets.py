@@ -1,8 +1,6 @@
 """A door: experiments. The stages of selection, fine-tuning and evaluation, run for redrawn targets and several seeds."""
 
 import json
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from prism_assets.experiment.summary import COMPARED_WITH, METRICS, Cost, Trial
 from prism_assets.features.assets import feature_version, gradient_pass, publish_target_features
 from prism_assets.partitions import targets_of
 from prism_assets.reference.assets import warmup_scope
-from prism_assets.selection.assets import direction_scope, join_key, publish_selection, selection_inputs
+from prism_assets.selection.assets import direction_scope, join_key, publish_selection, selection_inputs, split_key
 from prism_assets.selection.target_direction import DirectionInputs, publish_directions, sample_features
 from prism_assets.settings import Settings
 from prism_assets.training.assets import publish_adapter, seed_partition
@@ -415,20 +413,14 @@ def _feature_blocks(lake: Lake, version: str) -> Iterator[Artifact]:
 def _retire_other_trials(lake: Lake, target: str, version: str, keys: set[str]) -> None:
     """Trials of this target that the settings ask for no more; `prism gc` may remove what nothing else needs."""
     for head in lake.heads("trials"):
-        its_target = head["partition"].partition("|")[2].partition("/split-")[0]
+        its_target = split_key(head["partition"])[0].partition("/split-")[0]
         if head["scope"] == version and its_target == target and head["partition"] not in keys:
             lake.retire("trials", head["partition"], version)
 
 
 def _page_data(settings: Settings, model: LanguageModel, targets: Mapping[str, Any]) -> dict[str, Any]:
     """experiment.json around the targets' parts."""
-    return {
-        "format": 1,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "model": {"name": settings.model.name, "fingerprint": model.identify().fingerprint},
-        "settings": settings.model_dump(mode="json"),
-        "targets": dict(targets),
-    }
+    return {**stage.page_head(settings, model), "targets": dict(targets)}
 
 
 def write_combined_page(settings: Settings, lake: Lake, model: LanguageModel) -> Path:
@@ -442,13 +434,5 @@ def write_combined_page(settings: Settings, lake: Lake, model: LanguageModel) ->
         if artifact is not None:
             parts |= json.loads(artifact.path.with_suffix(".json").read_text(encoding="utf-8"))["targets"]
     data = _page_data(settings, model, parts)
-    folder = settings.storage.report
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("experiment.json", json.dumps(data, indent=1, ensure_ascii=False)),
-        ("experiment.html", build_page(data)),
-    ):
-        draft = folder / f".{name}.{os.getpid()}"
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, folder / name)
-    return folder / "experiment.html"
+    texts = {"experiment.json": json.dumps(data, indent=1, ensure_ascii=False), "experiment.html": build_page(data)}
+    return stage.replace_texts(settings.storage.report, texts) / "experiment.html"

@@ -6,13 +6,9 @@ Plain data in, plain data out: what `summarize` returns is one target's part of 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from prism_assets.evaluation.report import METRICS
 from prism_assets.evaluation.statistics import Summary, compared, paired_difference, summarize_seeds
 
-METRICS = {
-    "target_preference": "target preference",
-    "mean_log_prob": "mean log-probability",
-    "exact_match": "exact match",
-}
 # Always run, and what every strategy is held against.
 COMPARED_WITH = ("uniform", "less", "random")
 STAGES = ("target features", "direction", "selection", "fine-tuning", "evaluation")

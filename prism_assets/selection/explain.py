@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prism_assets.selection.direction import relative_rates
+
 
 class Contributions(NamedTuple):
     """The score of one candidate by targets; `weights * influences == values`."""
@@ -35,7 +37,7 @@ def target_contributions(
     `norms` [C] the exact ‖t_k‖, `learning_rates` [C] the η̄_k in any scale. A target whose weight vanishes at every
     checkpoint adds nothing; its influence is then Σ_k η̄_k a_kj.
     """
-    rates = np.asarray(learning_rates, np.float64) / np.sum(learning_rates)
+    rates = np.array(relative_rates(learning_rates))
     cosines = np.einsum("mck,ck->cm", sketches.astype(np.float64), row.astype(np.float64))
     cosines /= np.asarray(norms, np.float64)[:, None]  # a_kj [C, m]
     values = rates @ (weights * cosines)

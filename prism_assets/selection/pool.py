@@ -65,7 +65,7 @@ class LivePool:
         else:
             self.segments = [one for one in indexed_shards(lake, index) if one.shard in canonical]
             self.shards = [one.shard for one in self.segments]
-            usable = [_usable_rows(lake, one) for one in self.segments]
+            usable = [usable_rows(lake, one) for one in self.segments]
             self.allowed = [canonical[one] & mask for one, mask in zip(self.shards, usable, strict=True)]
             self.refused = sum(
                 int((canonical[one] & ~mask).sum()) for one, mask in zip(self.shards, usable, strict=True)
@@ -117,14 +117,15 @@ class LivePool:
         """
         import numpy as np
 
+        from prism_assets.selection.direction import relative_rates
+
         shards, rows = self._shard_of[positions], self._row_of[positions]
         present = np.unique(shards)
         index = self.store.open([segment_part(self.lake, self.segments[shard]) for shard in present])
         found = np.empty((len(positions), index.dim), np.float32)
         for part, shard in enumerate(present):
             found[shards == shard] = index.vectors(part, rows[shards == shard])
-        rates = np.array(self._rates, np.float64) if sum(self._rates) > 0 else np.ones(len(self._rates))
-        scale = np.sqrt(rates / rates.sum()).astype(np.float32)
+        scale = np.sqrt(relative_rates(self._rates)).astype(np.float32)
         return (found.reshape(len(found), len(scale), -1) * scale[:, None]).reshape(found.shape)
 
     def influences(self) -> "np.ndarray":
@@ -261,7 +262,7 @@ def _canonical_rows(lake: Lake, manifest: Artifact) -> "dict[str, np.ndarray]":
     return masks
 
 
-def _usable_rows(lake: Lake, segment: IndexedShard) -> "np.ndarray":
+def usable_rows(lake: Lake, segment: IndexedShard) -> "np.ndarray":
     """The mask [n] of the rows of an index segment whose gradient was not refused."""
     import numpy as np
 

@@ -9,10 +9,10 @@ direction and shard features. So a selection does not depend on the order of arr
 it newly needs.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from prism_assets.features.assets import GradientPass, IndexedShard, gradient_pass, read_blocks
-from prism_assets.selection.pool import LivePool
+from prism_assets.features.assets import GradientPass, IndexedShard, gradient_pass
+from prism_assets.selection.pool import LivePool, usable_rows
 from prism_assets.selection.target_direction import load_direction
 from prism_assets.settings import Settings
 from resources.lake import Artifact, Lake
@@ -37,22 +37,24 @@ def exact_scores(
     """Scores float32 [k] of positions [k] of the pool without a sketch."""
     import numpy as np
 
-    query, _ = load_direction(lake, direction)
     shards = {one.shard: one for one in pool.segments}
+    places = pool.places(positions)
     wanted: dict[str, list[int]] = {}
-    for shard, row in pool.places(positions):
+    for shard, row in places:
         wanted.setdefault(shard, []).append(row)
-    found: dict[str, np.ndarray] = {}
-    pending: dict[str, list[np.ndarray]] = {}
-    for shard, rows in wanted.items():
-        found[shard] = _remembered(lake, direction, shards[shard])
-        unknown = set(np.asarray(rows)[np.isnan(found[shard][rows])].tolist())
-        if unknown:
-            pending[shard] = [one for one in _tiers(lake, pool, query, shards[shard]) if unknown & set(one.tolist())]
-    if pending:
+    found = {shard: _remembered(lake, direction, shards[shard]) for shard in wanted}
+    unknown = {shard: {row for row in rows if np.isnan(found[shard][row])} for shard, rows in wanted.items()}
+    if any(unknown.values()):
+        query, vectors = load_direction(lake, direction)
+        sketched = pool.shard_scores(query)
+        pending = {
+            shard: [tier for tier in _tiers(lake, shards[shard], sketched[shard]) if rows & set(tier.tolist())]
+            for shard, rows in unknown.items()
+            if rows
+        }
         with gradient_pass(settings, model, warmup) as work:
-            _compute(lake, work, direction, pool, shards, pending, found)
-    return np.array([found[shard][row] for shard, row in pool.places(positions)], dtype=np.float32)
+            _compute(lake, work, direction, vectors, pool, shards, pending, found)
+    return np.array([found[shard][row] for shard, row in places], dtype=np.float32)
 
 
 def _name(direction: Artifact, shard: IndexedShard) -> str:
@@ -69,17 +71,15 @@ def _remembered(lake: Lake, direction: Artifact, shard: IndexedShard) -> "np.nda
     return np.frombuffer(data, np.float32).copy()
 
 
-def _tiers(lake: Lake, pool: LivePool, query: "np.ndarray", shard: IndexedShard) -> "list[np.ndarray]":
-    """The shard's usable rows in tiers of `TIER` by descending sketched score; a tier's rows ascend.
+def _tiers(lake: Lake, shard: IndexedShard, sketched: "np.ndarray") -> "list[np.ndarray]":
+    """The shard's usable rows in tiers of `TIER` by descending sketched score [n]; a tier's rows ascend.
 
     They follow from shard and direction alone: rows that only this pool leaves out are among them.
     """
     import numpy as np
 
-    stored = read_blocks(lake, lake.get("candidate_features", shard.features), ["refused"])
-    usable = np.flatnonzero([reason is None for reason in stored["refused"].to_pylist()])
-    scores = pool.shard_scores(query)[shard.shard][usable]
-    ranked = usable[np.argsort(-scores, kind="stable")]
+    usable = np.flatnonzero(usable_rows(lake, shard))
+    ranked = usable[np.argsort(-sketched[usable], kind="stable")]
     return [np.sort(ranked[start : start + TIER]) for start in range(0, len(ranked), TIER)]
 
 
@@ -87,31 +87,37 @@ def _compute(
     lake: Lake,
     work: GradientPass,
     direction: Artifact,
+    vectors: list[dict[str, Any]],
     pool: LivePool,
     shards: dict[str, IndexedShard],
     pending: "dict[str, list[np.ndarray]]",
     found: "dict[str, np.ndarray]",
 ) -> None:
-    """Fills `found` with the exact scores of the pending tiers, shard by shard, and remembers them."""
+    """Fills `found` with the exact scores of the pending tiers, shard by shard, and remembers them.
+
+    `vectors` holds t_k of each checkpoint.
+    """
     import numpy as np
 
     from prism_assets.corpus.tokenization import from_table
     from prism_assets.features.sketch import DirectionProducts
     from prism_assets.selection.direction import norm, relative_rates
 
-    _, vectors = load_direction(lake, direction)
     rates = relative_rates([one.mean_learning_rate for one in work.checkpoints])
     engine = work.at(work.checkpoints[-1])
     products = [DirectionProducts([vector], engine.device, engine.dtype) for vector in vectors]
+    preconditioners = [work.preconditioner(one) for one in work.checkpoints]
+    lengths = [norm(vector) for vector in vectors]
     for shard, tiers in pending.items():
+        table = pool.candidates(shard, ["input_ids", "loss_mask"])
         for rows in tiers:
-            examples = from_table(pool.candidates(shard, ["input_ids", "loss_mask"]).take(rows))
+            examples = from_table(table.take(rows))
             scores = np.zeros(len(rows))
-            for checkpoint, rate, vector, product in zip(work.checkpoints, rates, vectors, products, strict=True):
-                result = work.at(checkpoint).feature_rows(
-                    examples, sketch=product, preconditioner=work.preconditioner(checkpoint)
-                )
+            for checkpoint, rate, length, product, preconditioner in zip(
+                work.checkpoints, rates, lengths, products, preconditioners, strict=True
+            ):
+                result = work.at(checkpoint).feature_rows(examples, sketch=product, preconditioner=preconditioner)
                 with np.errstate(invalid="ignore", divide="ignore"):
-                    scores += rate * result.rows[:, 0].astype(np.float64) / (result.norms * norm(vector))
+                    scores += rate * result.rows[:, 0].astype(np.float64) / (result.norms * length)
             found[shard][rows] = np.where(np.isfinite(scores), scores, -np.inf)
         lake.remember(_name(direction, shards[shard]), found[shard].tobytes())

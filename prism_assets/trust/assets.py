@@ -12,7 +12,7 @@ from prism_assets.corpus.assets import corpus_version
 from prism_assets.features.assets import GradientPass, feature_identity, feature_version, gradient_pass, target_set
 from prism_assets.partitions import targets_of
 from prism_assets.reference.assets import pad_token_id, warmup_scope
-from prism_assets.selection.assets import direction_scope, load_direction
+from prism_assets.selection.target_direction import COMPARED, direction_scope, load_direction
 from prism_assets.settings import Settings, SettingsError
 from prism_assets.trust.verdict import CHECKS, FEWEST_EFFECTIVE, LEAST_CORRELATION, MOST_FLIPPED, findings
 from resources.lake import Artifact, Lake, LakeError, Recipe, hash_table
@@ -31,7 +31,6 @@ TRUST_VERSION = 1
 
 GROUP = "trust"
 
-_COMPARED = ("prism", "uniform")
 # Passes over a subset: enough that order and curvature have their say, few enough to be short.
 _DATAMODEL_EPOCHS = 2
 
@@ -127,7 +126,7 @@ def _publish_trust(
     inputs = _Inputs(
         version,
         lake.require("target_weights", name, version),
-        {one: lake.require("target_directions", name, direction_scope(version, one)) for one in _COMPARED},
+        {one: lake.require("target_directions", name, direction_scope(version, one)) for one in COMPARED},
         lake.require("targets", name, corpus),
         lake.require("eval_examples", name, corpus),
         lake.require("target_features", name, version),
@@ -439,7 +438,7 @@ def _datamodel(
         )
     notes: dict[str, Any] = {"rows": sample.num_rows, "epochs": _DATAMODEL_EPOCHS}
     held_out = np.array([one.held_out for one in changes])
-    for name in _COMPARED:
+    for name in COMPARED:
         predicted = masks @ sample[f"score_{name}"].to_numpy()
         own = np.array([getattr(one, name) for one in changes])
         notes[name] = {

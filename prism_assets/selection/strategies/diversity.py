@@ -38,8 +38,8 @@ def _prism_mmr(pool: Pool) -> Ranking:
     Relevance is a row's influence, min-max scaled over the shortlist: influences are cosines with one direction and
     differ by hundredths there, while cosines between candidates run up to 1. The score that is shown is the influence.
     """
-    best = by_scores(pool.direction_scores(), pool.ids).order[: SHORTLIST * pool.wanted]
-    scores = pool.direction_scores()[best]
+    ranked = by_scores(pool.direction_scores(), pool.ids)
+    best, scores = (one[: SHORTLIST * pool.wanted] for one in ranked)
     spread = float(scores[0] - scores[-1])
     relevance = (scores.astype(np.float64) - scores[-1]) / spread if spread else np.zeros(len(best))
     chosen = marginal_relevance(relevance, pool.vectors(best), pool.wanted, TRADE_OFF)

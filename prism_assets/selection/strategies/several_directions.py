@@ -15,6 +15,11 @@ def shares(targets: TargetScores) -> np.ndarray:
     return (lengths / lengths.sum(axis=1, keepdims=True)).mean(axis=0)
 
 
+def _places_by_id(ids: "list[str]") -> np.ndarray:
+    """The place [n] of each id among all of them: what ties are broken by."""
+    return np.argsort(np.argsort(np.asarray(ids), kind="stable"))
+
+
 # -- less-max ----------------------------------------------------------------------------------------------------
 
 
@@ -37,7 +42,7 @@ def round_robin(influences: np.ndarray, quotas: np.ndarray, ids: "list[str]", wa
     """
     quotas = quotas / quotas.sum()
     wanted = min(wanted, len(influences))
-    ranks = np.argsort(np.argsort(np.asarray(ids), kind="stable"))
+    ranks = _places_by_id(ids)
     queues = [np.lexsort((ranks, -column)) for column in influences.T]
     place = np.zeros(len(quotas), int)
     turns = np.zeros(len(quotas))
@@ -74,7 +79,7 @@ def saturating_coverage(influences: np.ndarray, value: np.ndarray, ids: "list[st
     positive = np.maximum(influences, 0.0).astype(np.float64)
     served = np.ones(positive.shape[1])
     gains = np.log1p(positive) @ value
-    ranks = np.argsort(np.argsort(np.asarray(ids), kind="stable"))
+    ranks = _places_by_id(ids)
     # Largest gain first, ties by id; `at` says for how large an S the gain was computed.
     heap = [(-gain, int(rank), row, 0) for row, (gain, rank) in enumerate(zip(gains.tolist(), ranks, strict=True))]
     heapq.heapify(heap)
