@@ -42,7 +42,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "rerank-2": {"selection": {"rerank": 2.0}},
     "rerank-4": {"selection": {"rerank": 4.0}},
     "rerank-4-fisher-0.1": {"selection": {"rerank": 4.0}, "preference": {"fisher_damping": 0.1}},
+    "rerank-4-score-sum-temperature-5": {"selection": {"rerank": 4.0}, "preference": {"score": "sum", "temperature": 5.0}},
     "warmup-20%": {"warmup": {"share": 0.2}},
+    "rerank-4-warmup-20%": {"selection": {"rerank": 4.0}, "warmup": {"share": 0.2}},
 }
 
 
