@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from prism_assets.partitions import reconcile_shards
+from prism_assets.processes import close_runs_of_the_dead
 from prism_assets.settings import Settings, TargetSettings
 from resources.lake import Lake, digest
 
@@ -287,11 +288,26 @@ def _file_states(target: TargetSettings) -> list[list[int] | None]:
     return states
 
 
+@dg.sensor(
+    name="dead_runs",
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Closes runs whose process was killed, or everything else would wait for the model that they hold.",
+)
+def dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    """Closes the runs of the dead; asks for nothing, for the instance tries failed runs again and the rest is seen missing."""
+    closed = close_runs_of_the_dead(context.instance)
+    for run in closed:
+        context.log.warning(f"The process of run {run} is gone: the run is closed.")
+    return dg.SkipReason(f"{len(closed)} runs of killed processes closed.")
+
+
 def build_sensors() -> list[dg.SensorDefinition]:
-    """The watchers of files, and the sensor that evaluates automation conditions; all are on by default."""
+    """The watchers of files and of processes, and the sensor that evaluates automation conditions; all on by default."""
     return [
         inbox_sensor,
         target_files_sensor,
+        dead_runs_sensor,
         dg.AutomationConditionSensorDefinition(
             "automation",
             target=dg.AssetSelection.all(),

@@ -175,6 +175,7 @@ def _walk(
             instance,
             on_step=lambda step: console.print(f"[dim]… {step.title}[/]", highlight=False) if console.is_terminal else None,
             on_result=on_result,
+            on_wait=lambda holders: console.print(f"[yellow]waiting for the model: {escape(holders)}[/]", highlight=False),
             targets=targets,
             steps=pipeline.STEPS if steps is None else steps,
         )

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import dagster as dg
-
-
-# Which process works on a run.
-_PROCESS_TAG = "prism/process"
 
 
 class PipelineError(Exception):
@@ -153,6 +148,7 @@ def run_pipeline(
     *,
     on_step: Callable[[Step], None] = lambda step: None,
     on_result: Callable[[StepResult], None] = lambda result: None,
+    on_wait: Callable[[str], None] = lambda holders: None,
     targets: Sequence[str] | None = None,
     steps: Sequence[Step] = STEPS,
     tags: Mapping[str, str] | None = None,
@@ -160,13 +156,15 @@ def run_pipeline(
     """Look at the inbox, then materialise every asset in order; what exists is found, not computed.
 
     `tags` are laid on every run: `{"prism/compact": "true"}` compacts index segments.
-    A run whose process was killed is closed first, so that nothing waits for it. Raises PipelineError at the first run
-    that fails.
+    A run whose process was killed is closed first, so that nothing waits for it. `on_wait` is told, once for each step
+    that must wait, which run of another process works with the model. Raises PipelineError at the first run that fails.
     """
-    with _registered(dagster_home(settings) / "processes") as process:
-        _close_runs_of_the_dead(instance, dagster_home(settings) / "processes")
-        tags = {**(tags or {}), _PROCESS_TAG: process}
-        return _run_steps(settings, definitions, instance, tags, on_step, on_result, targets, steps)
+    from prism_assets.processes import PROCESS_TAG, close_runs_of_the_dead, registered
+
+    with registered(instance) as process:
+        close_runs_of_the_dead(instance)
+        tags = {**(tags or {}), PROCESS_TAG: process}
+        return _run_steps(settings, definitions, instance, tags, on_step, on_result, on_wait, targets, steps)
 
 
 def _run_steps(
@@ -176,12 +174,14 @@ def _run_steps(
     tags: Mapping[str, str],
     on_step: Callable[[Step], None],
     on_result: Callable[[StepResult], None],
+    on_wait: Callable[[str], None],
     targets: Sequence[str] | None,
     steps: Sequence[Step],
 ) -> list[StepResult]:
     from prism_assets import catalog
     from prism_assets.corpus.inbox import scan
     from prism_assets.partitions import reconcile_shards
+    from prism_assets.processes import wait_for_slots
 
     lake = definitions.resources["lake"]
     inbox = settings.candidates.inbox
@@ -200,10 +200,10 @@ def _run_steps(
         started = time.monotonic()
         # The records of every target are read in any case: the pool keeps them all out of every ranking.
         chosen = list(settings.targets) if "targets" in step.assets else targets or list(settings.targets)
-        runs = [
-            _execute(definitions, instance, step, {**tags, **partition_tags})
-            for partition_tags in _partition_tags(settings, definitions, instance, step, chosen)
-        ]
+        runs = []
+        for partition_tags in _partition_tags(settings, definitions, instance, step, chosen):
+            wait_for_slots(instance, _pools(definitions, step), on_wait)
+            runs.append(_execute(definitions, instance, step, {**tags, **partition_tags}))
         computed = sum(count for _, count, _ in runs)
         failed = [check for *_, checks in runs for check in checks]
         results.append(StepResult(step, [run for run, *_ in runs], computed, time.monotonic() - started, failed))
@@ -233,54 +233,6 @@ def _check_benchmarks(settings: Settings) -> None:
         benchmark_tasks(settings)
     except UnusableBenchmark as error:
         raise UserMistake(str(error)) from error
-
-
-@contextmanager
-def _registered(folder: Path) -> "Iterator[str]":
-    """A name for this process, and a file of that name that is locked until the process ends, however it ends."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    name = uuid.uuid4().hex
-    with open(folder / name, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield name
-        finally:
-            (folder / name).unlink(missing_ok=True)
-
-
-def _lives(folder: Path, name: str) -> bool:
-    import fcntl
-
-    try:
-        with open(folder / name) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    (folder / name).unlink(missing_ok=True)
-    return False
-
-
-def _close_runs_of_the_dead(instance: "dg.DagsterInstance", folder: Path) -> None:
-    """Close runs whose process is gone. They would hold their place in a pool for ever, and the next run would wait."""
-    import dagster as dg
-
-    unfinished = [
-        dg.DagsterRunStatus.NOT_STARTED,
-        dg.DagsterRunStatus.STARTING,
-        dg.DagsterRunStatus.STARTED,
-        dg.DagsterRunStatus.CANCELING,
-    ]
-    for run in instance.get_runs(dg.RunsFilter(statuses=unfinished)):
-        process = run.tags.get(_PROCESS_TAG)
-        if process and not _lives(folder, process):
-            instance.report_run_canceled(
-                run, message="The process of this run was killed. What it had finished is kept; a later run goes on."
-            )
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def _partition_tags(
@@ -333,6 +285,10 @@ def _range(keys: Sequence[str]) -> dict[str, str]:
     if len(set(keys)) == 1:
         return {"dagster/partition": keys[0]}
     return {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+
+
+def _pools(definitions: "dg.Definitions", step: Step) -> set[str]:
+    return {pool for name in step.assets if (pool := definitions.get_assets_def(name).op.pool)}
 
 
 def _execute(

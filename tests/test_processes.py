@@ -1,0 +1,168 @@
+"""Runs whose process is gone are closed and give back what they hold; those of the living, here or elsewhere, are not."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
+
+from prism_assets.automation import dead_runs_sensor
+from prism_assets.processes import (
+    PROCESS_TAG,
+    close_runs_of_the_dead,
+    registered,
+    sleep_while_waiting,
+    wait_for_slots,
+    work_on,
+)
+
+spawn = multiprocessing.get_context("spawn")
+
+
+@dg.asset(pool="model")
+def worked_on():
+    """Stands for any step that loads the model."""
+
+
+@pytest.fixture
+def instance(tmp_path: Path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("concurrency: {pools: {default_limit: 1, granularity: op}}\ntelemetry: {enabled: false}\n")
+    with dg.DagsterInstance.from_config(str(home)) as found:
+        yield found
+
+
+def started(instance: dg.DagsterInstance, tags: dict[str, str] | None = None) -> dg.DagsterRun:
+    """A run that counts as started and holds the one slot of the pool, as a killed process leaves it."""
+    job = dg.Definitions([worked_on]).resolve_implicit_global_asset_job_def()
+    run = instance.create_run_for_job(job, tags=tags)
+    instance.report_dagster_event(
+        dg.DagsterEvent(dg.DagsterEventType.PIPELINE_START.value, job_name=run.job_name), run_id=run.run_id
+    )
+    storage = instance.event_log_storage
+    storage.initialize_concurrency_limit_to_default("model")
+    assert storage.claim_concurrency_slot("model", run.run_id, "worked_on").is_claimed
+    return run
+
+
+def status(instance: dg.DagsterInstance, run: dg.DagsterRun) -> dg.DagsterRunStatus:
+    return instance.get_run_by_id(run.run_id).status
+
+
+def holders(instance: dg.DagsterInstance) -> list[str]:
+    return [slot.run_id for slot in instance.event_log_storage.get_concurrency_info("model").claimed_slots]
+
+
+def work_until_killed(home: str, run_id: str, working) -> None:
+    with dg.DagsterInstance.from_config(home) as instance:
+        work_on(instance.get_run_by_id(run_id), instance)
+        working.set()
+        time.sleep(600)
+
+
+@pytest.fixture
+def worker(instance):
+    """Start a process that works on a run of the daemon; it is killed at the end at the latest."""
+    children = []
+
+    def start(run: dg.DagsterRun):
+        working = spawn.Event()
+        child = spawn.Process(target=work_until_killed, args=(instance.root_directory, run.run_id, working))
+        child.start()
+        children.append(child)
+        assert working.wait(60)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.join()
+
+
+def test_a_run_of_the_daemon_is_closed_once_its_process_is_killed(instance, worker):
+    run = started(instance)
+    child = worker(run)
+    assert close_runs_of_the_dead(instance) == []
+    assert status(instance, run) == dg.DagsterRunStatus.STARTED
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    tick = dead_runs_sensor.evaluate_tick(dg.build_sensor_context(instance=instance))
+    assert tick.skip_message == "1 runs of killed processes closed."
+    assert status(instance, run) == dg.DagsterRunStatus.FAILURE  # which `run_retries` take up
+    assert holders(instance) == []
+    assert not list((Path(instance.root_directory) / "processes").iterdir())
+
+
+def test_a_run_that_was_to_be_cancelled_ends_cancelled(instance, worker):
+    run = started(instance)
+    child = worker(run)
+    instance.report_run_canceling(run)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert close_runs_of_the_dead(instance) == [run.run_id]
+    assert status(instance, run) == dg.DagsterRunStatus.CANCELED
+
+
+def test_a_run_of_the_command_ends_cancelled_with_its_process(instance):
+    with registered(instance) as name:
+        run = started(instance, {PROCESS_TAG: name})
+        assert close_runs_of_the_dead(instance) == []
+    assert close_runs_of_the_dead(instance) == [run.run_id]
+    assert status(instance, run) == dg.DagsterRunStatus.CANCELED
+    assert holders(instance) == []
+
+
+def test_what_another_machine_works_on_or_nobody_has_begun_is_left_alone(instance):
+    run = started(instance)
+    assert close_runs_of_the_dead(instance) == []
+    folder = Path(instance.root_directory) / "processes"
+    folder.mkdir(exist_ok=True)
+    (folder / run.run_id).write_text("another machine")
+    assert close_runs_of_the_dead(instance) == []
+    assert status(instance, run) == dg.DagsterRunStatus.STARTED
+    assert (folder / run.run_id).exists()
+
+
+def test_who_waits_is_told_for_whom_and_goes_on_when_the_slot_is_free(instance):
+    run = started(instance)
+    told: list[str] = []
+    # The instance is used by one thread at a time: this one only opens its own.
+    home = instance.root_directory
+
+    def let_go(message: str) -> None:
+        told.append(message)
+
+        def free() -> None:
+            with dg.DagsterInstance.from_config(home) as another:
+                another.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+        threading.Thread(target=free).start()
+
+    wait_for_slots(instance, {"model"}, let_go)
+    assert told == [f"run {run.run_id[:8]} works on worked_on"]
+    wait_for_slots(instance, {"model", "unheard_of"}, told.append)
+    assert len(told) == 1
+
+
+def test_who_waits_for_the_dead_goes_on(instance, worker):
+    run = started(instance)
+    child = worker(run)
+    wait_for_slots(instance, {"model"}, lambda _: os.kill(child.pid, signal.SIGKILL))
+    assert status(instance, run) == dg.DagsterRunStatus.FAILURE
+
+
+def test_a_run_that_waits_for_a_slot_sleeps(instance):
+    started(instance)
+    job = dg.Definitions([worked_on]).resolve_implicit_global_asset_job_def()
+    with InstanceConcurrencyContext(instance, instance.create_run_for_job(job)) as waiting:
+        assert not waiting.claim("model", "worked_on")
+        sleep_while_waiting()
+        assert 0 < waiting.interval_to_next_pending_claim_check() <= 15
+    with InstanceConcurrencyContext(instance, instance.create_run_for_job(job)) as idle:
+        assert idle.interval_to_next_pending_claim_check() == 0
