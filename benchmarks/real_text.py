@@ -53,11 +53,16 @@ def only(record: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
     return {field: record[field] for field in fields if field in record}
 
 
-def average_precision(relevant: Sequence[bool]) -> float:
+def average_precision(relevant: Sequence[bool], total: int | None = None) -> float:
     """Area under the precision-recall curve of a ranking, best first: the mean over relevant rows of the precision at
-    their place (Manning, Raghavan and Schütze 2008, section 8.4). NaN without a relevant row."""
+    their place (Manning, Raghavan and Schütze 2008, section 8.4). Of `total` relevant rows (by default those of the
+    ranking) the ones that the ranking lacks count as never found. NaN without a relevant row. Raises ValueError where
+    the ranking holds more than `total`."""
     hits = np.flatnonzero(np.asarray(relevant, dtype=bool))
-    return float(np.mean(np.arange(1, len(hits) + 1) / (hits + 1))) if len(hits) else float("nan")
+    total = len(hits) if total is None else total
+    if len(hits) > total:
+        raise ValueError(f"The ranking holds {len(hits)} relevant rows of {total}.")
+    return float(np.sum(np.arange(1, len(hits) + 1) / (hits + 1)) / total) if total else float("nan")
 
 
 def area_under_curve(good: Sequence[float], bad: Sequence[float]) -> float:

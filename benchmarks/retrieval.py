@@ -10,7 +10,8 @@ seeds, so the seeds say nothing of other models. A seed redraws the warm-up, the
 random selection and the training order. Everything else is the product's own pipeline.
 
 `average_precision` is the area under the precision-recall curve of "comes from a matching source" over the whole ranking
-(strategies with one direction; `random` is the share of matching rows):
+(strategies with one direction; `random` is the share of matching rows). A matching row that the ranking lacks, because its
+gradient was refused, counts as never found:
 
     gsm8k          flan_cot/gsm8k
     tydiqa         tydiqa/*
@@ -154,6 +155,7 @@ def _figures(settings: Any, resources: dict[str, Any], name: str, seed: int) -> 
     lake, model, store = resources["lake"], resources["language_model"], resources["vector_store"]
     pool = lake.require("live_pool", None, corpus_version(settings, model))
     base = lake.require("evaluations", f"base|{name}").notes
+    matching = sum(n for source, n in pool.notes["sources"].items() if source.startswith(MATCHING[name]))
     found: dict[str, dict[str, float]] = {}
     for strategy in STRATEGIES:
         key = join_key(name, strategy)
@@ -169,10 +171,9 @@ def _figures(settings: Any, resources: dict[str, Any], name: str, seed: int) -> 
                 count = pool.notes["canonical_rows"]
                 ranked = query_index(settings, lake, model, store, target=name, strategy=strategy, k=count)
                 relevant = [row["source"].startswith(MATCHING[name]) for row in ranked]
-                entry["average_precision"] = average_precision(relevant)
+                entry["average_precision"] = average_precision(relevant, matching)
             if strategy == "random":  # its expectation
-                matching = sum(n for source, n in pool.notes["sources"].items() if source.startswith(MATCHING[name]))
-                entry["average_precision"] = matching / sum(pool.notes["sources"].values())
+                entry["average_precision"] = matching / pool.notes["canonical_rows"]
         found[strategy] = entry
     return found
 

@@ -25,6 +25,13 @@ def test_average_precision_is_the_area_under_the_stepwise_curve():
     assert average_precision([True, True, False]) == 1 and np.isnan(average_precision([False]))
 
 
+def test_relevant_rows_that_a_ranking_lacks_count_as_never_found():
+    assert average_precision([True, False, True], total=4) == pytest.approx((1 + 2 / 3) / 4)
+    assert average_precision([False], total=1) == 0
+    with pytest.raises(ValueError, match="2 relevant rows of 1"):
+        average_precision([True, True], total=1)
+
+
 def test_area_under_curve_counts_every_pair():
     rng = np.random.default_rng(1)
     good, bad = rng.integers(0, 6, 17), rng.integers(0, 6, 11)  # with ties
