@@ -185,19 +185,46 @@ def column_lineage(**columns: tuple[str, str]) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """What work costs from the moment that the stopwatch is made: for the notes of an artefact, never for its identity."""
+    """What work costs from the moment that the stopwatch is made: for the notes of an artefact, never for its identity.
+
+    What is done inside `uncounted` is not in it.
+    """
 
     def __init__(self) -> None:
         _wait_for_gpu()
-        self._processor, self._clock = time.process_time(), time.perf_counter()
+        self._processor, self._clock = _counted()
 
     def cost(self) -> dict[str, float | None]:
         """`cpu_seconds` of all threads of this process; `gpu_seconds` from idle GPU to idle GPU, None without one."""
         gpu = _wait_for_gpu()
+        processor, clock = _counted()
         return {
-            "cpu_seconds": time.process_time() - self._processor,
-            "gpu_seconds": time.perf_counter() - self._clock if gpu else None,
+            "cpu_seconds": processor - self._processor,
+            "gpu_seconds": clock - self._clock if gpu else None,
         }
+
+
+# CPU and wall seconds of this process that no stopwatch counts.
+_uncounted = (0.0, 0.0)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Work that is nobody's cost (loading a model, for whoever comes first) or has a stopwatch of its own."""
+    global _uncounted
+    _wait_for_gpu()
+    before = _counted()
+    try:
+        yield
+    finally:
+        _wait_for_gpu()
+        after = _counted()
+        _uncounted = _uncounted[0] + after[0] - before[0], _uncounted[1] + after[1] - before[1]
+
+
+def _counted() -> tuple[float, float]:
+    """CPU and wall seconds so far, without what is not counted."""
+    return time.process_time() - _uncounted[0], time.perf_counter() - _uncounted[1]
 
 
 def _wait_for_gpu() -> bool:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from prism_assets.stage import Stopwatch
+from prism_assets.stage import Stopwatch, uncounted
 
 
 def test_a_stopwatch_counts_work_and_not_waiting():
@@ -14,6 +14,24 @@ def test_a_stopwatch_counts_work_and_not_waiting():
     while stopwatch.cost()["cpu_seconds"] < waited + 0.1:
         sum(range(1000))
     assert waited < 0.1 and stopwatch.cost()["gpu_seconds"] is None
+
+
+def test_what_is_uncounted_is_on_no_stopwatch_but_one_inside_it_counts():
+    def burn(seconds: float) -> None:
+        until = time.process_time() + seconds
+        while time.process_time() < until:
+            pass
+
+    outer = Stopwatch()
+    burn(0.05)
+    with pytest.raises(ZeroDivisionError), uncounted():
+        inner = Stopwatch()
+        burn(0.2)
+        within = inner.cost()["cpu_seconds"]
+        _ = 1 / 0
+    burn(0.05)
+    assert within >= 0.2
+    assert 0.1 <= outer.cost()["cpu_seconds"] < 0.2
 
 
 @pytest.mark.parametrize("used", [True, False])

@@ -18,13 +18,13 @@ from prism_assets.selection.assets import direction_scope, join_key, publish_sel
 from prism_assets.selection.target_direction import DirectionInputs, publish_directions, sample_features
 from prism_assets.settings import Settings
 from prism_assets.training.assets import publish_adapter, seed_partition
-from resources.lake import Artifact, Lake, Recipe
+from resources.lake import Artifact, Lake, Recipe, references
 from resources.language_model import LanguageModel
 from resources.vector_store import VectorStore
 
 SPLIT_VERSION = 1
 TRIAL_VERSION = 1
-EXPERIMENT_VERSION = 1
+EXPERIMENT_VERSION = 2
 
 GROUP = "experiment"
 
@@ -312,7 +312,7 @@ def _publish_experiment(run_id: str, settings: Settings, lake: Lake, model: Lang
 
     from prism_assets.evaluation import plots
     from prism_assets.experiment.page import build_page
-    from prism_assets.experiment.summary import long_table, summarize, table, verdict
+    from prism_assets.experiment.summary import long_table, share_cost, summarize, table, verdict
 
     version = feature_version(settings, lake, model)
     keys = [
@@ -327,7 +327,8 @@ def _publish_experiment(run_id: str, settings: Settings, lake: Lake, model: Lang
         partition=target, version=version,
     )  # fmt: skip
     content = summarize([_trial(one) for one in trials], settings.experiment.redraw)
-    content |= {"shared_cost": _shared_cost(settings, lake, model, version), "verdict": verdict(content)}
+    share_cost(content, _shared_cost(settings, lake, model, version, trials), _shared_stages(settings))
+    content["verdict"] = verdict(content)
     artifact = lake.find(recipe)
     computed = artifact is None
     if artifact is None:
@@ -390,13 +391,41 @@ def _trial(artifact: Artifact) -> Trial:
     )
 
 
-def _shared_cost(settings: Settings, lake: Lake, model: LanguageModel, version: str) -> dict[str, Any]:
-    """What strategies that read gradients need before the first trial, once for all targets: warm-up and features."""
+def _shared_cost(
+    settings: Settings, lake: Lake, model: LanguageModel, version: str, trials: Sequence[Artifact]
+) -> dict[str, Any]:
+    """What strategies need before the first trial, once for all targets: warm-up, features, hidden states."""
     from prism_assets.experiment.summary import cost_by_stage
 
     warmup = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
-    made = [("warm-up", warmup), *(("candidate features", one) for one in _feature_blocks(lake, version))]
+    made = [
+        ("warm-up", warmup),
+        *(("candidate features", one) for one in _feature_blocks(lake, version)),
+        *(("hidden states", one) for one in _hidden_states(lake, trials)),
+    ]
     return cost_by_stage([Cost(name, one.fingerprint, *_recorded(one)) for name, one in made])
+
+
+def _shared_stages(settings: Settings) -> dict[str, list[str]]:
+    """Strategy -> the stages of `_shared_cost` that it could not do without."""
+    from prism_assets.selection.strategies import STRATEGIES
+
+    chosen = {name: STRATEGIES[name] for name in strategies_of(settings)}
+    return {
+        name: ["warm-up", "candidate features"] * one.needs_features + ["hidden states"] * ("hidden_states" in one.reads)
+        for name, one in chosen.items()
+    }
+
+
+def _hidden_states(lake: Lake, trials: Sequence[Artifact]) -> Iterator[Artifact]:
+    """The blocks that the selections of these trials were made from."""
+    selections = {one.fingerprint for trial in trials for one in references(trial) if one.table == "selection"}
+    for fingerprint in selections:
+        selection = lake.get("selection", fingerprint)
+        for one in references(selection) if selection else ():
+            block = lake.get("hidden_states", one.fingerprint) if one.table == "hidden_states" else None
+            if block is not None:
+                yield block
 
 
 def _feature_blocks(lake: Lake, version: str) -> Iterator[Artifact]:

@@ -78,7 +78,12 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "stages": stages,
         "costs": [
-            (strategy, [cost_text(one["cost"].get(stage)) for stage in stages], cost_text(total_cost(one["cost"])))
+            (
+                strategy,
+                [cost_text(one["cost"].get(stage)) for stage in stages],
+                cost_text(total_cost(one["cost"])),
+                cost_text(one.get("with_shared")),
+            )
             for strategy, one in strategies.items()
         ],
         "shared_cost": [(stage, cost_text(one)) for stage, one in content["shared_cost"].items()],

@@ -148,6 +148,20 @@ def total_cost(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def share_cost(
+    content: dict[str, Any], shared: Mapping[str, Mapping[str, Any]], needed: Mapping[str, Sequence[str]]
+) -> None:
+    """Add to what `summarize` returned the stages that trials share, and what each strategy would cost by itself.
+
+    `needed`: strategy -> the shared stages that it could not do without. They are paid once for all targets and
+    strategies, so the sums `with_shared` overlap.
+    """
+    content["shared_cost"] = dict(shared)
+    for name, entry in content["strategies"].items():
+        its = {stage: shared[stage] for stage in needed[name] if stage in shared}
+        entry["with_shared"] = total_cost({**entry["cost"], **its})
+
+
 # -- words -------------------------------------------------------------------------------------------------------
 
 
@@ -285,12 +299,12 @@ def table(targets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """The outcome as text: a header row, then per target the base model and each strategy.
 
     Means ± standard deviations over units; then the paired differences in target preference with 95% intervals; then
-    what the strategy's trials cost.
+    what the strategy's trials cost, and that with the work that strategies share (`share_cost`).
     """
-    rows = [["target", "strategy", *METRICS.values(), *(f"− {other}" for other in COMPARED_WITH), "cost"]]
+    rows = [["target", "strategy", *METRICS.values(), *(f"− {other}" for other in COMPARED_WITH), "cost", "with shared"]]
     for name, content in targets.items():
         blank = [""] * len(COMPARED_WITH)
-        rows.append([name, "base", *(mean_and_std(content["base"][metric]) for metric in METRICS), *blank, ""])
+        rows.append([name, "base", *(mean_and_std(content["base"][metric]) for metric in METRICS), *blank, "", ""])
         for strategy, entry in content["strategies"].items():
             against = content["differences"][strategy]
             rows.append(
@@ -300,6 +314,7 @@ def table(targets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
                     *(mean_and_std(entry[metric]) for metric in METRICS),
                     *(with_interval(against[other]["target_preference"]) if other in against else "" for other in COMPARED_WITH),
                     cost_text(total_cost(entry["cost"])),
+                    cost_text(entry.get("with_shared")),
                 ]
             )
     return rows

@@ -289,7 +289,6 @@ def _publish_block(
         progress.advance(rows.num_rows * len(work.checkpoints))
         return artifact, 0
     examples = from_table(rows)
-    work.at(None)  # loads the model, which is the cost of no block
     stopwatch = stage.Stopwatch()
     passes = []
     for checkpoint in work.checkpoints:
@@ -654,7 +653,6 @@ def publish_target_features(
     artifact = lake.find(recipe)
     computed = artifact is None
     if artifact is None:
-        work.at(None)  # loads the model, which is no target's cost
         stopwatch = stage.Stopwatch()
         table = _target_table(context, work, lake.read_table(targets))
         refused = sum(reason is not None for reason in table["refused"].to_pylist())

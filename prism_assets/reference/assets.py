@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dagster as dg
@@ -36,16 +36,21 @@ def lora_identity(settings: Settings) -> dict[str, Any]:
 def adapted(
     settings: Settings, model: LanguageModel, *, seed: int = 0, state: "Mapping[str, torch.Tensor] | None" = None
 ) -> "Iterator[PeftModel]":
-    """The base model with the adapter that the settings describe, at `state` where one is given."""
+    """The base model with the adapter that the settings describe, at `state` where one is given. Loading is on no
+    stopwatch."""
     lora = settings.lora
-    with model.adapted(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        rslora=lora.rslora,
-        seed=seed,
-        state=state,
-    ) as peft_model:
+    with ExitStack() as stack:
+        with stage.uncounted():
+            peft_model = stack.enter_context(
+                model.adapted(
+                    rank=lora.rank,
+                    alpha=lora.alpha,
+                    target_modules=lora.target_modules,
+                    rslora=lora.rslora,
+                    seed=seed,
+                    state=state,
+                )
+            )
         yield peft_model
 
 

@@ -56,7 +56,9 @@ class Representations:
         missing = [recipe for recipe in recipes if found[recipe.fingerprint] is None]
         if missing:
             rows = sum(min(BLOCK_ROWS, _table(one).notes["rows"] - one.settings["first_row"]) for one in missing)
+            # A block has its own cost: it is not the selection's that happens to ask first.
             with (
+                stage.uncounted(),
                 adapted(self.settings, self.model) as peft_model,
                 stage.progress(self.context, "hidden states", rows) as progress,
             ):
@@ -81,6 +83,7 @@ class Representations:
         from prism_assets.corpus.tokenization import from_table
         from prism_assets.features.hidden_states import representations
 
+        stopwatch = stage.Stopwatch()
         table = self.lake.read_table(_table(recipe), ["id", "input_ids", "loss_mask"])
         rows = table.slice(recipe.settings["first_row"], BLOCK_ROWS)
         start = progress.done
@@ -92,7 +95,8 @@ class Representations:
         ).astype(np.float16)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         content = pa.table({"id": rows["id"], "vector": column})
-        return self.lake.publish_table(recipe, content, run_id=self.context.run_id, compression="none")
+        notes = {"cost": stopwatch.cost()}
+        return self.lake.publish_table(recipe, content, run_id=self.context.run_id, compression="none", notes=notes)
 
 
 def _table(recipe: Recipe) -> Artifact:

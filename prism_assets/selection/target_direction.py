@@ -228,7 +228,6 @@ def _publish_direction(
     artifact = lake.find(recipe)
     if artifact is not None:
         return artifact, 0
-    work.at(None)  # loads the model, which is no direction's cost
     stopwatch = stage.Stopwatch()
     # Refused targets are left out, not weighted with zero: zero times NaN is NaN.
     chosen = target_set(table.take(usable))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -168,7 +169,38 @@ def test_costs_are_those_of_the_making(finished):
     adapters = {above(lake, trial(lake, "prism", p, q), "fine-tuning").fingerprint for p in (0, 1) for q in (0, 1)}
     spent = sum(lake.get("adapters", one).notes["cost"]["cpu_seconds"] for one in adapters)
     assert cost["fine-tuning"]["cpu_seconds"] == pytest.approx(spent)
-    assert set(content_of(project)["shared_cost"]) == {"warm-up", "candidate features"}
+    shared = content_of(project)["shared_cost"]
+    assert set(shared) == {"warm-up", "candidate features"} and all(one["cpu_seconds"] > 0 for one in shared.values())
+
+
+def test_hidden_states_are_work_that_is_shared_and_loading_the_model_is_nobodys(finished, tmp_path, monkeypatch):
+    from resources.language_model import LanguageModel
+
+    project = finished[0].copy(tmp_path / "project")
+    load = LanguageModel.adapted
+
+    def slow(self, **keywords):
+        until = time.process_time() + 5
+        while time.process_time() < until:
+            pass
+        return load(self, **keywords)
+
+    monkeypatch.setattr(LanguageModel, "adapted", slow)
+    project.configure(experiment={"strategies": ["rds"], "splits": 1, "seeds": [0]})
+    experiment(project)
+    content = content_of(project)
+    shared, rds = content["shared_cost"], content["strategies"]["rds"]
+    (selection,) = [one for one in project.lake.artifacts("selection") if one.header["settings"]["strategy"] == "rds"]
+    blocks = [project.lake.get("hidden_states", one["fingerprint"]) for one in selection.header["lineage"]["hidden_states"]]
+    spent = sum(one.notes["cost"]["cpu_seconds"] for one in {block.fingerprint: block for block in blocks}.values())
+    assert shared["hidden states"] == {"cpu_seconds": pytest.approx(spent), "gpu_seconds": None, "unknown": 0}
+    assert 0 < spent < 5 and 0 < rds["cost"]["selection"]["cpu_seconds"] < 5
+    alone = sum(one["cpu_seconds"] for one in rds["cost"].values()) + spent
+    assert rds["with_shared"]["cpu_seconds"] == pytest.approx(alone)
+    gradients = shared["warm-up"]["cpu_seconds"] + shared["candidate features"]["cpu_seconds"]
+    less, random = (content["strategies"][name] for name in ("less", "random"))
+    assert less["with_shared"]["cpu_seconds"] - sum(c["cpu_seconds"] for c in less["cost"].values()) == pytest.approx(gradients)
+    assert random["with_shared"]["cpu_seconds"] == pytest.approx(sum(c["cpu_seconds"] for c in random["cost"].values()))
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------

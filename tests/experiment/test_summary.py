@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prism_assets.experiment.summary import Cost, Trial, long_table, summarize, table, total_cost, verdict
+from prism_assets.experiment.summary import Cost, Trial, long_table, share_cost, summarize, table, total_cost, verdict
 
 BASE = {"target_preference": 0.3, "mean_log_prob": -1.2, "exact_match": 0.1}
 
@@ -146,7 +146,18 @@ def test_an_artefact_that_trials_share_is_paid_once():
     assert content["strategies"]["less"]["cost"]["target features"]["gpu_seconds"] == 3.0
     assert content["cost"]["target features"]["cpu_seconds"] == 15.0  # of all strategies together
     assert total_cost(prism) == {"cpu_seconds": 28.5, "gpu_seconds": None, "unknown": 3}
-    assert table({"t": content})[2][-1] == "28.5 CPU s (3 not recorded)"
+    assert table({"t": content})[2][-2:] == ["28.5 CPU s (3 not recorded)", "–"]
+    shared = {
+        "warm-up": {"cpu_seconds": 4.0, "gpu_seconds": None, "unknown": 0},
+        "hidden states": {"cpu_seconds": 0.5, "gpu_seconds": 0.25, "unknown": 1},
+    }
+    needed = {name: [] for name in content["strategies"]} | {"prism": ["warm-up", "candidate features"], "less": ["hidden states"]}
+    share_cost(content, shared, needed)
+    assert content["shared_cost"] == shared
+    assert table({"t": content})[2][-2:] == ["28.5 CPU s (3 not recorded)", "32.5 CPU s (3 not recorded)"]
+    assert content["strategies"]["less"]["with_shared"]["gpu_seconds"] == pytest.approx(
+        total_cost(content["strategies"]["less"]["cost"])["gpu_seconds"] + 0.25
+    )
 
 
 def test_the_long_table_has_each_mean_and_each_difference_once():
