@@ -1,12 +1,16 @@
 """`prism doctor`: what an installation has, and what of its results is stale."""
 
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from prism_assets.settings import Settings
-from resources.lake import Lake, LakeError
+from prism_assets.settings import Settings, SettingsError
+from resources.lake import Artifact, Lake, LakeError, Recipe
 from resources.language_model import LanguageModel, ModelError
+
+if TYPE_CHECKING:
+    from prism_assets.selection.strategies import Strategy
 
 PACKAGES = ("dagster", "torch", "transformers", "peft", "faiss", "duckdb", "pyarrow")
 
@@ -97,7 +101,6 @@ def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding
     from prism_assets.corpus.assets import corpus_version, inbox_files
     from prism_assets.features.assets import feature_version
     from prism_assets.reference.assets import warmup_scope
-    from prism_assets.selection.assets import join_key, selection_inputs
     from prism_assets.selection.strategies import STRATEGIES
 
     try:
@@ -118,22 +121,74 @@ def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding
     index = lake.head("candidate_index", None, version)
     indexed = set(lake.read_table(index, ["shard"])["shard"].to_pylist()) if index else set()
     findings.append(_share("candidate_index", len(set(keys) ^ indexed), len(keys), "shards differ from the index"))
-    old = []
+    old = {}
     for target in settings.targets:
         for strategy in settings.strategies:
-            selection = lake.head("selection", join_key(target, strategy))
-            shown = selection.header["inputs"] if selection else {}
-            try:
-                expected = selection_inputs(settings, lake, model, target, STRATEGIES[strategy])
-            except LakeError:  # something that it is made from is not there yet
-                expected = None
-            if expected is None or any(
-                shown.get(role, {}).get("content_hash") != one.content_hash for role, one in expected.items()
-            ):
-                old.append(f"{target}/{strategy}")
+            why = _outdated(settings, lake, model, target, STRATEGIES[strategy])
+            if why:
+                old[f"{target}/{strategy}"] = why
     total = len(settings.targets) * len(settings.strategies)
-    findings.append(_share("selection", len(old), total, f"do not show the current inputs ({', '.join(old[:5])})"))
+    named = ", ".join(f"{name}: {why}" for name, why in list(old.items())[:5])
+    findings.append(_share("selection", len(old), total, f"are not what today's inputs and settings give ({named})"))
     return findings
+
+
+def _outdated(settings: Settings, lake: Lake, model: LanguageModel, target: str, strategy: "Strategy") -> str | None:
+    """Why the selection that the lake shows is not the one of today's inputs and settings; None where it is."""
+    from prism_assets.features.assets import feature_version
+    from prism_assets.selection.assets import join_key, selection_inputs, selection_recipe
+    from prism_assets.selection.strategies import STRATEGIES
+    from prism_assets.selection.target_direction import direction_scope, expected_direction
+
+    key = join_key(target, strategy.name)
+    shown = lake.head("selection", key)
+    if shown is None:
+        return "not made yet"
+    try:
+        if strategy.needs_direction or "direction" in strategy.reads:
+            weighed = strategy if strategy.needs_direction else STRATEGIES["prism"]
+            version = feature_version(settings, lake, model)
+            direction = lake.head("target_directions", target, direction_scope(version, weighed.name))
+            why = direction and _difference(direction, expected_direction(settings, lake, model, target, weighed))
+            if why:
+                return f"its direction: {why}"
+        inputs = selection_inputs(settings, lake, model, target, strategy)
+        return _difference(shown, selection_recipe(settings, lake, model, strategy, inputs, key))
+    except (LakeError, SettingsError) as error:  # something that it is made from is not there yet, or never will be
+        return str(error)
+
+
+# What the names in an artefact's header are called in prism.yaml.
+_SETTINGS = {
+    "weights": "preference.temperature or preference.score",
+    "fisher_damping": "preference.fisher_damping",
+    "budget": "selection.budget",
+    "seed": "selection.seed",
+    "rerank": "selection.rerank",
+    "temperature": "preference.temperature",
+    "score": "preference.score",
+}
+
+
+def _difference(shown: Artifact, expected: Recipe) -> str | None:
+    """What an artefact was made from or by, and would not be today; None where it would be the same."""
+    if shown.fingerprint == expected.fingerprint:
+        return None
+    made_from, before = shown.header["inputs"], shown.header["settings"]
+    # As the header holds them: what was a tuple is a list there.
+    today = json.loads(json.dumps(dict(expected.settings)))
+    settings = [key for key in sorted({*before, *today}) if before.get(key) != today.get(key)]
+    inputs = [
+        role
+        for role, one in expected.inputs.items()
+        if isinstance(one, Artifact) and made_from.get(role, {}).get("content_hash") != one.content_hash
+    ]
+    if settings:
+        inputs = [role for role in inputs if role in made_from]  # the others came with a setting
+    if inputs:
+        settings = [key for key in settings if key != "weights"]  # they follow from targets and their gradients
+    changed = [*(_SETTINGS.get(key, key) for key in settings), *inputs]
+    return f"other {', '.join(changed)}" if changed else "an older version of this code"
 
 
 def _refused(lake: Lake, keys: list[str], corpus: str) -> list[Finding]:

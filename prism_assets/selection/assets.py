@@ -23,6 +23,7 @@ from prism_assets.selection.target_direction import (
     build_target_direction,
     direction_scope,
     load_direction,
+    require_made_of,
     scores_of,
 )
 from prism_assets.settings import Budget, Settings, SettingsError
@@ -118,20 +119,8 @@ def publish_selection(
     key: str,
 ) -> tuple[Artifact, int]:
     """What a strategy selects from its `selection_inputs`; `key` names it."""
-    identity: dict[str, Any] = {"strategy": strategy.name, "budget": settings.selection.budget.model_dump()}
-    if "seed" in strategy.reads:
-        identity["seed"] = settings.selection.seed
-    if "target_features" in strategy.reads:
-        identity["temperature"] = _target_scores(settings, lake, inputs)[0].temperature
-        identity["score"] = settings.preference.score
-    if strategy.needs_direction and settings.selection.rerank:
-        identity["rerank"] = settings.selection.rerank
-        # What exact scores are computed with beside the direction; its own inputs name it too.
-        inputs["warmup"] = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
-    if "hidden_states" in strategy.reads:
-        identity["hidden_states"] = representation_identity(model)
-    version = feature_version(settings, lake, model) if strategy.needs_features else corpus_version(settings, model)
-    recipe = Recipe("selection", SELECTION_VERSION, identity, inputs, partition=key, version=version)
+    recipe = selection_recipe(settings, lake, model, strategy, inputs, key)
+    inputs = dict(recipe.inputs)
     artifact = lake.find(recipe)
     if artifact is not None:
         return artifact, 0
@@ -150,6 +139,26 @@ def publish_selection(
         ),
         1,
     )
+
+
+def selection_recipe(
+    settings: Settings, lake: Lake, model: LanguageModel, strategy: "Strategy", inputs: dict[str, Artifact], key: str
+) -> Recipe:
+    """What a selection is made from, and by which settings."""
+    identity: dict[str, Any] = {"strategy": strategy.name, "budget": settings.selection.budget.model_dump()}
+    if "seed" in strategy.reads:
+        identity["seed"] = settings.selection.seed
+    if "target_features" in strategy.reads:
+        identity["temperature"] = _target_scores(settings, lake, inputs)[0].temperature
+        identity["score"] = settings.preference.score
+    if strategy.needs_direction and settings.selection.rerank:
+        identity["rerank"] = settings.selection.rerank
+        # What exact scores are computed with beside the direction; its own inputs name it too.
+        inputs = {**inputs, "warmup": lake.require("warmup_checkpoints", None, warmup_scope(settings, model))}
+    if "hidden_states" in strategy.reads:
+        identity["hidden_states"] = representation_identity(model)
+    version = feature_version(settings, lake, model) if strategy.needs_features else corpus_version(settings, model)
+    return Recipe("selection", SELECTION_VERSION, identity, inputs, partition=key, version=version)
 
 
 def selection_inputs(
@@ -185,6 +194,7 @@ def selection_inputs(
         inputs["targets"] = of_target("targets", corpus)
     if "target_features" in strategy.reads:
         inputs["target_features"] = of_target("target_features", version)
+        require_made_of(inputs["target_features"], inputs["targets"])
     if {"direction", "target_features"} & strategy.reads:
         inputs["warmup"] = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
     if "hidden_states" in strategy.reads:

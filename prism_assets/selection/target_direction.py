@@ -19,7 +19,7 @@ from prism_assets.features.assets import (
 from prism_assets.partitions import targets_of
 from prism_assets.reference.assets import warmup_scope
 from prism_assets.settings import Settings, SettingsError
-from resources.lake import Artifact, Lake, Recipe, digest
+from resources.lake import Artifact, Lake, LakeError, Recipe, digest
 from resources.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -104,22 +104,31 @@ class DirectionInputs(NamedTuple):
     curvature: Artifact | None  # features of the warm-up sample, where directions are corrected by them
 
 
+def _shown_inputs(
+    settings: Settings,
+    lake: Lake,
+    model: LanguageModel,
+    name: str,
+    version: str,
+    warmup: Artifact,
+    curvature: Artifact | None,
+) -> DirectionInputs:
+    """What the lake shows of a target now. Raises LakeError where something is missing or does not fit the rest."""
+    corpus = corpus_version(settings, model)
+    features, targets = lake.require("target_features", name, version), lake.require("targets", name, corpus)
+    require_made_of(features, targets)
+    held_out = lake.require("eval_examples", name, corpus)
+    return DirectionInputs(name, version, features, targets, held_out, warmup, curvature)
+
+
 def _target_outcome(
     context: dg.AssetExecutionContext, settings: Settings, lake: Lake, work: GradientPass, warmup: Artifact, name: str
 ) -> stage.Outcome:
     from prism_assets.selection.strategies import STRATEGIES
 
     version = feature_version(settings, lake, work.model)
-    corpus = corpus_version(settings, work.model)
-    inputs = DirectionInputs(
-        name,
-        version,
-        lake.require("target_features", name, version),
-        lake.require("targets", name, corpus),
-        lake.require("eval_examples", name, corpus),
-        warmup,
-        sample_features(context, settings, lake, work, warmup, version),
-    )
+    curvature = sample_features(context, settings, lake, work, warmup, version)
+    inputs = _shown_inputs(settings, lake, work.model, name, version, warmup, curvature)
     wanted = [s for s in STRATEGIES.values() if s.needs_direction and (s.name in settings.strategies or s.name in COMPARED)]
     directions, computed = publish_directions(context, settings, lake, work, inputs, wanted)
     weights, made = _publish_weights(context, settings, lake, work, inputs, directions)
@@ -154,6 +163,15 @@ def _temperature(settings: Settings, features: "pa.Table", pairs: bool) -> float
     if settings.preference.temperature is not None:
         return settings.preference.temperature
     return default_temperature("pairs" if pairs else "plain", np.array(features["base_score"].to_pylist()))
+
+
+def require_made_of(features: Artifact, targets: Artifact) -> None:
+    """Raise LakeError where these target features are not those of these targets: the files have changed in between."""
+    if features.header["inputs"]["targets"]["content_hash"] != targets.content_hash:
+        raise LakeError(
+            f"target_features of {targets.partition} are those of earlier target files: materialise target_features first, "
+            "or run `prism run`."
+        )
 
 
 def scores_of(settings: Settings, features: "pa.Table", targets: "pa.Table") -> "tuple[TargetScores, np.ndarray]":
@@ -196,19 +214,10 @@ def tokens_counted(settings: Settings, targets: "pa.Table", pairs: bool) -> "np.
     return np.array([sum(mask) for mask in targets["loss_mask"].to_pylist()], dtype=np.float64)
 
 
-def _publish_direction(
-    context: dg.AssetExecutionContext,
-    settings: Settings,
-    lake: Lake,
-    work: GradientPass,
-    inputs: DirectionInputs,
-    strategy: "Strategy",
-) -> tuple[Artifact, int]:
-    """t per checkpoint (unsketched, fp32), its sketch and norm, and the query, as one safetensors file."""
-    import torch
-
-    from prism_assets.selection.direction import norm, query_vector, target_vector
-
+def _direction_recipe(
+    settings: Settings, lake: Lake, inputs: DirectionInputs, strategy: "Strategy"
+) -> "tuple[Recipe, np.ndarray, np.ndarray]":
+    """What a direction is made from, its weights float64 [C, m'], and the positions [m'] of the usable targets."""
     table = lake.read_table(inputs.targets)
     scores, usable = scores_of(settings, lake.read_table(inputs.features), table)
     # Coefficients of the gradients of mean log-probabilities, which is what a gradient pass gives.
@@ -225,12 +234,43 @@ def _publish_direction(
         partition=inputs.name,
         version=inputs.version,
     )
+    return recipe, weights, usable
+
+
+def expected_direction(settings: Settings, lake: Lake, model: LanguageModel, name: str, strategy: "Strategy") -> Recipe:
+    """What the direction of a target would be made from today, by today's settings. Nothing is computed.
+
+    Raises LakeError where something of it is not there yet, SettingsError where the settings do not fit the targets.
+    """
+    version = feature_version(settings, lake, model)
+    warmup = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
+    curvature = None
+    if settings.preference.fisher_damping is not None:
+        curvature = lake.require("warmup_sample_features", None, version)
+    inputs = _shown_inputs(settings, lake, model, name, version, warmup, curvature)
+    return _direction_recipe(settings, lake, inputs, strategy)[0]
+
+
+def _publish_direction(
+    context: dg.AssetExecutionContext,
+    settings: Settings,
+    lake: Lake,
+    work: GradientPass,
+    inputs: DirectionInputs,
+    strategy: "Strategy",
+) -> tuple[Artifact, int]:
+    """t per checkpoint (unsketched, fp32), its sketch and norm, and the query, as one safetensors file."""
+    import torch
+
+    from prism_assets.selection.direction import norm, query_vector, target_vector
+
+    recipe, weights, usable = _direction_recipe(settings, lake, inputs, strategy)
     artifact = lake.find(recipe)
     if artifact is not None:
         return artifact, 0
     stopwatch = stage.Stopwatch()
     # Refused targets are left out, not weighted with zero: zero times NaN is NaN.
-    chosen = target_set(table.take(usable))
+    chosen = target_set(lake.read_table(inputs.targets).take(usable))
     tensors: dict[str, torch.Tensor] = {}
     sketches, norms = [], []
     for position, checkpoint in enumerate(work.checkpoints):
