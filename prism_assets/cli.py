@@ -426,15 +426,16 @@ def _print_explanation(found: Any) -> None:
     for note in found.notes:
         typer.echo(note)
     exact = f"exact score {found.exact_score:.4g}" if found.exact_score is not None else f"no exact score: {found.why_not_exact}"
-    typer.echo(f"score {found.score:.4g}, from the sketch, which ranks; {exact}")
+    role = "makes the shortlist that exact scores rank" if found.reranked else "ranks"
+    typer.echo(f"score {found.score:.4g}, from the sketch, which {role}; {exact}")
     _print_table(
         ["target", "weight", "influence", "contribution"],
         [[_short(what, 72), *numbers] for what, *numbers in found.score_rows(limit=20)],
         title=f"{'Score' if found.exact_score is None else 'Exact score'} for {found.target} under {found.strategy}, by targets",
     )
     marks = {True: "yes", False: "no", None: None}
-    ranks = [[one.strategy, one.rank, one.of, one.score, marks[one.selected]] for one in found.ranks]
-    _print_table(["strategy", "rank", "of", "score", "selected"], ranks, title="Rank under each strategy")
+    ranks = [[one.strategy, one.rank, one.of, one.score, one.by, marks[one.selected]] for one in found.ranks]
+    _print_table(["strategy", "rank", "of", "score", "by", "selected"], ranks, title="Rank under each strategy")
     columns = ["similarity", "source", "prompt", "completion", "id"]
     near = [[_short(getattr(one, name)) for name in columns] for one in found.neighbours]
     _print_table(columns, near, title="Nearest in gradient space")

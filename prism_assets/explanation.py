@@ -1,7 +1,7 @@
 """`prism explain`: reads what the lake holds of a candidate and hands it to `selection.explain`.
 
 Nothing is computed again: scores come from the stored index, directions and target sketches. The exception is the
-exact score, two forward passes of the one candidate per checkpoint, which shows what the sketch cost.
+exact score, a gradient of the one candidate per checkpoint, which shows what the sketch cost.
 """
 
 import difflib
@@ -104,8 +104,8 @@ class Explainer:
     """Explains candidates for one target and strategy; what they share is read once.
 
     A context manager: the model that the exact score needs stays adapted until it ends, so open one at a time.
-    `exact` None computes the exact score where the model can be loaded and the preconditioner is a frozen diagonal;
-    True insists on it (ModelError or CannotExplain says why it cannot be), False leaves it out.
+    `exact` None computes the exact score where the model can be loaded; True insists on it (ModelError says why it cannot
+    be), False leaves it out.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Explainer:
         query, vectors = load_direction(self.lake, self.direction)
         scores = self.index.found.scores(query)
         score = float(scores[position][place.row])
-        exact, why_not = self._exact_score(place, stored, vectors)
+        exact, why_not = self._exact_score(place, vectors)
         record = self._record(self.index.pool, place)
         total = float(parts.values.sum())
         order = np.argsort(-parts.values, kind="stable")
@@ -196,6 +196,7 @@ class Explainer:
             curvature=score - total if corrected else None,
             sketch_error=None if exact is None else exact - (score if corrected else total),
             rounding=0.0 if corrected else score - total,
+            reranked=self._reranked(self.strategy),
             ranks=list(self._ranks(place, position)),
             neighbours=self._neighbours(place, position, stored, neighbours),
             earlier=list(self._earlier(place.id)),
@@ -362,44 +363,28 @@ class Explainer:
         norms = self.lake.read_tensors(self.direction)["norms"].numpy()
         return target_contributions(sketches, self.target_weights, row, np.asarray(norms), self.rates)
 
-    def _exact_score(
-        self, place: Place, stored: dict[str, Any], vectors: list[dict[str, Any]]
-    ) -> tuple[float | None, str]:
-        """Σ_k η̄_k <D_k t_k, g_ik> / (‖t_k‖ ‖Γ_ik‖), or None and why not."""
+    def _exact_score(self, place: Place, vectors: list[dict[str, Any]]) -> tuple[float | None, str]:
+        """Σ_k η̄_k <t_k, Γ_ik> / (‖t_k‖ ‖Γ_ik‖), or None and why not."""
         if self.exact is False:
             return None, "it was not asked for"
-        optimizer = self.settings.features.optimizer
-        if optimizer not in ("sgd", "adam"):
-            reason = f"features.optimizer {optimizer} has no frozen diagonal, so the score is no directional derivative"
-            if self.exact:
-                raise CannotExplain(f"There is no exact score: {reason}.")
-            return None, reason
         if self._no_model:
             return None, self._no_model
         try:
-            return self._directional_derivative(place, stored, vectors), ""
+            return self._without_sketch(place, vectors), ""
         except ModelError as error:
             if self.exact:
                 raise
             return None, f"the model cannot be loaded: {error}"
 
-    def _directional_derivative(self, place: Place, stored: dict[str, Any], vectors: list[dict[str, Any]]) -> float:
+    def _without_sketch(self, place: Place, vectors: list[dict[str, Any]]) -> float:
         from prism_assets.corpus.tokenization import from_table
-        from prism_assets.selection.direction import norm, relative_rates
+        from prism_assets.selection.rerank import ExactScores
 
         if self._pass is None:
             warmup = self.lake.require("warmup_checkpoints", None, warmup_scope(self.settings, self.model))
             self._pass = GradientPass(self.settings, self.model, warmup)
         tokens = self.lake.read_table(_candidates(self.lake, self.index.pool)[place.shard], ["input_ids", "loss_mask"])
-        example = from_table(tokens.slice(place.row, 1))
-        rates = relative_rates(self.rates)
-        score = 0.0
-        for k, checkpoint in enumerate(self._pass.checkpoints):
-            preconditioner = self._pass.preconditioner(checkpoint)
-            along = {name: preconditioner.diagonal(name) * tensor for name, tensor in vectors[k].items()}
-            slope = float(self._pass.at(checkpoint).directional_derivatives(example, along)[0])
-            score += rates[k] * slope / (norm(vectors[k]) * stored["norm"][k])
-        return score
+        return float(ExactScores(self._pass, vectors).of(from_table(tokens.slice(place.row, 1)))[0])
 
     # -- ranks and neighbours ----------------------------------------------------------------------------------
 
@@ -415,7 +400,13 @@ class Explainer:
                 if direction is None:
                     continue
                 rank, of, score = _rank(self.lake, self.index, direction, position, place.row)
-            elif name == "random":
+                selected = self._in_selection(name, place.id)
+                if self._reranked(name) and selected is not None and selected[0] is not None:
+                    yield Rank(name, selected[0], of, selected[2], True, "exact")
+                    continue
+                yield Rank(name, rank, of, score, self._selected(name, place.id), "sketch")
+                continue
+            if name == "random":
                 rank, of = self._random_rank(place.id)
                 score = None
             else:
@@ -424,6 +415,11 @@ class Explainer:
                     continue
                 rank, of, score = found
             yield Rank(name, rank, of, score, self._selected(name, place.id))
+
+    def _reranked(self, strategy: str) -> bool:
+        """Whether the current selection of a strategy was ranked by exact scores."""
+        selection = self.lake.head("selection", join_key(self.target, strategy))
+        return selection is not None and bool(selection.header["settings"].get("rerank"))
 
     def _random_rank(self, name: str) -> tuple[int, int]:
         """The rank in the order of `random`, over canonical rows: it does not know of refused gradients."""

@@ -63,6 +63,9 @@ class Rank(NamedTuple):
     of: int  # rows that are ranked
     score: float | None  # None for a strategy without scores
     selected: bool | None  # whether it stands in that strategy's current selection; None where there is none
+    # What rank and score are by: "exact" scores, in a selection that was re-ranked and holds the row, else the "sketch",
+    # which makes the shortlist there; None for a strategy without a direction.
+    by: str | None = None
 
 
 class Earlier(NamedTuple):
@@ -117,6 +120,7 @@ class Explanation:
     mean_log_prob: float  # at the last checkpoint
     gradient_norm: float
     score: float  # what the index ranks by, from the stored sketch
+    reranked: bool  # whether the current selection took the sketch's first rows only as a shortlist
     exact_score: float | None  # the same without a sketch: what the score approximates
     why_not_exact: str
     parts: list[TargetPart]  # by descending contribution

@@ -9,6 +9,7 @@ direction and shard features. So a selection does not depend on the order of arr
 it newly needs.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_assets.features.assets import GradientPass, IndexedShard, gradient_pass
@@ -20,6 +21,8 @@ from resources.language_model import LanguageModel
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from prism_assets.corpus.tokenization import Example
 
 # Rows of a tier: a few batches' worth.
 TIER = 64
@@ -55,6 +58,35 @@ def exact_scores(
         with gradient_pass(settings, model, warmup) as work:
             _compute(lake, work, direction, vectors, pool, shards, pending, found)
     return np.array([found[shard][row] for shard, row in places], dtype=np.float32)
+
+
+class ExactScores:
+    """The exact scores of any examples by one direction, t_k of each checkpoint in `vectors`; prepared once."""
+
+    def __init__(self, work: GradientPass, vectors: list[dict[str, Any]]) -> None:
+        from prism_assets.features.sketch import DirectionProducts
+        from prism_assets.selection.direction import norm, relative_rates
+
+        self.work = work
+        engine = work.at(work.checkpoints[-1])
+        self._products = [DirectionProducts([vector], engine.device, engine.dtype) for vector in vectors]
+        self._preconditioners = [work.preconditioner(one) for one in work.checkpoints]
+        self._lengths = [norm(vector) for vector in vectors]
+        self._rates = relative_rates([one.mean_learning_rate for one in work.checkpoints])
+
+    def of(self, examples: "Sequence[Example]") -> "np.ndarray":
+        """Scores float64 [n]; not finite where a gradient is unusable."""
+        import numpy as np
+
+        scores = np.zeros(len(examples))
+        for checkpoint, rate, length, product, preconditioner in zip(
+            self.work.checkpoints, self._rates, self._lengths, self._products, self._preconditioners, strict=True
+        ):
+            engine = self.work.at(checkpoint)
+            result = engine.feature_rows(examples, sketch=product, preconditioner=preconditioner)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                scores += rate * result.rows[:, 0].astype(np.float64) / (result.norms * length)
+        return scores
 
 
 def _name(direction: Artifact, shard: IndexedShard) -> str:
@@ -100,24 +132,12 @@ def _compute(
     import numpy as np
 
     from prism_assets.corpus.tokenization import from_table
-    from prism_assets.features.sketch import DirectionProducts
-    from prism_assets.selection.direction import norm, relative_rates
 
-    rates = relative_rates([one.mean_learning_rate for one in work.checkpoints])
-    engine = work.at(work.checkpoints[-1])
-    products = [DirectionProducts([vector], engine.device, engine.dtype) for vector in vectors]
-    preconditioners = [work.preconditioner(one) for one in work.checkpoints]
-    lengths = [norm(vector) for vector in vectors]
+    exact = ExactScores(work, vectors)
     for shard, tiers in pending.items():
         table = pool.candidates(shard, ["input_ids", "loss_mask"])
         for rows in tiers:
             examples = from_table(table.take(rows))
-            scores = np.zeros(len(rows))
-            for checkpoint, rate, length, product, preconditioner in zip(
-                work.checkpoints, rates, lengths, products, preconditioners, strict=True
-            ):
-                result = work.at(checkpoint).feature_rows(examples, sketch=product, preconditioner=preconditioner)
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    scores += rate * result.rows[:, 0].astype(np.float64) / (result.norms * length)
+            scores = exact.of(examples)
             found[shard][rows] = np.where(np.isfinite(scores), scores, -np.inf)
         lake.remember(_name(direction, shards[shard]), found[shard].tobytes())

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from prism_assets.explanation import CannotExplain, Explainer
 from prism_assets.features.assets import read_blocks, vectors_of
 from prism_assets.housekeeping import feature_versions
+from prism_assets.pipeline import STEPS, run_pipeline
 from prism_assets.selection.explain import rank_of, target_contributions
 from resources.lake import LakeError
 
@@ -268,15 +269,40 @@ def test_without_the_model_the_sketched_score_is_explained(two_versions, tmp_pat
         open_explainer(project, exact=True)
 
 
-def test_an_optimiser_without_a_diagonal_has_no_exact_score(two_versions, tmp_path):
-    settings = two_versions.settings
-    other = settings.model_copy(update={"features": settings.features.model_copy(update={"optimizer": "adam_step"})})
-    with open_explainer(two_versions) as explainer:
-        explainer.settings = other
-        assert "adam_step" in explainer.explain("it's-7").why_not_exact
-        explainer.exact = True
-        with pytest.raises(CannotExplain, match="adam_step"):
-            explainer.explain("it's-7")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adam_step", "adam_less"])
+def test_the_exact_score_holds_for_every_preconditioner(make_project, tmp_path, optimizer):
+    # Without a sketch what is stored is exact but for half precision.
+    features = {"sketch_dim": "exact", "optimizer": optimizer}
+    project = make_project(tmp_path / "project", features=features, strategies=["prism"], warmup={"checkpoints": 2})
+    run_pipeline(project.settings, project.definitions, project.instance, steps=STEPS[:7])
+    with open_explainer(project) as explainer:
+        for name in [place.id for place in explainer.places if place.excluded is None][::15]:
+            found = explainer.explain(name)
+            assert found.exact_score == pytest.approx(found.score, abs=2e-3)
+
+
+def test_in_a_selection_that_was_ranked_again_the_exact_rank_is_shown(make_project, tmp_path):
+    project = make_project(tmp_path / "project", strategies=["prism", "random"], selection={"rerank": 2.0})
+    run_pipeline(project.settings, project.definitions, project.instance, steps=STEPS[:7])
+    selection = next(step for step in STEPS if "selection" in step.assets)._replace(assets=("selection",))
+    run_pipeline(project.settings, project.definitions, project.instance, steps=[selection])
+    rows = {row["id"]: row for row in project.selected("prism")}
+    by_sketch = {}
+    with open_explainer(project) as explainer:
+        for name in [place.id for place in explainer.places if place.excluded is None]:
+            found = explainer.explain(name)
+            shown = next(one for one in found.ranks if one.strategy == "prism")
+            assert found.reranked and shown.selected == (name in rows)
+            if name in rows:
+                assert shown.by == "exact" and shown.rank == rows[name]["rank"]
+                assert shown.score == rows[name]["score"] == pytest.approx(found.exact_score, abs=1e-5)
+            else:
+                assert shown.by == "sketch" and shown.score == found.score
+                by_sketch[name] = shown.rank
+            # Another strategy without a re-ranked selection is ranked by the sketch as ever.
+            assert next(one for one in found.ranks if one.strategy == "uniform").by == "sketch"
+            assert next(one for one in found.ranks if one.strategy == "random").by is None
+    assert len(rows) == 8 and min(by_sketch.values()) <= 8  # re-ranking has changed what is selected
 
 
 def test_a_new_version_without_an_index_says_to_run(two_versions, tmp_path):
