@@ -12,7 +12,7 @@ import pytest
 from conftest import Project, make_rows, write_lines
 from safetensors.numpy import load_file
 
-from prism_assets.pipeline import STEPS, PipelineError
+from prism_assets.pipeline import STEPS, PipelineError, UserMistake
 from prism_assets.settings import SettingsError
 
 GRADIENT_STRATEGIES = ("prism", "uniform", "less")
@@ -936,3 +936,15 @@ def test_an_asset_asked_for_too_early_says_what_to_do_first(small, tmp_path):
     while error.cause is not None:
         error = error.cause
     assert "materialise it first, or run `prism run`" in error.message
+
+
+def test_summed_scores_of_pairs_are_refused_before_any_gradient(make_project, tmp_path):
+    project = make_project(tmp_path / "project", preference={"score": "sum"})
+    pairs = [{**row, "rejected": row["completion"][::-1] + "x"} for row in make_rows(9, 300, "reverse")]
+    write_lines(project.folder / "plain" / "target.jsonl", pairs[:5])
+    write_lines(project.folder / "plain" / "eval.jsonl", pairs[5:])
+    with pytest.raises(UserMistake, match=r"targets\.plain: preference\.score: sum is for plain targets"):
+        project.run()
+    assert not list(project.lake.artifacts("warmup_checkpoints"))
+    project.configure(preference={"score": "mean"}, strategies=["prism"], seeds=[0])
+    assert project.run()["Target directions"]

@@ -271,6 +271,8 @@ def build_targets(settings: Settings) -> dg.AssetsDefinition:
                     first = lake.read_table(rejects).slice(0, 1).to_pylist()
                     why = f" The first is refused because: {first[0]['reason']}." if first else ""
                     raise UnusableTargets(f"targets.{name}: {path} holds no usable row.{why}")
+                if kind == "target":
+                    _require_fitting_score(settings, lake, rows, name)
                 lake.point(rows, name, version, context.run_id)
                 lake.point(rejects, name, version, context.run_id)
                 refused += [{"file": path.name, **one} for one in lake.read_table(rejects).to_pylist()]
@@ -298,6 +300,15 @@ def build_targets(settings: Settings) -> dg.AssetsDefinition:
         return stage.each_partition(context, read_files)
 
     return targets
+
+
+def _require_fitting_score(settings: Settings, lake: Lake, targets: Artifact, name: str) -> None:
+    """Raise UnusableTargets for summed scores of pairs: better now than after the gradients of the whole pool."""
+    if settings.preference.score == "sum" and any(lake.read_table(targets, ["rejected"])["rejected"].is_valid().to_pylist()):
+        raise UnusableTargets(
+            f"targets.{name}: preference.score: sum is for plain targets, and these are pairs, whose sides have no common "
+            "number of tokens. Use mean."
+        )
 
 
 def _conversations(lake: Lake, artifact: Artifact) -> set[str]:

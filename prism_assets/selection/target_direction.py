@@ -340,6 +340,12 @@ def _corrected(
     engine = work.at(checkpoint)
     table = lake.read_table(curvature)
     usable = np.flatnonzero([reason is None for reason in table["refused"].to_pylist()])
+    if not len(usable):
+        raise SettingsError(
+            f"preference.fisher_damping: the warm-up sample has {table.num_rows} rows and none with a usable gradient (the first "
+            f"is refused because {table['refused'][0].as_py()}), so there is no curvature to correct by. Leave the key out, or "
+            "raise warmup.share."
+        )
     kept = table.take(usable)
     vectors = vectors_of(kept).reshape(len(usable), len(work.checkpoints), -1)[:, position].astype(np.float64)
     norms = np.array([one[position] for one in kept["norm"].to_pylist()])
@@ -432,13 +438,12 @@ def _publish_weights(
 
 
 def _rank_agreement(weights: "list[np.ndarray]") -> float | None:
-    """Smallest Spearman correlation between the weights of the last checkpoint and those of another; None for one."""
-    import numpy as np
+    """Smallest Spearman correlation between the weights of the last checkpoint and those of another; None for one
+    checkpoint, and where a checkpoint weighs all targets alike."""
+    from prism_assets.rank_statistics import spearman
 
-    if len(weights) < 2 or len(weights[0]) < 2:
-        return None
-    ranks = [np.argsort(np.argsort(one)) for one in weights]
-    return float(min(np.corrcoef(ranks[-1], other)[0, 1] for other in ranks[:-1]))
+    found = [spearman(weights[-1], other) for other in weights[:-1]]
+    return min(found) if found and None not in found else None
 
 
 def _first_order(

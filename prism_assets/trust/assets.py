@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from prism_assets.features.gradients import GradientEngine
     from prism_assets.trust.measures import Outcome, Probe
-    from prism_assets.trust.statistics import Correlation
+    from prism_assets.rank_statistics import Correlation
 
 TRUST_VERSION = 1
 
@@ -372,7 +372,7 @@ def _single_steps(
 
     from prism_assets.corpus.tokenization import from_table
     from prism_assets.trust.measures import single_candidate_steps
-    from prism_assets.trust.statistics import rank_correlation
+    from prism_assets.rank_statistics import rank_correlation
 
     with record.timed("single_steps"):
         effects = single_candidate_steps(
@@ -417,7 +417,7 @@ def _datamodel(
     from prism_assets.training.sft import fine_tune
     from prism_assets.trust.measures import subset_outcomes
     from prism_assets.trust.sample import random_halves
-    from prism_assets.trust.statistics import rank_correlation
+    from prism_assets.rank_statistics import rank_correlation
 
     options = settings.trust
     masks = random_halves(options.datamodel_subsets, sample.num_rows, options.seed)

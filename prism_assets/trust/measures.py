@@ -11,7 +11,7 @@ import numpy as np
 
 from prism_assets.selection.direction import TargetSet, Vector, first_order_gain, inner, norm
 from prism_assets.selection.preference import PreferenceWeights, TargetKind, preference_weights
-from prism_assets.trust.statistics import flipped_share, spearman
+from prism_assets.rank_statistics import flipped_share, spearman
 
 if TYPE_CHECKING:
     import torch

@@ -1,5 +1,6 @@
 """The target direction on a tiny model, against plain autograd through the preference objective."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -252,3 +253,27 @@ def test_learning_rates_of_zero_count_alike():
     sketches = [np.array([3.0, 4.0]), np.array([0.0, 2.0])]
     query = query_vector(sketches, [5.0, 2.0], [0.0, 0.0])
     np.testing.assert_allclose(query, [0.3, 0.4, 0.0, 0.5], rtol=1e-6)
+
+
+def test_without_a_usable_sample_row_a_correction_says_what_to_do():
+    import pyarrow as pa
+
+    from prism_assets.selection.target_direction import _corrected
+    from prism_assets.settings import SettingsError
+
+    sample = pa.table({"refused": ["the gradient vanishes", "the gradient is not finite"]})
+    lake = SimpleNamespace(read_table=lambda artifact: sample)
+    work = SimpleNamespace(checkpoints=[None], at=lambda checkpoint: None)
+    with pytest.raises(SettingsError, match="fisher_damping: .* 2 rows and none .*vanishes.* warmup.share"):
+        _corrected(None, lake, work, 0, {}, None)
+
+
+def test_agreement_of_weights_is_the_worst_rank_correlation_with_ties_shared():
+    from prism_assets.selection.target_direction import _rank_agreement
+
+    last, near, far = np.array([0.1, 0.2, 0.2, 0.5]), np.array([0.1, 0.3, 0.2, 0.4]), np.array([0.4, 0.1, 0.1, 0.4])
+    # By hand: equal values share the mean of their ranks.
+    ranks = np.array([[1, 2.5, 2.5, 4], [1, 3, 2, 4], [3.5, 1.5, 1.5, 3.5]])
+    expected = np.corrcoef(ranks)[0, 1:].min()
+    assert _rank_agreement([near, far, last]) == pytest.approx(expected)
+    assert _rank_agreement([last]) is None and _rank_agreement([np.full(4, 0.25), last]) is None

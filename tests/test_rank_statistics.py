@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from prism_assets.trust.statistics import FEWEST, average_ranks, flipped_share, rank_correlation, spearman
+from prism_assets.rank_statistics import FEWEST, average_ranks, flipped_share, rank_correlation, spearman
 
 
 def slow_ranks(values):
