@@ -23,7 +23,7 @@ from prism_assets.housekeeping import feature_versions
 from prism_assets.reference.assets import warmup_scope
 from prism_assets.selection.assets import direction_scope, join_key, load_direction
 from prism_assets.selection.pool import learning_rates
-from prism_assets.selection.target_direction import scores_of, tokens_counted
+from prism_assets.selection.target_direction import as_made, scores_of, tokens_counted
 from prism_assets.settings import Settings
 from resources.lake import Artifact, Lake, LakeError
 from resources.language_model import LanguageModel, ModelError
@@ -238,12 +238,7 @@ class Explainer:
         table = self.lake.read_table(self._input(inputs["features"]))
         for name in ("prompt", "completion"):
             table = table.append_column(name, targets[name])
-        # The temperature and the kind of score that the direction was made with, whatever the settings say today.
-        made = self._weights_artifact()
-        preference = self.settings.preference.model_copy(
-            update={"temperature": made.notes["temperature"], "score": made.header["settings"].get("score", "mean")}
-        )
-        settings = self.settings.model_copy(update={"preference": preference})
+        settings = as_made(self.settings, self._weights_artifact())  # whatever they say today
         scores, usable = scores_of(settings, table, targets)
         counted = tokens_counted(settings, targets.take(usable), scores.kind == "pairs")
         weights = STRATEGIES[self.strategy].weigh(scores) * counted

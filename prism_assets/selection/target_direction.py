@@ -200,6 +200,12 @@ def scores_of(settings: Settings, features: "pa.Table", targets: "pa.Table") -> 
     )
 
 
+def as_made(settings: Settings, weights: Artifact) -> Settings:
+    """The settings with the temperature and the kind of score that published target weights were made with."""
+    made = {"temperature": weights.notes["temperature"], "score": weights.header["settings"].get("score", "mean")}
+    return settings.model_copy(update={"preference": settings.preference.model_copy(update=made)})
+
+
 def tokens_counted(settings: Settings, targets: "pa.Table", pairs: bool) -> "np.ndarray":
     """What turns a mean log-probability into the preference score, float64 [m]: 1, or the supervised tokens."""
     import numpy as np

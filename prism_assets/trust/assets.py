@@ -12,8 +12,14 @@ from prism_assets.corpus.assets import corpus_version
 from prism_assets.features.assets import GradientPass, feature_identity, feature_version, gradient_pass, target_set
 from prism_assets.partitions import targets_of
 from prism_assets.reference.assets import pad_token_id, warmup_scope
-from prism_assets.selection.target_direction import COMPARED, direction_scope, load_direction
-from prism_assets.settings import Settings, SettingsError
+from prism_assets.selection.target_direction import (
+    COMPARED,
+    as_made,
+    direction_scope,
+    load_direction,
+    tokens_counted,
+)
+from prism_assets.settings import Settings
 from prism_assets.trust.verdict import CHECKS, FEWEST_EFFECTIVE, LEAST_CORRELATION, MOST_FLIPPED, findings
 from resources.lake import Artifact, Lake, LakeError, Recipe, hash_table
 from resources.language_model import LanguageModel
@@ -24,8 +30,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from prism_assets.features.gradients import GradientEngine
-    from prism_assets.trust.measures import Outcome, Probe
     from prism_assets.rank_statistics import Correlation
+    from prism_assets.trust.measures import Outcome, Probe
 
 TRUST_VERSION = 1
 
@@ -116,11 +122,6 @@ def _publish_trust(
 ) -> stage.Outcome:
     import pyarrow as pa
 
-    if settings.preference.score != "mean" or settings.preference.fisher_damping is not None:
-        raise SettingsError(
-            "prism trust measures directions of preference.score: mean without preference.fisher_damping alone: set them so "
-            "to measure these."
-        )
     version = feature_version(settings, lake, work.model)
     corpus = corpus_version(settings, work.model)
     inputs = _Inputs(
@@ -132,6 +133,7 @@ def _publish_trust(
         lake.require("target_features", name, version),
         warmup,
     )
+    made = as_made(settings, inputs.weights).preference
     single, subsets = _samples(settings, lake, store, inputs)
     recipe = Recipe(
         "trust",
@@ -140,6 +142,7 @@ def _publish_trust(
             "trust": settings.trust.model_dump(),
             "probe_step": settings.preference.probe_step,
             "temperature": inputs.weights.notes["temperature"],
+            **({"score": made.score} if made.score != "mean" else {}),
             "training": settings.training.model_dump(include=_TRAINING_SETTINGS),
             "features": feature_identity(settings, work.model, warmup),
         },
@@ -296,12 +299,15 @@ def _probe(settings: Settings, lake: Lake, inputs: _Inputs, engine: "GradientEng
     held_out = target_set(lake.read_table(inputs.eval_examples))
     drawn = np.sort(np.random.default_rng(settings.trust.seed).permutation(held_out.size)[: settings.trust.held_out])
     notes = inputs.weights.notes
+    rows = lake.read_table(inputs.targets).take(usable)
+    targets = target_set(rows)
     return Probe(
         engine,
-        target_set(lake.read_table(inputs.targets).take(usable)),
+        targets,
         notes["kind"],
         notes["temperature"],
         [held_out.examples[row] for row in drawn],
+        tokens_counted(as_made(settings, inputs.weights), rows, targets.pairs),
     )
 
 
@@ -343,13 +349,10 @@ def _mean(values: Sequence[float]) -> float | None:
 def _growing_steps(
     record: _Record, inputs: _Inputs, probe: "Probe", vectors: Mapping[str, Any], needed: float
 ) -> dict[str, Any]:
-    import math
-
     from prism_assets.trust.measures import STEP_MULTIPLES, growing_steps
 
     unit = inputs.weights.notes["first_order"]["step"]
-    z = math.exp(probe.weights().log_z)
-    gradient = {name: tensor * z for name, tensor in vectors["prism"].items()}
+    gradient = probe.gradient()  # not the PRISM direction, which may have been corrected for curvature
     notes: dict[str, Any] = {"probe_step": unit, "needed": needed}
     with record.timed("growing_steps"):
         for name, vector in vectors.items():
@@ -371,8 +374,8 @@ def _single_steps(
     import numpy as np
 
     from prism_assets.corpus.tokenization import from_table
-    from prism_assets.trust.measures import single_candidate_steps
     from prism_assets.rank_statistics import rank_correlation
+    from prism_assets.trust.measures import single_candidate_steps
 
     with record.timed("single_steps"):
         effects = single_candidate_steps(
@@ -414,10 +417,10 @@ def _datamodel(
     import numpy as np
 
     from prism_assets.corpus.tokenization import from_table
+    from prism_assets.rank_statistics import rank_correlation
     from prism_assets.training.sft import fine_tune
     from prism_assets.trust.measures import subset_outcomes
     from prism_assets.trust.sample import random_halves
-    from prism_assets.rank_statistics import rank_correlation
 
     options = settings.trust
     masks = random_halves(options.datamodel_subsets, sample.num_rows, options.seed)

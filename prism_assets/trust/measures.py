@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from prism_assets.selection.direction import TargetSet, Vector, first_order_gain, inner, norm
-from prism_assets.selection.preference import PreferenceWeights, TargetKind, preference_weights
 from prism_assets.rank_statistics import flipped_share, spearman
+from prism_assets.selection.direction import TargetSet, Vector, first_order_gain, inner, norm, target_vector
+from prism_assets.selection.preference import PreferenceWeights, TargetKind, preference_weights
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,7 @@ class Probe(NamedTuple):
     kind: TargetKind
     temperature: float
     held_out: Sequence[Any]  # tokenised examples
+    tokens: np.ndarray | float = 1.0  # [m] what makes preference scores of mean log-probabilities: 1, or supervised tokens
 
     def weights(self) -> PreferenceWeights:
         """Weights and objective of the targets now."""
@@ -60,12 +61,19 @@ class Probe(NamedTuple):
         preference = self._preference(scores)
         return Outcome(preference.objective, float(scores.mean()), held_out), preference.weights
 
-    def objective(self, scores: np.ndarray) -> float:
-        """J of preference scores [m]."""
-        return self._preference(scores).objective
+    def objective(self, means: np.ndarray) -> float:
+        """J of the targets' mean log-probabilities (of pairs: margins) [m]."""
+        return self._preference(means * self.tokens).objective
+
+    def gradient(self) -> Vector:
+        """∇J, unsketched."""
+        with self.engine.single_precision():
+            now = self._preference(self._scores())
+            raw = target_vector(self.engine, self.targets, now.weights * self.tokens)
+        return {name: tensor * np.exp(now.log_z) for name, tensor in raw.items()}
 
     def _scores(self) -> np.ndarray:
-        return self.targets.scores(self.engine.mean_log_probs(self.targets.examples))
+        return self.targets.scores(self.engine.mean_log_probs(self.targets.examples)) * self.tokens
 
     def _preference(self, scores: np.ndarray) -> PreferenceWeights:
         return preference_weights(scores, self.kind, self.temperature)

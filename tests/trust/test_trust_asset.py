@@ -48,6 +48,12 @@ def notes_of(project):
     return trust_of(project.settings, project.lake, project.model, "plain")
 
 
+def version_of(project):
+    from prism_assets.features.assets import feature_version
+
+    return feature_version(project.settings, project.lake, project.model)
+
+
 def checks_of(project, result):
     """Check name -> passed, from the run's events."""
     found = {}
@@ -174,11 +180,33 @@ def test_the_command_prints_sentences_and_json(measured, monkeypatch, tmp_path):
     assert unknown.exit_code == 2 and "prism.yaml names the targets plain" in unknown.output
 
 
-@pytest.mark.parametrize("preference", [{"score": "sum"}, {"fisher_damping": 0.1}])
-def test_directions_of_another_kind_are_refused_with_advice(finished, tmp_path, preference):
-    from prism_assets.pipeline import UserMistake
-
-    copy = finished.copy(tmp_path / "copy").configure(preference=preference)
+def test_summed_scores_are_measured_as_summed(finished, measured, tmp_path):
+    copy = finished.copy(tmp_path / "copy").configure(preference={"score": "sum", "temperature": 5.0})
     copy.run()
-    with pytest.raises(UserMistake, match="measures directions of preference.score: mean without"):
-        measure(copy)
+    measure(copy)
+    lake, summed = copy.lake, notes_of(copy)
+    weights = lake.require("target_weights", "plain", version_of(copy))
+    # J of the whole completions' log-probabilities, by hand from what was published of each target.
+    scores = np.array(lake.read_table(weights)["score"].to_pylist())
+    assert np.exp(scores / 5.0).mean() == pytest.approx(weights.notes["objective"], rel=1e-5)
+    step = summed["growing_steps"]["prism"][2]
+    assert step["size"] == weights.notes["first_order"]["step"]
+    for kind in ("predicted", "measured"):
+        assert step[kind] == pytest.approx(weights.notes["first_order"]["prism"][kind], rel=0.02)
+    smallest = summed["growing_steps"]["prism"][0]
+    assert smallest["measured"] == pytest.approx(smallest["predicted"], rel=0.1)
+    # The uniform direction raises the mean summed score, which is not the mean of means.
+    assert summed["single_steps"]["uniform"]["exact"]["value"] > 0.9
+    assert summed["growing_steps"]["prism"] != notes_of(measured)["growing_steps"]["prism"]
+
+
+def test_of_a_corrected_direction_the_prediction_is_that_of_the_gradient_itself(finished, measured, tmp_path):
+    copy = finished.copy(tmp_path / "copy").configure(preference={"fisher_damping": 0.01})
+    copy.run()
+    measure(copy)
+    corrected, plain = notes_of(copy)["growing_steps"], notes_of(measured)["growing_steps"]
+    for one, other in zip(corrected["prism"][:3], plain["prism"][:3], strict=True):
+        assert one["size"] == pytest.approx(other["size"], rel=1e-5)
+        # By Cauchy and Schwarz no direction is predicted to raise J as ∇J does; what is predicted holds all the same.
+        assert 0 < one["predicted"] < other["predicted"]
+        assert one["measured"] == pytest.approx(one["predicted"], rel=0.2)
