@@ -89,6 +89,27 @@ class WeightedGradient(NamedTuple):
     mean_log_probs: np.ndarray  # float64 [n]
 
 
+class HostCopy:
+    """Copies of tensors on the host. From a GPU they start behind the work that makes them and are waited for when
+    they are read; a plain `.cpu()` would also wait for everything that was queued in between."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._ready = None
+        if tensors[0].is_cuda:
+            host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
+            self._tensors = [to.copy_(one, non_blocking=True) for to, one in zip(host, tensors, strict=True)]
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._tensors = list(tensors)
+
+    def arrays(self) -> list[np.ndarray]:
+        """What was copied."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return [tensor.numpy() for tensor in self._tensors]
+
+
 class GradientEngine:
     """Runs gradient passes of a causal language model with one LoRA adapter. The model is used, not changed.
 
@@ -142,8 +163,8 @@ class GradientEngine:
         """s of each example, float64 [n], by forward passes alone."""
         self._check(examples)
         result = np.empty(len(examples))
-        for batch, sums in self._run(examples, lambda batch: self._log_prob_sums(batch)):
-            result[batch.positions] = (sums / batch.counts).cpu().numpy()
+        for batch, copy in self._run(examples, lambda batch: HostCopy(self._log_prob_sums(batch) / batch.counts)):
+            (result[batch.positions],) = copy.arrays()
         return result
 
     def feature_rows(
@@ -169,19 +190,20 @@ class GradientEngine:
             )
         self._check(examples)
 
-        def run_batch(batch: Batch) -> tuple[Tensor, Tensor]:
+        def run_batch(batch: Batch) -> HostCopy:
             collector = SketchingCollector(batch, self.dtype, self._at_supervised, sketch, preconditioner)
             sums = self._backward(batch, collector)
             norms, gradient_norms = collector.squared_norms.sqrt(), collector.squared_gradient_norms.sqrt()
-            return collector.rows.float(), torch.stack([norms, sums / batch.counts, gradient_norms], dim=1)
+            return HostCopy(
+                collector.rows.float(), torch.stack([norms, sums / batch.counts, gradient_norms], dim=1)
+            )
 
         count = len(examples)
         rows = np.empty((count, sketch.dim), dtype=np.float32)
         figures = np.empty((count, 3))
         done = 0
-        for batch, (batch_rows, batch_figures) in self._run(examples, run_batch):
-            rows[batch.positions] = batch_rows.cpu().numpy()
-            figures[batch.positions] = batch_figures.cpu().numpy()
+        for batch, copy in self._run(examples, run_batch):
+            rows[batch.positions], figures[batch.positions] = copy.arrays()
             done += len(batch.positions)
             if progress is not None:
                 progress(done, count)
@@ -327,8 +349,8 @@ class GradientEngine:
     def _run(
         self, examples: Sequence[Example], run_batch: Callable[[Batch], Result]
     ) -> Iterator[tuple[Batch, Result]]:
-        """Plans the batches and runs them, one ahead of what is yielded, so that a GPU computes while rows
-        are copied."""
+        """Plans the batches and runs them, one ahead of what is yielded, so that a GPU has work while what came
+        before is read (a `HostCopy`, which waits for its own batch alone)."""
         pending = list(
             reversed(plan_batches([context_length(example) for example in examples], self.token_budget))
         )
