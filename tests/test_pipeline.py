@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import shutil
+import time
 
 import dagster as dg
 import numpy as np
@@ -948,3 +949,24 @@ def test_summed_scores_of_pairs_are_refused_before_any_gradient(make_project, tm
     assert not list(project.lake.artifacts("warmup_checkpoints"))
     project.configure(preference={"score": "mean"}, strategies=["prism"], seeds=[0])
     assert project.run()["Target directions"]
+
+
+def test_what_every_gradient_pass_begins_with_is_nobodys_cost(small, monkeypatch):
+    from prism_assets.features.assets import gradient_pass
+    from prism_assets.features.gradients import GradientEngine
+    from prism_assets.stage import Stopwatch
+
+    build = GradientEngine.__init__
+
+    def slow(self, *arguments, **keywords):
+        until = time.process_time() + 2
+        while time.process_time() < until:
+            pass
+        build(self, *arguments, **keywords)
+
+    monkeypatch.setattr(GradientEngine, "__init__", slow)
+    (warmup,) = small.lake.artifacts("warmup_checkpoints")
+    with gradient_pass(small.settings, small.model, warmup) as work:
+        stopwatch = Stopwatch()
+        work.at(work.checkpoints[-1])
+        assert stopwatch.cost()["cpu_seconds"] < 2

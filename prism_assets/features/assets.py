@@ -76,16 +76,22 @@ class GradientPass:
 
     def at(self, checkpoint: WarmupCheckpoint | None) -> "GradientEngine":
         """The gradient engine with its parameters at a checkpoint, or (None) where fine-tuning starts."""
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        if self._engine is None:
+            with stage.uncounted():  # whoever comes first would pay for the others
+                self._engine = self._build()
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self._engine.model, checkpoint.lora if checkpoint else self._start)
+        return self._engine
+
+    def _build(self) -> "GradientEngine":
+        from peft import get_peft_model_state_dict
 
         from prism_assets.features.gradients import GradientEngine
 
-        if self._engine is None:
-            peft_model = self._stack.enter_context(adapted(self.settings, self.model))
-            self._start = {name: value.clone() for name, value in get_peft_model_state_dict(peft_model).items()}
-            self._engine = GradientEngine(peft_model, token_budget=self.settings.features.token_budget)
-        set_peft_model_state_dict(self._engine.model, checkpoint.lora if checkpoint else self._start)
-        return self._engine
+        peft_model = self._stack.enter_context(adapted(self.settings, self.model))
+        self._start = {name: value.clone() for name, value in get_peft_model_state_dict(peft_model).items()}
+        return GradientEngine(peft_model, token_budget=self.settings.features.token_budget)
 
     def projection(self, engine: "GradientEngine") -> "Projection":
         """The sketch of the settings, or exact features."""
