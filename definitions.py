@@ -14,7 +14,7 @@ from prism_assets.corpus.assets import build_targets, candidates, live_pool
 from prism_assets.evaluation.assets import build_evaluation, build_report_asset
 from prism_assets.experiment.assets import build_experiment, build_experiment_trials
 from prism_assets.features.assets import build_target_features, candidate_features, candidate_index
-from prism_assets.processes import sleep_while_waiting
+from prism_assets.processes import one_process, sleep_while_waiting
 from prism_assets.reference.assets import base_model, warmup_checkpoints, warmup_sample
 from prism_assets.selection.assets import build_selection, build_target_direction
 from prism_assets.settings import Settings, load_settings
@@ -71,7 +71,7 @@ def build_definitions(settings: Settings, resource_overrides: Mapping[str, Any] 
         schedules=automation.build_schedules(settings),
         sensors=automation.build_sensors(),
         resources={**build_resources(settings), **(resource_overrides or {})},
-        executor=dg.in_process_executor,
+        executor=one_process,
     )
 
 

@@ -29,8 +29,8 @@ _UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 
-# The run that this process works on for Dagster's daemon, and its locked file.
-_working_on: tuple[str, IO[str]] | None = None
+# The locked file of the run that this process works on for Dagster's daemon.
+_working_on: IO[str] | None = None
 
 
 @contextmanager
@@ -47,25 +47,45 @@ def registered(instance: dg.DagsterInstance) -> Iterator[str]:
 def work_on(run: dg.DagsterRun, instance: dg.DagsterInstance) -> None:
     """Say that this process works on `run` from now on until it ends, or until it works on another run."""
     global _working_on
-    if PROCESS_TAG in run.tags or (_working_on and _working_on[0] == run.run_id):
-        return
-    if _working_on:
-        _working_on[1].close()
-    _working_on = run.run_id, _locked(instance, run.run_id)
+    if _working_on is not None:
+        _working_on.close()
+    _working_on = _locked(instance, run.run_id)
+
+
+def _executor(context: dg.InitExecutorContext) -> dg.Executor:
+    """Dagster's in-process executor, which says what it works on before its first step waits for a slot."""
+    executor = dg.in_process_executor.executor_creation_fn(context)
+    execute = executor.execute
+
+    def watched(plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        work_on(plan_context.dagster_run, plan_context.instance)
+        yield from execute(plan_context, execution_plan)
+
+    executor.execute = watched
+    return executor
+
+
+# All steps of a run in its one process: only so does the life of the process say whether the run lives.
+one_process = dg.ExecutorDefinition(
+    name="in_process",
+    config_schema=dg.in_process_executor.config_schema,
+    executor_creation_fn=_executor,
+    description="Execute all steps in a single process, which says that it works on the run.",
+)
 
 
 def close_runs_of_the_dead(instance: dg.DagsterInstance) -> list[str]:
     """Close the runs that a process of this machine worked on which is gone, give back their slots; their ids.
 
     A run of `prism run` is closed as cancelled: its user runs the command again. One of Dagster's daemon is closed as
-    failed, so that the instance's `run_retries` take it up. Runs of which nothing is known here (other machines, runs
-    that work on nothing yet) are left to Dagster's own run monitoring.
+    failed, so that the instance's `run_retries` take it up. Runs of which nothing is known here (other machines, other
+    executors, runs that are only starting) are left to Dagster's own run monitoring.
     """
     closed = []
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
         ours = run.tags.get(PROCESS_TAG)
         file = _folder(instance) / (ours or run.run_id)
-        # A process of `prism run` has its file before its first run; one of the daemon, once a step begins.
+        # A process of `prism run` has its file before its first run; one of the daemon, before its first step.
         if not (_is_dead(file) or (ours and not file.exists())):
             continue
         message = "The process of this run was killed. What it had finished is kept; a later run goes on."

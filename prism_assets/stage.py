@@ -11,7 +11,6 @@ from typing import Any
 
 import dagster as dg
 
-from prism_assets.processes import work_on
 from prism_assets.settings import Settings
 from resources.lake import Artifact, digest
 from resources.language_model import LanguageModel
@@ -44,7 +43,6 @@ def each_partition(
     All partitions are worked on before a failure is raised, so a bad one does not keep the others back; what they
     published is found again by the next run. Raises dagster.Failure with every reason.
     """
-    work_on(context.run, context.instance)
     keys: Sequence[str | None] = list(context.partition_keys) if context.has_partition_key or context.has_partition_key_range else [None]
     outcomes: dict[str | None, Outcome] = {}
     failures: dict[str | None, Exception] = {}

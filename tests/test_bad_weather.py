@@ -27,7 +27,6 @@ from conftest import Project, make_rows
 
 import resources.lake as lake_module
 from prism_assets.pipeline import STEPS, PipelineError, project_file
-from prism_assets.processes import PROCESS_TAG
 from resources.lake import Lake, LakeError
 
 HEAVY = ["torch", "peft", "faiss", "duckdb", "pyarrow.parquet", "prism_assets.training.sft", "prism_assets.evaluation.plots"]
@@ -92,7 +91,7 @@ def pass_over(
             function(
                 SimpleNamespace(
                     run_id="no dagster",
-                    run=SimpleNamespace(tags={PROCESS_TAG: "no process"}),
+                    run=SimpleNamespace(tags={}),
                     asset_key=dg.AssetKey(name),
                     partition_keys=partitions[step.partitions],
                     has_partition_key=bool(step.partitions),

@@ -15,6 +15,7 @@ from prism_assets.automation import dead_runs_sensor
 from prism_assets.processes import (
     PROCESS_TAG,
     close_runs_of_the_dead,
+    one_process,
     registered,
     sleep_while_waiting,
     wait_for_slots,
@@ -57,6 +58,20 @@ def status(instance: dg.DagsterInstance, run: dg.DagsterRun) -> dg.DagsterRunSta
 
 def holders(instance: dg.DagsterInstance) -> list[str]:
     return [slot.run_id for slot in instance.event_log_storage.get_concurrency_info("model").claimed_slots]
+
+
+def waiting_runs(instance: dg.DagsterInstance) -> set[str]:
+    return {one.run_id for one in instance.event_log_storage.get_concurrency_info("model").pending_steps}
+
+
+def the_job() -> dg.JobDefinition:
+    definitions = dg.Definitions([worked_on], jobs=[dg.define_asset_job("work")], executor=one_process)
+    return definitions.resolve_job_def("work")
+
+
+def execute_as_the_daemon_does(home: str) -> None:
+    with dg.DagsterInstance.from_config(home) as instance:
+        dg.execute_job(dg.reconstructable(the_job), instance=instance)
 
 
 def work_until_killed(home: str, run_id: str, working) -> None:
@@ -116,6 +131,34 @@ def test_a_run_of_the_command_ends_cancelled_with_its_process(instance):
     assert close_runs_of_the_dead(instance) == [run.run_id]
     assert status(instance, run) == dg.DagsterRunStatus.CANCELED
     assert holders(instance) == []
+
+
+def test_a_run_is_known_to_live_while_it_waits_for_a_slot_and_to_be_dead_when_it_was_killed_there(instance):
+    holder = started(instance)
+    child = spawn.Process(target=execute_as_the_daemon_does, args=(instance.root_directory,))
+    child.start()
+    try:
+        until = time.monotonic() + 60
+        while not (others := waiting_runs(instance) - {holder.run_id}):
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        (waiting,) = others
+        assert close_runs_of_the_dead(instance) == []
+    finally:
+        child.kill()
+        child.join()
+    assert close_runs_of_the_dead(instance) == [waiting]
+    assert instance.get_run_by_id(waiting).status == dg.DagsterRunStatus.FAILURE
+    assert status(instance, holder) == dg.DagsterRunStatus.STARTED
+
+
+def test_a_run_that_ends_by_itself_leaves_nothing_to_close(instance):
+    child = spawn.Process(target=execute_as_the_daemon_does, args=(instance.root_directory,))
+    child.start()
+    child.join()
+    (run,) = instance.get_runs()
+    assert run.status == dg.DagsterRunStatus.SUCCESS and close_runs_of_the_dead(instance) == []
+    assert not list((Path(instance.root_directory) / "processes").iterdir())
 
 
 def test_what_another_machine_works_on_or_nobody_has_begun_is_left_alone(instance):
