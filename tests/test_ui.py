@@ -143,11 +143,11 @@ def test_a_dropped_file_becomes_a_new_selection_and_every_page_tells_of_it(serve
     browser.get_by_text("rows_accepted").first.wait_for()
 
     browser.goto(f"{address}/automation")
-    for name in ("inbox", "target_files", "automation", "nightly_reconcile", "weekly_refresh"):
+    for name in ("inbox", "target_files", "dead_runs", "automation", "nightly_reconcile", "weekly_refresh"):
         browser.get_by_text(name, exact=True).first.wait_for()
 
     states = ask(address, "{ sensorsOrError(repositorySelector: "
                  "{repositoryName: \"__repository__\", repositoryLocationName: \"prism\"}) { ... on Sensors { results "
                  "{ name sensorState { status } } } } }")  # fmt: skip
     running = {sensor["name"] for sensor in states["sensorsOrError"]["results"] if sensor["sensorState"]["status"] == "RUNNING"}
-    assert running == {"inbox", "target_files", "automation"}
+    assert running == {"inbox", "target_files", "dead_runs", "automation"}

@@ -180,7 +180,7 @@ def test_hidden_states_are_work_that_is_shared_and_loading_the_model_is_nobodys(
     load = LanguageModel.adapted
 
     def slow(self, **keywords):
-        until = time.process_time() + 5
+        until = time.process_time() + 1
         while time.process_time() < until:
             pass
         return load(self, **keywords)
@@ -194,7 +194,7 @@ def test_hidden_states_are_work_that_is_shared_and_loading_the_model_is_nobodys(
     blocks = [project.lake.get("hidden_states", one["fingerprint"]) for one in selection.header["lineage"]["hidden_states"]]
     spent = sum(one.notes["cost"]["cpu_seconds"] for one in {block.fingerprint: block for block in blocks}.values())
     assert shared["hidden states"] == {"cpu_seconds": pytest.approx(spent), "gpu_seconds": None, "unknown": 0}
-    assert 0 < spent < 5 and 0 < rds["cost"]["selection"]["cpu_seconds"] < 5
+    assert 0 < spent < 1 and 0 < rds["cost"]["selection"]["cpu_seconds"] < 1
     alone = sum(one["cpu_seconds"] for one in rds["cost"].values()) + spent
     assert rds["with_shared"]["cpu_seconds"] == pytest.approx(alone)
     gradients = shared["warm-up"]["cpu_seconds"] + shared["candidate features"]["cpu_seconds"]
