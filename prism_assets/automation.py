@@ -79,7 +79,7 @@ CONDITIONS: dict[str, dg.AutomationCondition | None] = {
 SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "base_model": ("model",),
     "candidates": ("tokenization",),
-    "targets": ("tokenization",),
+    "targets": ("tokenization", "preference"),
     "warmup_sample": ("warmup", "lora", "model"),
     "warmup_checkpoints": ("warmup", "lora", "model"),
     "candidate_features": ("features", "model"),
