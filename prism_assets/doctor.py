@@ -124,7 +124,7 @@ def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding
     old = {}
     for target in settings.targets:
         for strategy in settings.strategies:
-            why = _outdated(settings, lake, model, target, STRATEGIES[strategy])
+            why = _outdated(settings, lake, model, version, target, STRATEGIES[strategy])
             if why:
                 old[f"{target}/{strategy}"] = why
     total = len(settings.targets) * len(settings.strategies)
@@ -133,9 +133,13 @@ def _stale(settings: Settings, lake: Lake, model: LanguageModel) -> list[Finding
     return findings
 
 
-def _outdated(settings: Settings, lake: Lake, model: LanguageModel, target: str, strategy: "Strategy") -> str | None:
-    """Why the selection that the lake shows is not the one of today's inputs and settings; None where it is."""
-    from prism_assets.features.assets import feature_version
+def _outdated(
+    settings: Settings, lake: Lake, model: LanguageModel, version: str, target: str, strategy: "Strategy"
+) -> str | None:
+    """Why the selection that the lake shows is not the one of today's inputs and settings; None where it is.
+
+    `version` is today's feature version.
+    """
     from prism_assets.selection.assets import join_key, selection_inputs, selection_recipe
     from prism_assets.selection.strategies import STRATEGIES
     from prism_assets.selection.target_direction import direction_scope, expected_direction
@@ -147,12 +151,11 @@ def _outdated(settings: Settings, lake: Lake, model: LanguageModel, target: str,
     try:
         if strategy.needs_direction or "direction" in strategy.reads:
             weighed = strategy if strategy.needs_direction else STRATEGIES["prism"]
-            version = feature_version(settings, lake, model)
             direction = lake.head("target_directions", target, direction_scope(version, weighed.name))
             why = direction and _difference(direction, expected_direction(settings, lake, model, target, weighed))
             if why:
                 return f"its direction: {why}"
-        inputs = selection_inputs(settings, lake, model, target, strategy)
+        inputs = selection_inputs(settings, lake, model, target, strategy, version)
         return _difference(shown, selection_recipe(settings, lake, model, strategy, inputs, key))
     except (LakeError, SettingsError) as error:  # something that it is made from is not there yet, or never will be
         return str(error)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from prism_assets.selection.explain import Contributions, Earlier, Explanation, Neighbour, Rank
+    from prism_assets.selection.rerank import ExactScores
     from resources.vector_store import SegmentedIndex
 
 SHORTEST_PREFIX = 4
@@ -122,6 +123,7 @@ class Explainer:
         self.settings, self.lake, self.model, self.store = settings, lake, model, store
         self.target, self.strategy, self.exact = target, strategy, exact
         self._pass: GradientPass | None = None
+        self._scorer: ExactScores | None = None
         self.version, self._no_model = self._current_version()
         self.index = open_index(lake, store, self.version)
         self.places = list(_places(lake, self.index.pool))
@@ -196,7 +198,7 @@ class Explainer:
             curvature=score - total if corrected else None,
             sketch_error=None if exact is None else exact - (score if corrected else total),
             rounding=0.0 if corrected else score - total,
-            reranked=self._reranked(self.strategy),
+            reranked=_is_reranked(self.lake.head("selection", join_key(self.target, self.strategy))),
             ranks=list(self._ranks(place, position)),
             neighbours=self._neighbours(place, position, stored, neighbours),
             earlier=list(self._earlier(place.id)),
@@ -375,11 +377,12 @@ class Explainer:
         from prism_assets.corpus.tokenization import from_table
         from prism_assets.selection.rerank import ExactScores
 
-        if self._pass is None:
+        if self._scorer is None:
             warmup = self.lake.require("warmup_checkpoints", None, warmup_scope(self.settings, self.model))
             self._pass = GradientPass(self.settings, self.model, warmup)
+            self._scorer = ExactScores(self._pass, vectors)
         tokens = self.lake.read_table(_candidates(self.lake, self.index.pool)[place.shard], ["input_ids", "loss_mask"])
-        return float(ExactScores(self._pass, vectors).of(from_table(tokens.slice(place.row, 1)))[0])
+        return float(self._scorer.of(from_table(tokens.slice(place.row, 1)))[0])
 
     # -- ranks and neighbours ----------------------------------------------------------------------------------
 
@@ -390,31 +393,28 @@ class Explainer:
         for name, strategy in STRATEGIES.items():
             if strategy.whole_pool:
                 continue
+            selection = self.lake.head("selection", join_key(self.target, name))
+            chosen = self._chosen(selection, place.id)
+            selected = None if selection is None else chosen is not None
             if strategy.needs_direction:
                 direction = self.lake.head("target_directions", self.target, direction_scope(self.version, name))
                 if direction is None:
                     continue
-                rank, of, score = _rank(self.lake, self.index, direction, position, place.row)
-                selected = self._in_selection(name, place.id)
-                if self._reranked(name) and selected is not None and selected[0] is not None:
-                    yield Rank(name, selected[0], of, selected[2], True, "exact")
-                    continue
-                yield Rank(name, rank, of, score, self._selected(name, place.id), "sketch")
-                continue
-            if name == "random":
-                rank, of = self._random_rank(place.id)
-                score = None
-            else:
-                found = self._in_selection(name, place.id)
-                if found is None:
-                    continue
-                rank, of, score = found
-            yield Rank(name, rank, of, score, self._selected(name, place.id))
+                if chosen and _is_reranked(selection):
+                    yield Rank(name, chosen["rank"], self.index.ranked, chosen["score"], selected, "exact")
+                else:
+                    yield Rank(name, *_rank(self.lake, self.index, direction, position, place.row), selected, "sketch")
+            elif name == "random":
+                yield Rank(name, *self._random_rank(place.id), None, selected)
+            elif selection is not None:
+                # The order of a set of rows says nothing beyond what it selects.
+                rank, score = (chosen["rank"], chosen["score"]) if chosen else (None, None)
+                yield Rank(name, rank, selection.notes["pool_rows"], score, selected)
 
-    def _reranked(self, strategy: str) -> bool:
-        """Whether the current selection of a strategy was ranked by exact scores."""
-        selection = self.lake.head("selection", join_key(self.target, strategy))
-        return selection is not None and bool(selection.header["settings"].get("rerank"))
+    def _chosen(self, selection: Artifact | None, name: str) -> dict[str, Any] | None:
+        """Rank and score of a candidate in a selection; None where it is not among the selected."""
+        rows = self.lake.read_table(selection, ["id", "rank", "score"]).to_pylist() if selection else []
+        return next((row for row in rows if row["id"] == name), None)
 
     def _random_rank(self, name: str) -> tuple[int, int]:
         """The rank in the order of `random`, over canonical rows: it does not know of refused gradients."""
@@ -426,22 +426,6 @@ class Explainer:
         names = [place.id for place in self.places if place.excluded is None]
         keys = keyed_hash(names, self.settings.selection.seed)
         return rank_of(keys[names.index(name)], name, keys, np.array(names, dtype=object)), len(names)
-
-    def _in_selection(self, strategy: str, name: str) -> tuple[int | None, int, float | None] | None:
-        """Rank (None where it is not among the selected), rows ranked, and score in a strategy's current selection;
-        None where there is no selection. Orders of sets of rows say nothing beyond what they select."""
-        selection = self.lake.head("selection", join_key(self.target, strategy))
-        if selection is None:
-            return None
-        rows = self.lake.read_table(selection, ["id", "rank", "score"]).to_pylist()
-        found = next((row for row in rows if row["id"] == name), {"rank": None, "score": None})
-        return found["rank"], selection.notes["pool_rows"], found["score"]
-
-    def _selected(self, strategy: str, name: str) -> bool | None:
-        selection = self.lake.head("selection", join_key(self.target, strategy))
-        if selection is None:
-            return None
-        return name in self.lake.read_table(selection, ["id"])["id"].to_pylist()
 
     def _neighbours(self, place: Place, position: int, stored: dict[str, Any], wanted: int) -> "list[Neighbour]":
         import numpy as np
@@ -482,6 +466,11 @@ class Explainer:
             else:
                 rank, of, score = _rank(self.lake, index, direction, position, place.row)
                 yield Earlier(one.name, used, rank, of, score, "")
+
+
+def _is_reranked(selection: Artifact | None) -> bool:
+    """Whether a selection was ranked by exact scores."""
+    return selection is not None and bool(selection.header["settings"].get("rerank"))
 
 
 def _rank(

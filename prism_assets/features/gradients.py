@@ -244,15 +244,15 @@ class GradientEngine:
             for name, shape in self.parameter_shapes.items()
         }
 
-        def run_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        def run_batch(batch: Batch) -> tuple[HostCopy, dict[str, Tensor]]:
             collector = SummingCollector(batch, self.dtype, self._at_supervised)
             token_weights = torch.from_numpy(weights[batch.positions] / scale).to(self.device) / batch.counts
             sums = self._backward(batch, collector, token_weights)
-            return sums, collector.gradients
+            return HostCopy(sums / batch.counts), collector.gradients
 
         mean_log_probs = np.empty(len(examples))
-        for batch, (sums, gradients) in self._run(examples, run_batch):
-            mean_log_probs[batch.positions] = (sums / batch.counts).cpu().numpy()
+        for batch, (copy, gradients) in self._run(examples, run_batch):
+            (mean_log_probs[batch.positions],) = copy.arrays()
             for name, gradient in gradients.items():
                 total[name] += gradient
         return WeightedGradient({name: value * scale for name, value in total.items()}, mean_log_probs)
