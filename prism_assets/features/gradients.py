@@ -11,7 +11,7 @@ go through preconditioner and sketch while the backward pass is at that layer, s
 gradients are ever held together.
 
 Behind its attention, the last decoder layer too sees supervised positions only, where it is of a kind known
-to allow it (`last_layer`).
+to allow it (`last_layer`). On a CPU attention itself runs in blocks (`attention`).
 
 Gradients are formed in float32 whatever the model's precision (float64 for a float64 model).
 """
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prism_assets.features.attention import attention_in_blocks
 from prism_assets.features.batching import (
     Batch,
     Example,
@@ -404,6 +405,7 @@ class GradientEngine:
             for parameter in trainable:
                 parameter.requires_grad_(False)
             stack.enter_context(tapped(self.layers))
+            stack.enter_context(attention_in_blocks(self.device))
             if self.gradient_checkpointing:
                 stack.enter_context(_checkpointed(self._modules))
             yield
