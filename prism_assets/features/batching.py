@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prism_assets.features.transfer import to_device
+
 
 class Example(Protocol):
     """What a gradient pass needs: `prism_assets.corpus.tokenization.TokenizedExample` has it."""
@@ -89,17 +91,13 @@ def build_batch(examples: Sequence[Example], positions: list[int], device: torch
     source = np.concatenate([row * width + where - 1 for row, where in enumerate(supervised)])
     targets = np.concatenate([np.asarray(e.input_ids)[w] for e, w in zip(chosen, supervised, strict=True)])
 
-    def on_device(values: np.ndarray, dtype=np.int64) -> Tensor:
-        tensor = torch.from_numpy(values.astype(dtype))
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
     return Batch(
         positions=list(positions),
-        input_ids=on_device(input_ids),
-        source=on_device(source),
-        targets=on_device(targets),
-        rows=on_device(np.repeat(np.arange(len(chosen)), counts)),
-        columns=on_device(np.concatenate([np.arange(count) for count in counts])),
-        counts=on_device(counts, np.float64),
+        input_ids=to_device(input_ids, device),
+        source=to_device(source, device),
+        targets=to_device(targets.astype(np.int64), device),
+        rows=to_device(np.repeat(np.arange(len(chosen)), counts), device),
+        columns=to_device(np.concatenate([np.arange(count) for count in counts]), device),
+        counts=to_device(counts.astype(np.float64), device),
         most_supervised=int(counts.max()),
     )

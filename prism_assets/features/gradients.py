@@ -61,6 +61,7 @@ from prism_assets.features.lora import (
 )
 from prism_assets.features.preconditioner import Preconditioner
 from prism_assets.features.sketch import Projection
+from prism_assets.features.transfer import HostCopy, to_device
 
 # Below this norm a gradient is rounding noise of float32 log-probabilities; its direction means nothing.
 NORM_FLOOR = 1e-7
@@ -88,27 +89,6 @@ class WeightedGradient(NamedTuple):
 
     gradient: dict[str, Tensor]  # parameter name -> float32 (float64) of the parameter's shape
     mean_log_probs: np.ndarray  # float64 [n]
-
-
-class HostCopy:
-    """Copies of tensors on the host. From a GPU they start behind the work that makes them and are waited for when
-    they are read; a plain `.cpu()` would also wait for everything that was queued in between."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self._ready = None
-        if tensors[0].is_cuda:
-            host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
-            self._tensors = [to.copy_(one, non_blocking=True) for to, one in zip(host, tensors, strict=True)]
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._tensors = list(tensors)
-
-    def arrays(self) -> list[np.ndarray]:
-        """What was copied."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        return [tensor.numpy() for tensor in self._tensors]
 
 
 class GradientEngine:
@@ -247,7 +227,7 @@ class GradientEngine:
 
         def run_batch(batch: Batch) -> tuple[HostCopy, dict[str, Tensor]]:
             collector = SummingCollector(batch, self.dtype, self._at_supervised)
-            token_weights = torch.from_numpy(weights[batch.positions] / scale).to(self.device) / batch.counts
+            token_weights = to_device(weights[batch.positions] / scale, self.device) / batch.counts
             sums = self._backward(batch, collector, token_weights)
             return HostCopy(sums / batch.counts), collector.gradients
 

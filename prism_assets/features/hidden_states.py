@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prism_assets.features.batching import Example, check_examples, plan_batches
 from prism_assets.features.gradients import TOKEN_BUDGET_CPU, TOKEN_BUDGET_GPU, Progress
+from prism_assets.features.transfer import HostCopy, to_device
 
 
 @torch.no_grad()
@@ -42,6 +43,15 @@ def representations(
     budget = token_budget or (TOKEN_BUDGET_GPU if device.type == "cuda" else TOKEN_BUDGET_CPU)
     rows = np.zeros((len(examples), config.hidden_size), np.float32)
     done = 0
+
+    def read(positions: list[int], copy: HostCopy) -> None:
+        nonlocal done
+        (rows[positions],) = copy.arrays()
+        done += len(positions)
+        if progress is not None:
+            progress(done, len(examples))
+
+    previous: tuple[list[int], HostCopy] | None = None
     for positions in plan_batches([len(example.input_ids) for example in examples], budget):
         ids, weights = _batch([examples[position].input_ids for position in positions], device)
         try:
@@ -53,10 +63,12 @@ def representations(
                 f"{device}: set features.token_budget below {budget}"
             ) from error
         means = torch.einsum("bt,bth->bh", weights, hidden.float())
-        rows[positions] = torch.nn.functional.normalize(means, dim=1).cpu().numpy()
-        done += len(positions)
-        if progress is not None:
-            progress(done, len(examples))
+        copy = HostCopy(torch.nn.functional.normalize(means, dim=1))
+        if previous is not None:  # read one batch late, so that a GPU has work meanwhile
+            read(*previous)
+        previous = positions, copy
+    if previous is not None:
+        read(*previous)
     usable = np.isfinite(rows).all(axis=1) & rows.any(axis=1)
     if not usable.all():
         raise ValueError(
@@ -75,4 +87,4 @@ def _batch(sequences: Sequence[np.ndarray], device: torch.device) -> tuple[Tenso
         length = len(sequence)
         ids[row, :length], ids[row, length:] = sequence, sequence[-1]
         weights[row, :length] = np.arange(1, length + 1) / (length * (length + 1) / 2)
-    return torch.from_numpy(ids).to(device), torch.from_numpy(weights.astype(np.float32)).to(device)
+    return to_device(ids, device), to_device(weights.astype(np.float32), device)
