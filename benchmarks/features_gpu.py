@@ -6,10 +6,13 @@ Not run on a GPU yet: its code path is tested on a CPU (`--device cpu --tiny`), 
 Without CUDA it prints a message and exits with status 2. It needs torch, transformers, peft and numpy alone.
 
 The model has Qwen3's shape, random weights and bfloat16; LoRA of rank 16 on all linear layers; rows of 128 to
-1,024 random tokens, of which a random share at the end is supervised. Both arms run at the best of several
-token budgets (padded tokens a batch) on the same rows sorted by length, one after the other in every round.
-Reported for each arm: examples and tokens a second, peak memory, and the rate of its matrix products over
-the rate of one large product in bfloat16 on the same device. Products are counted by formula: the frozen
+1,024 random tokens, of which a random share at the end is supervised. Plain runs with a padding mask, as a
+trainer runs it, and without one (`plain_unmasked`), which leaves it the causal kernel; its batches lie on the
+device beforehand, ours are copied there. Every arm runs at the best of several token budgets (padded tokens a
+batch) on the same rows sorted by length, one after the other in every round. Reported for each arm: examples
+and tokens a second, the most memory that it needs beside the model, and the rate of its matrix products over
+the rate of one large product in bfloat16 on the same device; for ours also how often the host waited for the
+device in a pass, by torch's own count, which leaves out the results that are read a batch late. Products are counted by formula: the frozen
 weights forward and backward by their inputs, the LoRA factors, causal attention (backward 2.5 times forward)
 and the head; ours has the head, and what follows the last attention, at supervised positions only.
 """
@@ -17,10 +20,12 @@ and the head; ours has the head, and what follows the last attention, at supervi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -119,7 +124,11 @@ def make_examples(count: int, scale: Scale, seed: int = 0) -> list[Example]:
 
 
 def plain_pass(
-    model: PeftModel, examples: Sequence[Example], token_budget: int, device: torch.device
+    model: PeftModel,
+    examples: Sequence[Example],
+    token_budget: int,
+    device: torch.device,
+    padding_mask: bool = True,
 ) -> Callable[[], None]:
     """Forward and backward as a trainer does them; nothing is read back."""
     batches = []
@@ -133,11 +142,12 @@ def plain_pass(
             ids[row, :length] = torch.from_numpy(example.input_ids.astype(np.int64))
             mask[row, :length] = 1
             labels[row, :length] = torch.where(torch.from_numpy(example.loss_mask), ids[row, :length], -100)
-        batches.append([tensor.to(device) for tensor in (ids, mask, labels)])
+        inputs = {"input_ids": ids, "labels": labels} | ({"attention_mask": mask} if padding_mask else {})
+        batches.append({name: tensor.to(device) for name, tensor in inputs.items()})
 
     def run() -> None:
-        for ids, mask, labels in batches:
-            model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        for inputs in batches:
+            model(**inputs, use_cache=False).loss.backward()
             model.zero_grad()
 
     return run
@@ -169,34 +179,57 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Most memory that tensors had on the device during a call; None on a CPU."""
-    if device.type != "cuda":
-        run()
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+class Trial(NamedTuple):
+    """An arm at one token budget."""
+
+    run: Callable[[], Any]
+    seconds: float
+    peak_bytes: int | None  # most that the arm had on the device beside what was there before; None on a CPU
 
 
 def trials(
     make: Callable[[int], Callable[[], Any]], token_budgets: Sequence[int], device: torch.device
-) -> tuple[dict[int, float], dict[int, Callable[[], Any]]]:
-    """Seconds and runs of an arm by token budget; budgets that do not fit the memory are left out."""
-    times, runs = {}, {}
+) -> dict[int, Trial]:
+    """An arm's trials by token budget; budgets that do not fit the memory are left out."""
+    found = {}
     for budget in token_budgets:
+        before = clean_memory(device)
         run = make(budget)
         try:
             run()  # allocations and kernels are found at the first call
-            times[budget] = seconds(run, device)
+            peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+            found[budget] = Trial(run, seconds(run, device), peak)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            continue
-        runs[budget] = run
-    if not times:
+            continue  # what it held is freed by the next `clean_memory`, after its traceback is gone
+    if not found:
         raise SystemExit(f"not even {min(token_budgets)} tokens a batch fit the memory of {device}")
-    return times, runs
+    return found
+
+
+def clean_memory(device: torch.device) -> int:
+    """Frees what nothing holds and starts the count of the peak; returns the bytes still allocated."""
+    gc.collect()
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def waits(run: Callable[[], Any], device: torch.device) -> int | None:
+    """How many calls within a run made the host wait for the device, as torch counts them; None on a CPU."""
+    if device.type != "cuda":
+        run()
+        return None
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -301,35 +334,34 @@ def benchmark(
 ) -> dict[str, Any]:
     """The whole report."""
     model, examples = make_model(scale, device, dtype), make_examples(rows, scale)
-    sketch = Sketch(scale.sketch_dim, 0)
-    times: dict[str, dict[int, float]] = {}
-    best: dict[str, Callable[[], Any]] = {}
-    for name, make in {
-        "ours": lambda budget: our_pass(model, examples, budget, sketch),
+    makers: dict[str, Callable[[int], Callable[[], Any]]] = {
+        "ours": lambda budget: our_pass(model, examples, budget, Sketch(scale.sketch_dim, 0)),
         "plain": lambda budget: plain_pass(model, examples, budget, device),
-    }.items():
-        times[name], runs = trials(make, scale.token_budgets, device)
-        best[name] = runs[min(times[name], key=times[name].get)]
+        "plain_unmasked": lambda budget: plain_pass(model, examples, budget, device, padding_mask=False),
+    }
+    tried = {name: trials(make, scale.token_budgets, device) for name, make in makers.items()}
+    budgets = {name: min(found, key=lambda budget: found[budget].seconds) for name, found in tried.items()}
+    best = {name: tried[name][budget] for name, budget in budgets.items()}
     taken: dict[str, list[float]] = {name: [] for name in best}
     for turn in range(rounds):
         for name in list(best)[:: 1 if turn % 2 == 0 else -1]:
-            taken[name].append(seconds(best[name], device))
+            taken[name].append(seconds(best[name].run, device))
     tokens = sum(len(example.input_ids) for example in examples)
     work = operations(scale.shape, scale.rank, examples)
     peak = product_rate(scale.product, device, dtype)
     arms = {}
     for name, values in taken.items():
-        median = statistics.median(values)
+        median, operations_done = statistics.median(values), work["ours" if name == "ours" else "plain"]
         arms[name] = {
             "examples_per_second": rows / median,
             "tokens_per_second": tokens / median,
-            "product_operations_per_second": work[name] / median,
-            "share_of_peak": work[name] / median / peak,
-            "peak_memory_bytes": peak_bytes(best[name], device),
-            "token_budget": min(times[name], key=times[name].get),
-            "seconds_by_token_budget": {str(budget): value for budget, value in times[name].items()},
+            "product_operations_per_second": operations_done / median,
+            "share_of_peak": operations_done / median / peak,
+            "peak_memory_bytes_beside_the_model": best[name].peak_bytes,
+            "token_budget": budgets[name],
+            "seconds_by_token_budget": {str(budget): trial.seconds for budget, trial in tried[name].items()},
         }
-    ratios = [plain / ours for plain, ours in zip(taken["plain"], taken["ours"], strict=True)]
+    arms["ours"]["waits"] = waits(best["ours"].run, device)
     return {
         "benchmark": "features_gpu",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -340,12 +372,18 @@ def benchmark(
         "mean_tokens": tokens / rows,
         "mean_supervised_tokens": float(np.mean([example.loss_mask.sum() for example in examples])),
         "peak_product_operations_per_second": peak,
-        "ratio_plain": statistics.median(ratios),
-        "ratio_plain_range": [min(ratios), max(ratios)],
+        **ratio("plain", taken),
+        **ratio("plain_unmasked", taken),
         "arms": arms,
         "cosine_with_autograd": agreement_with_autograd(model, examples[:2], device),
         "top_k": time_top_k(scale, device),
     }
+
+
+def ratio(arm: str, taken: dict[str, list[float]]) -> dict[str, Any]:
+    """The arm's seconds over ours in the same round: the median, and the range."""
+    ratios = [theirs / ours for theirs, ours in zip(taken[arm], taken["ours"], strict=True)]
+    return {f"ratio_{arm}": statistics.median(ratios), f"ratio_{arm}_range": [min(ratios), max(ratios)]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -99,10 +99,10 @@ def test_features_gpu_runs_its_code_path_on_a_cpu(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["cosine_with_autograd"] > 0.9999
     assert report["top_k"]["equal_to_a_full_sort"]
-    for arm in ("ours", "plain"):
+    for arm in ("ours", "plain", "plain_unmasked"):
         assert report["arms"][arm]["examples_per_second"] > 0
         assert 0 < report["arms"][arm]["share_of_peak"] < 10
-    assert report["ratio_plain"] > 0
+    assert report["ratio_plain"] > 0 and report["ratio_plain_unmasked"] > 0
 
 
 def test_exact_top_k_has_no_limit_and_breaks_ties_by_row():
