@@ -26,7 +26,7 @@ class HostCopy:
             self._ready = torch.cuda.Event()
             self._ready.record()
         else:
-            self._tensors = list(tensors)
+            self._tensors = [one.cpu() for one in tensors]
 
     def arrays(self) -> list[np.ndarray]:
         """What was copied."""
