@@ -32,8 +32,13 @@ def per_batch(waits):
     return {name: count // BATCHES for name, count in Counter(waits).items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox", "mistral", "cohere", "phi", "gemma2"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    [
+        *((family, False) for family in ("llama", "qwen3", "gpt2", "gpt_neox", "mistral", "cohere", "phi", "gemma2")),
+        *((family, True) for family in ("llama", "gpt2")),
+    ],
+)
 def test_feature_rows(family, checkpointing):
     model, sketch = make_model(family), Sketch(64, 0)
     settings = dict(token_budget=BUDGET, gradient_checkpointing=checkpointing)
