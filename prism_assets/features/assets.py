@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from prism_assets.selection.direction import TargetSet
     from resources.vector_store import SegmentPart
 
-ENGINE_VERSION = 1  # raised by hand when the same rows get other numbers
+ENGINE_VERSION = 1  # raised by hand when the same rows get other numbers, beyond rounding
 SEGMENT_VERSION = 1
 INDEX_VERSION = 1
 TARGET_VERSION = 1

@@ -1,4 +1,5 @@
-"""Causal attention on a CPU, a block of queries at a time, in less time than torch's own kernel takes.
+"""Causal attention on a CPU, a block of queries at a time: with its backward pass it takes up to 45% less time than
+torch's own kernel from about 100 tokens on, and as long below.
 
 Queries s..e see the keys 0..e alone, so about half of the scores are never formed. The probabilities
 P = softmax(scale Q K^T) are kept for the backward pass,
@@ -14,9 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,24 +28,27 @@ BLOCK = 64  # queries
 # What is kept is T / 2 numbers a token and head. At this length that is about a third of what a decoder layer with
 # heads of 64 keeps for its backward pass anyway.
 LONGEST = 1024
+CHANGES_SCORES = ("position_bias", "softcap", "cache")  # settings that torch's function knows
+
+# Of a thread, so that what one engine does changes nothing for a model that another thread runs.
+_in_blocks: ContextVar[bool] = ContextVar("attention in blocks", default=False)
 
 
 @contextmanager
 def attention_in_blocks(device: torch.device) -> Iterator[None]:
-    """Within the context, models on a CPU attend as described above where they would ask torch's
+    """Within the context, in this thread, models on a CPU attend as described above where they would ask torch's
     `scaled_dot_product_attention`; other attention, and other devices, are left alone.
 
-    The function is replaced, not the name that a model's configuration gives: models compare that name.
+    The function behind the name "sdpa" is replaced once a process, by one that does the same outside of the context;
+    the name in a model's configuration is not, for models compare it.
     """
-    functions = ALL_ATTENTION_FUNCTIONS
-    if device.type != "cpu" or functions["sdpa"] is not sdpa_attention_forward:
-        yield
-        return
-    functions["sdpa"] = attention
+    if device.type == "cpu" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    token = _in_blocks.set(device.type == "cpu")
     try:
         yield
     finally:
-        del functions["sdpa"]
+        _in_blocks.reset(token)
 
 
 def attention(
@@ -62,18 +69,20 @@ def attention(
     to the scores, are blocks used.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    in_blocks = (
-        causal
+    if not (
+        _in_blocks.get()
+        and causal
         and attention_mask is None
         and not dropout
-        and settings.get("position_bias") is None
-        and settings.get("softcap") is None
+        and all(settings.get(name) is None for name in CHANGES_SCORES)
+        and query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
-        and 1 < query.shape[2] == key.shape[2] <= LONGEST
-        and query.shape[-1] == value.shape[-1]
-    )
-    if not in_blocks:
-        return sdpa_attention_forward(
+        and 1 < query.shape[2] <= LONGEST
+        and (query.shape[0], *query.shape[2:]) == (key.shape[0], *key.shape[2:])
+        and key.shape == value.shape
+    ):
+        # A new interface has what is registered for every model, and not what is set above.
+        return AttentionInterface()["sdpa"](
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **settings
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -103,12 +112,14 @@ class _CausalAttention(torch.autograd.Function):
             _split(scores, queries)[..., start:] += _future(end - start, scores)
             probabilities = torch.softmax(scores, dim=-1)
             output[:, :, start:end] = _split(torch.bmm(probabilities, values[:, :end]), queries)
-            kept.append(probabilities)
+            if any(ctx.needs_input_grad[:3]):
+                kept.append(probabilities)
         ctx.save_for_backward(queries, keys, values, output, *kept)
         ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
         return output.view(query.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, output, *kept = ctx.saved_tensors
         gradients = _grouped(gradient, keys)

@@ -351,7 +351,7 @@ class GradientEngine:
                 with self._prepared():  # a batch at a time: between batches the model is the caller's
                     result = run_batch(batch)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 result = None
             if result is None:
@@ -411,7 +411,7 @@ class GradientEngine:
         """One small forward pass that shows what the model does around its layers and its output embeddings.
 
         Refuses models whose adapted layers do not see each token of each example once (routed or shared
-        layers). Returns what happens to the logits, or None where only the model's own code can say (then no
+        layers), and models in which a token sees later ones. Returns what happens to the logits, or None where only the model's own code can say (then no
         chunking).
         """
         calls: dict[str, int] = dict.fromkeys((layer.name for layer in self.layers), 0)
@@ -419,12 +419,11 @@ class GradientEngine:
         hooks = [
             layer.module.register_forward_pre_hook(_recorder(layer, calls, shape)) for layer in self.layers
         ]
-        heads = 0
+        at_head: list[Tensor] = []
         ramp = ramp_logits(self._head_weight().shape[0], self.device, self._head_weight().dtype)
 
         def show_ramp(hidden: Tensor) -> Tensor:
-            nonlocal heads
-            heads += 1
+            at_head.append(hidden)
             if tuple(hidden.shape[:2]) != shape:
                 raise UnsupportedModelError(
                     f"the output embeddings get inputs of shape {tuple(hidden.shape)}"
@@ -434,13 +433,20 @@ class GradientEngine:
         try:
             with replaced_forward(self._head, show_ramp):
                 ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+                ids[1, -1] = 1  # two examples that differ in their last token only
                 transformed = self.model(input_ids=ids, use_cache=False).logits
         finally:
             for hook in hooks:
                 hook.remove()
-        if heads != 1:
+        if len(at_head) != 1:
             raise UnsupportedModelError(
-                f"the model uses its output embeddings {heads} times in a forward pass, not once"
+                f"the model uses its output embeddings {len(at_head)} times in a forward pass, not once"
+            )
+        first, second = at_head[0][:, :-1].double()
+        if (second - first).norm() > max(1e-4, 4 * torch.finfo(at_head[0].dtype).eps) * first.norm():
+            raise UnsupportedModelError(
+                f"{type(self.model.get_base_model()).__name__} lets tokens see later ones: only causal language "
+                "models are supported"
             )
         for name, count in calls.items():
             if count != 1:
@@ -503,7 +509,8 @@ def _recorder(layer: AdaptedLinear, calls: dict[str, int], shape: tuple[int, int
         if tuple(inputs[0].shape[:-1]) != shape:
             raise UnsupportedModelError(
                 f"{layer.name} gets inputs of shape {tuple(inputs[0].shape)}, not [batch, tokens, features]: "
-                "routed experts are not supported; leave them out of target_modules"
+                "routed experts, and layers that see a batch's tokens as one list, are not supported; leave "
+                "them out of target_modules"
             )
 
     return record
@@ -535,8 +542,9 @@ def _halves(positions: list[int]) -> list[list[int]]:
     return [positions[middle:], positions[:middle]]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the host (torch's allocator raises a plain RuntimeError there)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _release_memory(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from prism_assets.features.batching import Example, check_examples, plan_batches
-from prism_assets.features.gradients import TOKEN_BUDGET_CPU, TOKEN_BUDGET_GPU, Progress
+from prism_assets.features.gradients import TOKEN_BUDGET_CPU, TOKEN_BUDGET_GPU, Progress, is_out_of_memory
 from prism_assets.features.transfer import HostCopy, to_device
 
 
@@ -57,7 +57,9 @@ def representations(
         try:
             # Padding stands on the right and weighs nothing: no real token sees it, so no attention mask is needed.
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise MemoryError(
                 f"hidden states of {len(positions)} examples of up to {ids.shape[1]} tokens do not fit the memory of "
                 f"{device}: set features.token_budget below {budget}"

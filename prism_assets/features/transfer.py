@@ -23,8 +23,7 @@ class HostCopy:
         if tensors[0].is_cuda:
             host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
             self._tensors = [to.copy_(one, non_blocking=True) for to, one in zip(host, tensors, strict=True)]
-            self._ready = torch.cuda.Event()
-            self._ready.record()
+            self._ready = torch.cuda.current_stream(tensors[0].device).record_event()
         else:
             self._tensors = [one.cpu() for one in tensors]
 

@@ -1,5 +1,6 @@
 """Attention in blocks against torch's own, and where the engine uses it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -28,16 +29,17 @@ def heads(batch, count, length, size, dtype):
     return torch.randn(batch, length, count, size, dtype=dtype).transpose(1, 2).requires_grad_()
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [2, 63, 64, 65, 200])
 @pytest.mark.parametrize(("query_heads", "key_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
 def test_outputs_and_gradients_equal_those_of_the_whole_score_matrix(
-    length, query_heads, key_heads, dtype, bound
+    batch, length, query_heads, key_heads, dtype, bound
 ):
     torch.manual_seed(length)
-    query = heads(3, query_heads, length, 16, dtype)
-    key, value = (heads(3, key_heads, length, 16, dtype) for _ in range(2))
-    upstream = torch.randn(3, query_heads, length, 16, dtype=dtype)
+    query = heads(batch, query_heads, length, 16, dtype)
+    key, value = (heads(batch, key_heads, length, 16, dtype) for _ in range(2))
+    upstream = torch.randn(batch, query_heads, length, 16, dtype=dtype)
     found = causal_attention(query, key, value, 0.3)
     copies = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
     wide_key, wide_value = (one.repeat_interleave(query_heads // key_heads, dim=1) for one in copies[1:])
@@ -138,9 +140,9 @@ def test_half_precision_goes_to_torchs_kernel(lengths):
 
 def test_a_cap_on_scores_is_not_lost():
     """Torch's kernel cannot do it and transformers says so; blocks must not pass over it in silence."""
-    states = torch.randn(1, 4, 5, 8)
-    with pytest.raises(ValueError, match="softcap"):
-        module.attention(torch.nn.Module(), states, states, states, None, softcap=50.0)
+    query = states(1, 4, 5, 8)
+    with pytest.raises(ValueError, match="softcap"), attention_in_blocks(CPU):
+        module.attention(torch.nn.Module(), query, query, query, None, softcap=50.0)
 
 
 def test_the_gradient_engine_attends_in_blocks(lengths):
@@ -152,22 +154,94 @@ def test_the_gradient_engine_attends_in_blocks(lengths):
 
 
 def test_eager_attention_and_other_devices_are_left_alone(lengths):
-    model = make_model(LlamaConfig, "eager")
-    assert torch.equal(*run(model, 10))
+    assert torch.equal(*run(make_model(LlamaConfig, "eager"), 10))
     assert lengths == {"blocks": [], "kernel": []}
     with attention_in_blocks(torch.device("cuda")):
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        make_model(LlamaConfig)(torch.zeros(1, 10, dtype=torch.int64), use_cache=False)
+    assert lengths == {"blocks": [], "kernel": [10, 10]}
 
 
 def test_an_attention_function_of_the_users_own_is_left_alone(monkeypatch):
-    own = lambda *args, **settings: sdpa_attention_forward(*args, **settings)  # noqa: E731
+    seen = []
+
+    def own(*args, **settings):
+        seen.append(len(args))
+        return sdpa_attention_forward(*args, **settings)
+
+    model, ids = make_model(LlamaConfig), torch.zeros(1, 10, dtype=torch.int64)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", own)
+    model(ids, use_cache=False)  # outside of the context, wherever ours is in place already
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", own)
     with attention_in_blocks(CPU):
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+        model(ids, use_cache=False)
+    assert len(seen) == 4
 
 
-def test_torchs_kernel_is_back_afterwards():
+def test_torchs_kernel_is_back_afterwards(lengths):
+    model, ids = make_model(LlamaConfig), torch.zeros(1, 10, dtype=torch.int64)
     with pytest.raises(KeyError), attention_in_blocks(CPU):
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is module.attention
+        with attention_in_blocks(CPU):  # nested, and left before the outer one
+            pass
+        model(ids, use_cache=False)
         raise KeyError
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert lengths == {"blocks": [10, 10], "kernel": []}
+    model(ids, use_cache=False)
+    assert lengths == {"blocks": [10, 10], "kernel": [10, 10]}
+
+
+def test_another_threads_models_are_left_alone(lengths):
+    model, ids = make_model(LlamaConfig), torch.zeros(1, 10, dtype=torch.int64)
+    with attention_in_blocks(CPU), ThreadPoolExecutor(1) as threads:
+        threads.submit(lambda: model(ids, use_cache=False)).result()
+        assert lengths == {"blocks": [], "kernel": [10, 10]}
+        model(ids, use_cache=False)
+    assert lengths["blocks"] == [10, 10]
+
+
+def states(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(
+    ("key_shape", "value_size", "settings"),
+    [
+        ((2, 4, 6, 8), 8, {"is_causal": False}),
+        ((2, 4, 6, 8), 8, {"position_bias": states(1, 4, 6, 6)}),
+        ((2, 4, 9, 8), 8, {}),
+        ((2, 4, 6, 8), 16, {}),
+        ((1, 4, 6, 8), 8, {}),
+    ],
+    ids=["not causal", "bias", "more keys", "wider values", "one batch of keys for all"],
+)
+def test_what_blocks_cannot_do_is_left_to_torch(key_shape, value_size, settings, lengths):
+    query, key, value = states(2, 4, 6, 8), states(*key_shape), states(*key_shape[:3], value_size)
+    expected, _ = sdpa_attention_forward(torch.nn.Module(), query, key, value, None, **settings)
+    with attention_in_blocks(CPU):
+        found, _ = module.attention(torch.nn.Module(), query, key, value, None, **settings)
+    assert torch.equal(found, expected)
+    assert lengths["blocks"] == []
+
+
+def test_dropout_is_left_to_torch(lengths):
+    query = states(2, 4, 6, 8)
+    with attention_in_blocks(CPU):
+        found, _ = module.attention(torch.nn.Module(), query, query, query, None, dropout=1.0)
+    assert not found.any() and lengths["blocks"] == []
+
+
+def test_without_gradients_no_probabilities_are_kept():
+    query = torch.randn(1, 4, 256, 8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
+        causal_attention(query, query, query, 0.3)
+        assert kept == []
+        causal_attention(query.clone().requires_grad_(), query, query, 0.3)
+    assert (4, 64, 256) in kept  # of the last block
+
+
+def test_second_derivatives_are_refused():
+    query = torch.randn(1, 2, 5, 8, requires_grad=True)
+    loss = causal_attention(query, query, query, 0.3).square().sum()
+    (gradient,) = torch.autograd.grad(loss, query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

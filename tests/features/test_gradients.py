@@ -9,9 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     CohereConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -25,7 +27,7 @@ from transformers import (
 )
 
 from prism_assets.features.batching import plan_batches
-from prism_assets.features.gradients import GradientEngine
+from prism_assets.features.gradients import GradientEngine, is_out_of_memory
 from prism_assets.features.lora import UnsupportedModelError
 from prism_assets.features.preconditioner import Moments, Preconditioner
 from prism_assets.features.sketch import ExactFeatures, Sketch
@@ -308,6 +310,21 @@ def test_a_last_layer_that_computes_something_else_runs_as_it_is(dtype):
     assert GradientEngine(model.to(dtype))._last_layer is None
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
+        ),
+        llama_like(Gemma3TextConfig, use_bidirectional_attention=True),
+    ],
+    ids=["bert", "gemma3"],
+)
+def test_models_whose_tokens_see_later_ones_are_refused(config):
+    with pytest.raises(UnsupportedModelError, match="lets tokens see later ones"):
+        GradientEngine(make_model(config))
+
+
 def test_order_padding_and_batch_size_do_not_matter():
     model, examples = make_model("llama"), make_examples(12)
     engine, sketch = GradientEngine(model, token_budget=40), Sketch(128, seed=1)
@@ -506,6 +523,26 @@ def test_a_gradient_that_is_rounding_noise_is_refused():
     found = GradientEngine(model).feature_rows(examples, sketch=Sketch(64, 0))
     assert all("below 1e-07" in reason for reason in found.refused)  # the floor that the documentation states
     assert not found.rows.any()
+
+
+def test_running_out_of_memory_is_known_by_what_torch_really_says():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert type(refused.value) is RuntimeError and is_out_of_memory(refused.value)
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not is_out_of_memory(other.value)
+
+
+def test_a_router_is_refused_by_name():
+    class Router(torch.nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs), inputs
+
+    model = make_model("llama", targets=["q_proj"])
+    model.get_base_model().model.layers[0].self_attn.q_proj.base_layer = Router(32, 32, bias=False)
+    with pytest.raises(UnsupportedModelError, match="q_proj: base layer Router .* no plain linear layer"):
+        GradientEngine(model)
 
 
 def test_out_of_memory_halves_the_batch_and_remembers(monkeypatch):
