@@ -14,8 +14,8 @@ install: .venv/installed
 	touch $@
 
 test: install
-	# A process a core; a file's tests share its fixtures, so they stay together.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	# A process a core; a file's tests share its fixtures, so they stay together. The order is that of tests/conftest.py.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: install
 	$(BIN)/prism demo runs/demo

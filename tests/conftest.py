@@ -34,6 +34,14 @@ TINY_SETTINGS: dict[str, Any] = {
     "seeds": [0, 1],
 }
 
+# Long files of few tests. One that begins last runs alone while the other process has nothing left.
+FIRST = {"test_ui.py", "test_on_a_device.py", "test_ranking_benchmark.py", "test_quality_benchmark.py", "test_honesty.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the files of `FIRST`."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
 
 def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     """A random Llama over single characters, and its tokenizer, as safetensors and tokenizer.json."""
