@@ -12,9 +12,10 @@ device beforehand, ours are copied there. Every arm runs at the best of several 
 batch) on the same rows sorted by length, one after the other in every round. Reported for each arm: examples
 and tokens a second, the most memory that it needs beside the model, and the rate of its matrix products over
 the rate of one large product in bfloat16 on the same device; for ours also how often the host waited for the
-device in a pass, by torch's own count, which leaves out the results that are read a batch late. Products are counted by formula: the frozen
-weights forward and backward by their inputs, the LoRA factors, causal attention (backward 2.5 times forward)
-and the head; ours has the head, and what follows the last attention, at supervised positions only.
+device in a pass, by torch's own count, which leaves out the results that are read a batch late. Products are
+counted by formula: the frozen weights forward and backward by their inputs, the LoRA factors, causal attention
+(backward 2.5 times forward) and the head; ours has the head, and what follows the last attention, at
+supervised positions only.
 """
 
 from __future__ import annotations
@@ -219,7 +220,6 @@ def clean_memory(device: torch.device) -> int:
 def waits(run: Callable[[], Any], device: torch.device) -> int | None:
     """How many calls within a run made the host wait for the device, as torch counts them; None on a CPU."""
     if device.type != "cuda":
-        run()
         return None
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("warn")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ from prism_assets.features.lora import (
 )
 from prism_assets.features.preconditioner import Preconditioner
 from prism_assets.features.sketch import Projection
-from prism_assets.features.transfer import HostCopy, to_device
+from prism_assets.features.transfer import HostCopy, Result, a_batch_late, to_device
 
 # Below this norm a gradient is rounding noise of float32 log-probabilities; its direction means nothing.
 NORM_FLOOR = 1e-7
@@ -70,8 +70,6 @@ TOKEN_BUDGET_GPU = 32768
 
 Progress = Callable[[int, int], None]
 """Called after each batch with (examples done, examples in all)."""
-
-Result = TypeVar("Result")
 
 
 class FeatureRows(NamedTuple):
@@ -330,12 +328,15 @@ class GradientEngine:
     def _run(
         self, examples: Sequence[Example], run_batch: Callable[[Batch], Result]
     ) -> Iterator[tuple[Batch, Result]]:
-        """Plans the batches and runs them, one ahead of what is yielded, so that a GPU has work while what came
-        before is read (a `HostCopy`, which waits for its own batch alone)."""
+        """Plans the batches and runs them, one ahead of what is yielded."""
+        return a_batch_late(self._run_batches(examples, run_batch))
+
+    def _run_batches(
+        self, examples: Sequence[Example], run_batch: Callable[[Batch], Result]
+    ) -> Iterator[tuple[Batch, Result]]:
         pending = list(
             reversed(plan_batches([context_length(example) for example in examples], self.token_budget))
         )
-        previous: tuple[Batch, Result] | None = None
         while pending:
             positions = pending.pop()
             width = context_length(examples[positions[0]])
@@ -364,11 +365,7 @@ class GradientEngine:
                 pending += _halves(positions)
                 _release_memory(self.device)
                 continue
-            if previous is not None:
-                yield previous
-            previous = (batch, result)
-        if previous is not None:
-            yield previous
+            yield batch, result
 
     # The model's state
 
@@ -411,8 +408,8 @@ class GradientEngine:
         """One small forward pass that shows what the model does around its layers and its output embeddings.
 
         Refuses models whose adapted layers do not see each token of each example once (routed or shared
-        layers), and models in which a token sees later ones. Returns what happens to the logits, or None where only the model's own code can say (then no
-        chunking).
+        layers), and models in which a token sees later ones. Returns what happens to the logits, or None where
+        only the model's own code can say (then no chunking).
         """
         calls: dict[str, int] = dict.fromkeys((layer.name for layer in self.layers), 0)
         shape = (2, 3)

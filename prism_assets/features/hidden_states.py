@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prism_assets.features.batching import Example, check_examples, plan_batches
 from prism_assets.features.gradients import TOKEN_BUDGET_CPU, TOKEN_BUDGET_GPU, Progress, is_out_of_memory
-from prism_assets.features.transfer import HostCopy, to_device
+from prism_assets.features.transfer import HostCopy, a_batch_late, to_device
 
 
 @torch.no_grad()
@@ -42,17 +42,9 @@ def representations(
     check_examples(examples, embeddings.num_embeddings, getattr(config, "max_position_embeddings", None))
     budget = token_budget or (TOKEN_BUDGET_GPU if device.type == "cuda" else TOKEN_BUDGET_CPU)
     rows = np.zeros((len(examples), config.hidden_size), np.float32)
-    done = 0
+    batches = plan_batches([len(example.input_ids) for example in examples], budget)
 
-    def read(positions: list[int], copy: HostCopy) -> None:
-        nonlocal done
-        (rows[positions],) = copy.arrays()
-        done += len(positions)
-        if progress is not None:
-            progress(done, len(examples))
-
-    previous: tuple[list[int], HostCopy] | None = None
-    for positions in plan_batches([len(example.input_ids) for example in examples], budget):
+    def run(positions: list[int]) -> HostCopy:
         ids, weights = _batch([examples[position].input_ids for position in positions], device)
         try:
             # Padding stands on the right and weighs nothing: no real token sees it, so no attention mask is needed.
@@ -65,17 +57,19 @@ def representations(
                 f"{device}: set features.token_budget below {budget}"
             ) from error
         means = torch.einsum("bt,bth->bh", weights, hidden.float())
-        copy = HostCopy(torch.nn.functional.normalize(means, dim=1))
-        if previous is not None:  # read one batch late, so that a GPU has work meanwhile
-            read(*previous)
-        previous = positions, copy
-    if previous is not None:
-        read(*previous)
+        return HostCopy(torch.nn.functional.normalize(means, dim=1))
+
+    done = 0
+    for positions, copy in a_batch_late((positions, run(positions)) for positions in batches):
+        (rows[positions],) = copy.arrays()
+        done += len(positions)
+        if progress is not None:
+            progress(done, len(examples))
     usable = np.isfinite(rows).all(axis=1) & rows.any(axis=1)
     if not usable.all():
         raise ValueError(
             f"the hidden states of example {int(np.argmin(usable))} have a mean that is zero or not finite "
-            f"({int((~usable).sum())} of {len(usable)}): the model cannot represent it in {hidden.dtype}"
+            f"({int((~usable).sum())} of {len(usable)}): the model cannot represent it in {embeddings.weight.dtype}"
         )
     return rows
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -32,3 +37,13 @@ class HostCopy:
         if self._ready is not None:
             self._ready.synchronize()
         return [tensor.numpy() for tensor in self._tensors]
+
+
+def a_batch_late(results: Iterable[Result]) -> Iterator[Result]:
+    """Yields each batch's result when the next one has been queued, so that a GPU has work while what came before is
+    read (a `HostCopy`, which waits for its own batch alone)."""
+    waiting: list[Result] = []
+    for result in results:
+        yield from waiting
+        waiting = [result]
+    yield from waiting
