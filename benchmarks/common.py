@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.real_text import data_folder
-from prism_assets.corpus.examples import Message
-from prism_assets.corpus.tokenization import Encoder, Refused, TokenizedExample
+from prism_assets.corpus.encoder import Encoder, TokenizedExample
+from prism_assets.corpus.records import Message
+from prism_assets.corpus.template import Refused
 
 MAX_LENGTH = 512
 # Characters of prompts and completions of a real instruction pool, at these percentiles: generated rows have

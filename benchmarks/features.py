@@ -63,10 +63,10 @@ from benchmarks.common import (
     train_tokenizer,
 )
 from benchmarks.fidelity import autograd_error, reranking_cost, sketch_and_reranking
-from prism_assets.corpus.tokenization import TokenizedExample
-from prism_assets.features.gradients import GradientEngine
-from prism_assets.features.preconditioner import Moments, Preconditioner
-from prism_assets.features.sketch import Sketch
+from prism_assets.corpus.encoder import TokenizedExample
+from prism_assets.gradients.engine import GradientEngine
+from prism_assets.gradients.preconditioner import Moments, Preconditioner
+from prism_assets.gradients.sketch import Sketch
 
 MODELS = {
     "llama_10m": ModelSize(vocabulary=8192),

@@ -36,9 +36,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from prism_assets.features.batching import plan_batches
-from prism_assets.features.gradients import GradientEngine
-from prism_assets.features.sketch import Sketch
+from prism_assets.gradients.batching import plan_batches
+from prism_assets.gradients.engine import GradientEngine
+from prism_assets.gradients.sketch import Sketch
 
 
 class Example(NamedTuple):

@@ -19,9 +19,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.common import measure
-from prism_assets.corpus.tokenization import TokenizedExample
-from prism_assets.features.gradients import GradientEngine
-from prism_assets.features.sketch import ExactFeatures, Sketch
+from prism_assets.corpus.encoder import TokenizedExample
+from prism_assets.gradients.engine import GradientEngine
+from prism_assets.gradients.sketch import ExactFeatures, Sketch
 
 TOP_SHARE = 0.05
 SHORTLIST = 4  # times the budget

@@ -61,8 +61,8 @@ class Reads:
 
     @contextmanager
     def noted(self) -> Iterator["Reads"]:
-        from resources.lake import Lake
-        from resources.vector_store import VectorStore
+        from prism_assets.resources.lake.lake import Lake
+        from prism_assets.resources.index.store import VectorStore
 
         read_table, open_segments = Lake.read_table, VectorStore.open
 
@@ -107,9 +107,9 @@ def import_everything() -> None:
     import pyarrow.parquet  # noqa: F401
     import torch
 
-    import prism_assets.evaluation.plots
-    import prism_assets.features.gradients
-    import prism_assets.training.sft  # noqa: F401
+    import prism_assets.plots.training
+    import prism_assets.gradients.engine
+    import prism_assets.sft.trainer
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer  # noqa: F401
 
     torch.set_num_threads(1)  # more would be lost in the fork, and gain nothing on a model this small
@@ -117,7 +117,7 @@ def import_everything() -> None:
 
 def run_here(config: Path) -> Measured:
     """`prism run` up to the selections, measured."""
-    from prism_assets import pipeline
+    from prism_assets.ops import pipeline
     from prism_assets.settings import load_settings
 
     settings = load_settings(config)

@@ -97,7 +97,7 @@ def definitions_of(config: Path) -> Any:
     import importlib.util
     import os
 
-    from prism_assets.pipeline import project_file
+    from prism_assets.ops.pipeline import project_file
 
     os.environ["PRISM_CONFIG"] = str(config)
     spec = importlib.util.spec_from_file_location("prism_definitions", project_file("definitions.py"))

@@ -121,7 +121,7 @@ def project_settings(folder: Path, seed: int, situations: list[str]) -> Any:
 
 def run_seed(folder: Path, seed: int, situations: list[str]) -> dict[str, Any]:
     """One seed through the pipeline: per situation and strategy the metrics, and the seconds of each step."""
-    from prism_assets.pipeline import STEPS, instance_of, run_pipeline
+    from prism_assets.ops.pipeline import STEPS, instance_of, run_pipeline
 
     if not (folder / "prism.yaml").exists():
         write_project(folder, seed, situations)
@@ -195,10 +195,10 @@ def _right_rows(lake: Any, pool: Any, right: set[str]) -> Any:
 def _oracle(settings: Any, lake: Any, model: Any, name: str, rows: Any, budget: int, seed: int) -> dict[str, float]:
     """Fine-tuned on right rows drawn at random, as many as the others get (all, where there are fewer)."""
     from prism_assets.corpus.assets import corpus_version
-    from prism_assets.corpus.tokenization import from_table
+    from prism_assets.corpus.token_tables import from_table
     from prism_assets.evaluation.assets import score_records
     from prism_assets.reference.assets import adapted, pad_token_id
-    from prism_assets.training.sft import fine_tune
+    from prism_assets.sft.trainer import fine_tune
 
     drawn = sorted(Random(seed).sample(range(rows.num_rows), min(budget, rows.num_rows)))
     options = settings.training
@@ -224,7 +224,7 @@ def _oracle(settings: Any, lake: Any, model: Any, name: str, rows: Any, budget: 
 
 def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """What all seeds come to, per situation and strategy, with the sentences that follow from the numbers."""
-    from prism_assets.evaluation.statistics import compared, gap_recovered, paired_difference, summarize_seeds
+    from prism_assets.stats.seeds import compared, gap_recovered, paired_difference, summarize_seeds
 
     result: dict[str, Any] = {}
     for name in outcomes[0]["situations"]:

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from resources.vector_store import SegmentedIndex, TopK, VectorStore
+from prism_assets.resources.index.search import SegmentedIndex, TopK
+from prism_assets.resources.index.store import VectorStore
 
 TOLERANCE = 1e-5
 CHUNK = 10_000

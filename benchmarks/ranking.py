@@ -58,7 +58,7 @@ def varied(settings: Any, changes: dict[str, dict[str, Any]]) -> Any:
 def precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """R-precision and precision at the budget, per situation and strategy with a direction, of one project under one
     variant."""
-    from prism_assets.pipeline import STEPS, instance_of, run_pipeline
+    from prism_assets.ops.pipeline import STEPS, instance_of, run_pipeline
 
     situations = list(SITUATIONS)
     if not (folder / "prism.yaml").exists():
@@ -96,7 +96,7 @@ def precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) -> d
 
 def summary(measured: dict[str, dict[int, dict[str, dict[str, dict[str, float]]]]]) -> dict[str, Any]:
     """Per variant, situation and strategy the summary over seeds, and the paired change of it against the default."""
-    from prism_assets.evaluation.statistics import paired_difference, summarize_seeds
+    from prism_assets.stats.seeds import paired_difference, summarize_seeds
 
     result: dict[str, Any] = {}
     for variant, seeds in measured.items():

@@ -51,7 +51,7 @@ def run_seed(work: Path, data: Path, seed: int) -> dict[str, Any]:
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
     os.environ |= {"PRISM_CONFIG": str(config), "DAGSTER_HOME": str(folder / "dagster")}
     from definitions import build_definitions
-    from prism_assets.pipeline import STEPS, instance_of, run_pipeline
+    from prism_assets.ops.pipeline import STEPS, instance_of, run_pipeline
     from prism_assets.settings import load_settings
 
     settings = load_settings(config)
@@ -66,7 +66,7 @@ def run_seed(work: Path, data: Path, seed: int) -> dict[str, Any]:
 
 def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, standard deviation and interval over seeds, and differences paired by seed."""
-    from prism_assets.evaluation.statistics import paired_difference, summarize_seeds
+    from prism_assets.stats.seeds import paired_difference, summarize_seeds
 
     def over_seeds(part: str, name: str) -> dict[str, Any]:
         first = outcomes[0][part][name]

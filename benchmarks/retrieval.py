@@ -128,8 +128,8 @@ def project_settings(folder: Path, seed: int) -> Any:
 
 def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """Per target and strategy the figures of one seed."""
-    from prism_assets.pipeline import STEPS as PIPELINE
-    from prism_assets.pipeline import instance_of, run_pipeline
+    from prism_assets.ops.pipeline import STEPS as PIPELINE
+    from prism_assets.ops.pipeline import instance_of, run_pipeline
 
     settings = project_settings(folder, seed)
     home = folder / f"seed-{seed}"
@@ -180,7 +180,7 @@ def _figures(settings: Any, resources: dict[str, Any], name: str, seed: int) -> 
 
 def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """Per target and strategy mean, standard deviation and interval over seeds; `against` others, paired by seed."""
-    from prism_assets.evaluation.statistics import paired_difference, summarize_seeds
+    from prism_assets.stats.seeds import paired_difference, summarize_seeds
 
     result: dict[str, Any] = {}
     for name in outcomes[0]["targets"]:

@@ -44,7 +44,7 @@ def run(config: str) -> None:
     import torch
 
     from benchmarks.project import definitions_of
-    from prism_assets import pipeline
+    from prism_assets.ops import pipeline
     from prism_assets.settings import load_settings
 
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def run(config: str) -> None:
 
 def contents(root: Path) -> dict[str, str]:
     """Content hash of what every head of a lake shows. A report holds dates and paths: that it is there is enough."""
-    from resources.lake import Lake
+    from prism_assets.resources.lake.lake import Lake
 
     return {
         f"{entry['table']} {entry['partition']} {entry['scope']}": "" if entry["table"] == "report" else entry["content_hash"]

@@ -1,1 +1,1 @@
-"""The engines: lake, vector store, language model. They are Dagster resources and know nothing of `prism_assets`."""
+"""The engines: store, lake, index, language model. They know nothing of the method and nothing of Dagster."""

@@ -4,7 +4,6 @@ Everything is generated. A project is a folder with a model, an inbox, targets a
 instance that lives in memory; `Project.run` is what `prism run` does.
 """
 
-import importlib.util
 import json
 import os
 import random
@@ -12,7 +11,6 @@ import shutil
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -120,22 +118,6 @@ def write_lines(path: Path, rows: list[dict[str, Any] | str]) -> Path:
     return path
 
 
-_roof: list[ModuleType] = []
-
-
-def roof(config: Path) -> ModuleType:
-    """The module definitions.py, loaded once; it builds the definitions of `config` while it is loaded."""
-    if not _roof:
-        path = Path(__file__).resolve().parent.parent / "definitions.py"
-        spec = importlib.util.spec_from_file_location("prism_definitions_under_test", path)
-        module = importlib.util.module_from_spec(spec)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PRISM_CONFIG", str(config))
-            spec.loader.exec_module(module)
-        _roof.append(module)
-    return _roof[0]
-
-
 @dataclass
 class Project:
     """A folder with data and a prism.yaml, and a Dagster instance of its own."""
@@ -161,11 +143,21 @@ class Project:
 
     @property
     def definitions(self) -> Any:
-        return roof(self.config).build_definitions(self.settings)
+        from prism_assets.definitions import build_definitions
+
+        return build_definitions(self.settings)
+
+    @property
+    def stage(self) -> Any:
+        """A Stage outside of any run."""
+        from prism_assets.project import Project as Named
+        from prism_assets.work import stage_without_run
+
+        return stage_without_run(Named.of(self.settings), self.definitions)
 
     @property
     def lake(self) -> Any:
-        from resources.lake import Lake
+        from prism_assets.resources.lake import Lake
 
         return Lake(root=str(self.settings.storage.root))
 
@@ -192,14 +184,23 @@ class Project:
 
     def run(self, targets: list[str] | None = None) -> dict[str, int]:
         """`prism run`: how many artefacts each step made."""
-        from prism_assets.pipeline import run_pipeline
+        from prism_assets.ops.pipeline import run_pipeline
+        from prism_assets.project import Project as Named
 
-        self.results = run_pipeline(self.settings, self.definitions, self.instance, targets=targets)
+        self.results = run_pipeline(Named.of(self.settings), self.definitions, self.instance, targets=targets)
         return {result.step.title: result.computed for result in self.results}
+
+    def run_steps(self, steps: Any, tags: dict[str, str] | None = None, targets: list[str] | None = None) -> list[Any]:
+        """Some steps of `prism run`."""
+        from prism_assets.ops.pipeline import run_pipeline
+        from prism_assets.project import Project as Named
+
+        project = Named.of(self.settings)
+        return run_pipeline(project, self.definitions, self.instance, targets=targets, steps=steps, tags=tags)
 
     def selection(self, strategy: str, target: str = "plain") -> Any:
         """The selection artefact of a strategy."""
-        from prism_assets.selection.assets import join_key
+        from prism_assets.identity import join_key
 
         return self.lake.require("selection", join_key(target, strategy))
 
@@ -248,7 +249,7 @@ def two_versions(make_project, tmp_path_factory) -> Project:
 
     Two checkpoints, a plain target and one of pairs; the pool has a duplicate, a contaminated row and a bad line.
     """
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
     project = make_project(
         tmp_path_factory.mktemp("two_versions") / "project",
@@ -270,7 +271,7 @@ def two_versions(make_project, tmp_path_factory) -> Project:
     held_out = [{**row, "answer": row["completion"]} for row in [*make_rows(4, 200, "reverse"), leaked]]
     write_lines(project.folder / "plain" / "eval.jsonl", held_out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_png", lambda figure: b"no picture")  # drawing is half of the time of a run
+        patch.setattr(canvas, "png", lambda figure: b"no picture")  # drawing is half of the time of a run
         project.run()
         project.configure(features={"sketch_dim": 64}).run()
     return project

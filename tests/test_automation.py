@@ -9,7 +9,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from prism_assets.automation import CONDITIONS, JOBS, automated_keys, inbox_sensor, target_files_sensor
+from prism_assets.ops.schedules import automated_keys
+from prism_assets.project import Project as Named
+from prism_assets.tables import ASSETS, JOBS, asset_named
 
 HOUR_AGO = time.time() - 3600
 
@@ -23,12 +25,11 @@ def settle(path: Path) -> None:
 def look(project) -> Callable[..., dg.SensorResult | dg.SkipReason]:
     """Evaluate a sensor of the project once."""
 
-    def evaluate(sensor: dg.SensorDefinition, cursor: str | None = None) -> dg.SensorResult | dg.SkipReason:
+    def evaluate(name: str, cursor: str | None = None) -> dg.SensorResult | dg.SkipReason:
+        definitions = project.definitions
+        sensor = next(one for one in definitions.sensors if one.name == name)
         context = dg.build_sensor_context(
-            instance=project.instance,
-            cursor=cursor,
-            resources={"settings": project.settings, "lake": project.lake},
-            definitions=project.definitions,
+            instance=project.instance, cursor=cursor, resources={"lake": project.lake}, definitions=definitions
         )
         tick = sensor.evaluate_tick(context)  # what the daemon does, with the checks that it makes
         evaluate.cursor = tick.cursor
@@ -52,19 +53,19 @@ def shards(project) -> set[str]:
 
 
 def test_settled_files_become_shards_and_the_manifest_is_not_asked_for_by_hand(project, look):
-    nothing_asked = look(inbox_sensor)
+    nothing_asked = look("inbox")
     assert shards(project) == {path.stem for path in project.inbox.iterdir()}
     assert isinstance(nothing_asked, dg.SkipReason)  # the condition of `candidates` takes it from here
-    assert isinstance(look(inbox_sensor), dg.SkipReason)
+    assert isinstance(look("inbox"), dg.SkipReason)
 
 
 def test_a_file_that_is_still_being_written_waits(project, look):
-    look(inbox_sensor)
+    look("inbox")
     before = shards(project)
     late = project.add("late", [{"prompt": "copy: a=", "completion": "a"}])
-    assert isinstance(look(inbox_sensor), dg.SkipReason)
+    assert isinstance(look("inbox"), dg.SkipReason)
     settle(late)
-    look(inbox_sensor)
+    look("inbox")
     assert shards(project) == before | {"late"}
 
 
@@ -78,60 +79,60 @@ def ingest(project) -> None:
 
 
 def test_an_edited_file_is_a_new_shard_and_its_old_one_is_retired_with_a_new_manifest(project, look):
-    look(inbox_sensor)
+    look("inbox")
     ingest(project)
     keys = set(project.instance.get_dynamic_partitions("shard"))
     path = next(iter(sorted(project.inbox.iterdir())))
     path.write_text(path.read_text() + json.dumps({"prompt": "copy: zz=", "completion": "zz"}) + "\n")
     settle(path)
-    result = look(inbox_sensor)
+    result = look("inbox")
     now = set(project.instance.get_dynamic_partitions("shard"))
     assert len(keys - now) == len(now - keys) == 1
     assert [request.asset_selection for request in result.run_requests] == [[dg.AssetKey("live_pool")]]
 
 
 def test_a_removed_file_is_retired_although_nothing_new_arrives(project, look):
-    look(inbox_sensor)
+    look("inbox")
     ingest(project)
     path = next(iter(sorted(project.inbox.iterdir())))
     path.unlink()
-    result = look(inbox_sensor)
+    result = look("inbox")
     assert path.stem not in shards(project)
     assert [request.asset_selection for request in result.run_requests] == [[dg.AssetKey("live_pool")]]
     # Until the manifest is made the same request stands, under the same key, so it runs once.
-    again = look(inbox_sensor, result.cursor)
+    again = look("inbox", result.cursor)
     assert [request.run_key for request in again.run_requests] == [request.run_key for request in result.run_requests]
     execute(project, ["live_pool"])
-    assert isinstance(look(inbox_sensor, result.cursor), dg.SkipReason)
+    assert isinstance(look("inbox", result.cursor), dg.SkipReason)
 
 
 def test_a_changed_target_file_asks_for_its_target_alone_and_once(project, look):
     for target in project.settings.targets.values():
         settle(target.examples)
         settle(target.eval)
-    assert isinstance(look(target_files_sensor), dg.SkipReason)
+    assert isinstance(look("target_files"), dg.SkipReason)
     cursor = look.cursor
     changed = project.settings.targets["plain"].eval
     changed.write_text(changed.read_text() + json.dumps({"prompt": "copy: yy=", "completion": "yy"}) + "\n")
-    assert isinstance(look(target_files_sensor, cursor), dg.SkipReason)  # not at rest yet
+    assert isinstance(look("target_files", cursor), dg.SkipReason)  # not at rest yet
     settle(changed)
     os.utime(changed, (HOUR_AGO + 60, HOUR_AGO + 60))
-    result = look(target_files_sensor, cursor)
+    result = look("target_files", cursor)
     assert [request.partition_key for request in result.run_requests] == ["plain"]
-    assert isinstance(look(target_files_sensor, result.cursor), dg.SkipReason)
+    assert isinstance(look("target_files", result.cursor), dg.SkipReason)
 
 
 def test_a_target_file_that_was_only_touched_costs_a_look_and_nothing_else(project, look):
-    look(inbox_sensor)
+    look("inbox")
     project.run()
     _, cursor = requested(project)
     _, cursor = requested(project, cursor)
     for target in project.settings.targets.values():
         settle(target.examples)
         settle(target.eval)
-    look(target_files_sensor)
+    look("target_files")
     os.utime(project.settings.targets["plain"].eval, (HOUR_AGO + 60, HOUR_AGO + 60))
-    result = look(target_files_sensor, look.cursor)
+    result = look("target_files", look.cursor)
     assert [request.partition_key for request in result.run_requests] == ["plain"]
     execute(project, ["targets"], "plain")
     made = project.instance.get_latest_materialization_event(dg.AssetKey("targets")).asset_materialization
@@ -140,24 +141,24 @@ def test_a_target_file_that_was_only_touched_costs_a_look_and_nothing_else(proje
 
 
 def test_the_inbox_is_not_looked_at_on_the_dagster_instance_of_another_project(project, look, tmp_path):
-    from prism_assets.pipeline import claim_home
+    from prism_assets.ops.home import claim_home
 
     claim_home(Path(project.instance.root_directory), tmp_path / "another" / "lake")
     with pytest.raises(Exception) as failure:
-        look(inbox_sensor)
+        look("inbox")
     assert "retire each other's shards" in str(failure.value) + str(failure.value.__cause__)
     assert shards(project) == set()
 
 
 def test_every_asset_has_a_condition_and_one_job(project):
     names = {key.path[-1] for key in project.definitions.resolve_asset_graph().get_all_asset_keys()}
-    assert names == set(CONDITIONS)
-    assert sorted(name for keys, _ in JOBS.values() for name in keys) == sorted(names)
+    assert names == {one.name for one in ASSETS}
+    assert {one.job for one in ASSETS} == set(JOBS)
 
 
 def test_trust_is_never_measured_without_a_hand():
-    assert CONDITIONS["trust"] is None
-    assert JOBS["check_trust"][0] == ("trust",)
+    assert asset_named("trust").condition is None
+    assert [one.name for one in ASSETS if one.job == "check_trust"] == ["trust"]
 
 
 def requested(project, cursor=None) -> tuple[dict[str, set[str | None]], object]:
@@ -179,14 +180,14 @@ def test_from_nothing_the_first_thing_asked_for_is_the_model(project):
 
 
 def test_an_arrival_asks_for_the_new_shard_alone_and_then_for_manifest_and_index(project, look):
-    look(inbox_sensor)
+    look("inbox")
     project.run()
     _, cursor = requested(project)
     asked, cursor = requested(project, cursor)
     assert asked == {}
     fresh = project.add("fresh", [{"prompt": f"copy: q{n}=", "completion": f"q{n}"} for n in "abcdef"])
     settle(fresh)
-    look(inbox_sensor)
+    look("inbox")
     new = next(key for key in project.instance.get_dynamic_partitions("shard") if key.startswith("fresh"))
     asked, cursor = requested(project, cursor)
     assert asked["candidates"] == {new}
@@ -200,12 +201,12 @@ def test_an_arrival_asks_for_the_new_shard_alone_and_then_for_manifest_and_index
 
 
 def test_shards_that_land_while_the_index_is_made_are_in_the_next_index(project, look):
-    look(inbox_sensor)
+    look("inbox")
     project.run()
     _, cursor = requested(project)
     for name in ("one", "two", "three"):
         settle(project.add(name, [{"prompt": f"copy: {name}{n}=", "completion": f"{name}{n}"} for n in "abcdef"]))
-    look(inbox_sensor)
+    look("inbox")
     new = {key.rpartition("-")[0]: key for key in project.instance.get_dynamic_partitions("shard")}
     _, cursor = requested(project, cursor)
     execute(project, ["candidates", "candidate_features"], new["one"])
@@ -221,7 +222,7 @@ def test_shards_that_land_while_the_index_is_made_are_in_the_next_index(project,
 
 
 def test_changed_settings_ask_for_what_reads_them(project, look):
-    look(inbox_sensor)
+    look("inbox")
     project.run()
     _, cursor = requested(project)
     _, cursor = requested(project, cursor)
@@ -233,7 +234,7 @@ def test_changed_settings_ask_for_what_reads_them(project, look):
 
 def test_the_whole_pool_is_never_trained_on_without_a_hand(project, look):
     project.configure(strategies=["prism", "random", "full"])
-    look(inbox_sensor)
+    look("inbox")
     project.run()
     _, cursor = requested(project)
     project.configure(selection={"budget": 9})
@@ -242,8 +243,8 @@ def test_the_whole_pool_is_never_trained_on_without_a_hand(project, look):
     assert not any(key.startswith("full|") for keys in asked.values() for key in keys if key)
 
 
-def test_shards_that_another_process_added_meanwhile_do_no_harm(monkeypatch):
-    from prism_assets.partitions import reconcile_shards
+def test_shards_that_another_process_added_meanwhile_do_no_harm(project, monkeypatch):
+    from prism_assets.ops.shards import reconcile_shards
 
     with dg.DagsterInstance.ephemeral() as instance:
         add = dg.DagsterInstance.add_dynamic_partitions
@@ -261,7 +262,7 @@ def test_shards_that_another_process_added_meanwhile_do_no_harm(monkeypatch):
             return seen
 
         monkeypatch.setattr(dg.DagsterInstance, "get_dynamic_partitions", look_then_lose_the_race)
-        assert reconcile_shards(instance, ["a-1", "b-2"]) == (["a-1", "b-2"], [])
+        assert reconcile_shards(Named.of(project.settings), instance, ["a-1", "b-2"]) == (["a-1", "b-2"], [])
         monkeypatch.undo()
         assert set(instance.get_dynamic_partitions("shard")) == {"a-1", "b-2"}
 

@@ -25,20 +25,22 @@ import dagster as dg
 import pytest
 from conftest import Project, make_rows
 
-import resources.lake as lake_module
-from prism_assets.pipeline import STEPS, PipelineError, project_file
-from resources.lake import Lake, LakeError
+from prism_assets.resources import store as store_module
+from prism_assets.ops.pipeline import STEPS
+from prism_assets.errors import PipelineError
+from prism_assets.resources.lake.lake import Lake
+from prism_assets.errors import LakeError
 
-HEAVY = ["torch", "peft", "faiss", "duckdb", "pyarrow.parquet", "prism_assets.training.sft", "prism_assets.evaluation.plots"]
+HEAVY = ["torch", "peft", "faiss", "duckdb", "pyarrow.parquet", "prism_assets.sft.trainer", "prism_assets.plots.training"]
 SMALL = {"strategies": ["prism", "random"], "seeds": [0]}
 
 
 @pytest.fixture(autouse=True)
 def blank_plots(monkeypatch):
     """Drawing is half of the time of a run."""
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
-    monkeypatch.setattr(plots, "_png", lambda figure: b"no picture")
+    monkeypatch.setattr(canvas, "png", lambda figure: b"no picture")
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +88,11 @@ def pass_over(
         for name in step.assets:
             if only and name not in only:
                 continue
-            function = assets[name].op.compute_fn.decorated_fn
-            wanted = set(function.__annotations__) - {"context", "return"}
-            function(
+            assets[name].op.compute_fn.decorated_fn(
                 SimpleNamespace(
                     run_id="no dagster",
                     run=SimpleNamespace(tags={}),
+                    resources=SimpleNamespace(**resources),
                     asset_key=dg.AssetKey(name),
                     partition_keys=partitions[step.partitions],
                     has_partition_key=bool(step.partitions),
@@ -100,8 +101,7 @@ def pass_over(
                     log=logging.getLogger("dagster"),
                     add_asset_metadata=lambda *_, **__: None,
                     log_event=lambda _: None,
-                ),
-                **{argument: resources[argument] for argument in wanted},
+                )
             )
 
 
@@ -120,7 +120,7 @@ def killed_before_the_second_new_file(started: Counter) -> Iterator[None]:
     """
     moved: set[str] = set()
     dead = False
-    replace, link, remove = os.replace, os.link, lake_module._remove
+    replace, link, remove = os.replace, os.link, store_module._remove
 
     def watched(move):
         def one(source, target):
@@ -144,7 +144,7 @@ def killed_before_the_second_new_file(started: Counter) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", watched(replace))
         patch.setattr(os, "link", watched(link))
-        patch.setattr(lake_module, "_remove", left_there)
+        patch.setattr(store_module, "_remove", left_there)
         yield
 
 
@@ -178,30 +178,24 @@ def run_in_child(folder: str, ready=None, plots: bool = False) -> None:
     """`prism run` in a process of its own, on the project's own Dagster instance."""
     import torch
 
-    from prism_assets import pipeline
-    from prism_assets.evaluation import plots as plot_module
+    from prism_assets.definitions import build_definitions
+    from prism_assets.ops.home import instance_of
+    from prism_assets.ops.pipeline import run_pipeline
+    from prism_assets.plots import canvas
+    from prism_assets.project import Project as Named
     from prism_assets.settings import load_settings
 
     torch.set_num_threads(1)
     if not plots:
-        plot_module._png = lambda figure: b"no picture"
+        canvas.png = lambda figure: b"no picture"
     config = Path(folder) / "prism.yaml"
     os.environ["PRISM_CONFIG"] = str(config)
-    definitions = _roof().build_definitions(load_settings(config))
     settings = load_settings(config)
+    definitions = build_definitions(settings)
     if ready is not None:
         ready.wait(60)
-    with pipeline.instance_of(settings) as instance:
-        pipeline.run_pipeline(settings, definitions, instance)
-
-
-def _roof():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("prism_definitions_in_child", project_file("definitions.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with instance_of(settings) as instance:
+        run_pipeline(Named.of(settings), definitions, instance)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +244,7 @@ def test_ctrl_c_to_the_whole_process_group_leaves_one_message(fresh):
     command = [sys.executable, "-c", "from prism_assets.cli import main; main()", "run", "--config", str(fresh.config)]
     process = subprocess.Popen(
         command,
-        env={**environment, "PYTHONPATH": str(project_file("")), "OMP_NUM_THREADS": "1"},
+        env={**environment, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -272,7 +266,7 @@ def test_ctrl_c_to_the_whole_process_group_leaves_one_message(fresh):
 
 def test_two_whole_runs_at_once_corrupt_nothing(fresh, undisturbed, processes):
     """Both work on every shard, target and strategy, in one lake and one Dagster instance."""
-    from prism_assets.pipeline import instance_of
+    from prism_assets.ops.home import instance_of
 
     with instance_of(fresh.settings):
         pass  # the instance's databases are made once, before both need them
@@ -293,12 +287,14 @@ def features_in_child(folder: str, shards: list[str], ready) -> None:
     """Rows and features of some shards, in a process of its own."""
     import torch
 
+    from prism_assets.definitions import build_definitions
     from prism_assets.settings import load_settings
 
     torch.set_num_threads(1)
     config = Path(folder) / "prism.yaml"
     os.environ["PRISM_CONFIG"] = str(config)
-    project = SimpleNamespace(settings=load_settings(config), definitions=_roof().build_definitions(load_settings(config)))
+    settings = load_settings(config)
+    project = SimpleNamespace(settings=settings, definitions=build_definitions(settings))
     ready.wait(60)
     pass_over(project, project.definitions.resources, ("candidates", "candidate_features"), shards)
 
@@ -337,7 +333,7 @@ def test_a_selection_in_flight_finishes_against_the_manifest_that_it_started_fro
     lake, resources = project.lake, project.definitions.resources
     before = lake.require("selection", f"{strategy}|plain")
     pool = before.header["inputs"]["pool"]
-    before.path.unlink()
+    lake.local(before).unlink()
     gone, *stay = shard_keys(project)
     read_table, moved = Lake.read_table, []
 
@@ -383,9 +379,9 @@ def test_truncated_files_of_every_kind_are_named_and_rebuilt(undisturbed, tmp_pa
     cut_files = []
     for table, inner in DAMAGED.items():
         artifact = next(one for one in lake.artifacts(table) if one.partition in (None, shard, "plain", "prism|plain"))
-        path = artifact.path / inner if inner else artifact.path
+        path = lake.local(artifact, inner) if inner else lake.local(artifact)
         os.truncate(path, path.stat().st_size * 2 // 3)
-        cut_files.append(artifact.path)
+        cut_files.append(lake.local(artifact))
     with caplog.at_level(logging.WARNING, logger="dagster"):
         computed = project.run()
     assert contents(lake) == before
@@ -431,11 +427,11 @@ def test_a_flipped_bit_fails_the_run_that_reads_it_by_name_and_the_next_run_rebu
     damaged = set()
     for table, column in FLIPPED.items():
         artifact = next(one for one in lake.artifacts(table) if one.partition in (None, shard, "plain", "prism|plain"))
-        flip_a_bit(artifact.path, column)
-        damaged.add(artifact.path)
+        flip_a_bit(lake.local(artifact), column)
+        damaged.add(lake.local(artifact))
     # Blocks are read only by what is made from them. (Rows are read once the damaged selection is made again.)
     for segment in lake.artifacts("index_segments"):
-        shutil.rmtree(segment.path)
+        shutil.rmtree(lake.local(segment))
     named: set[Path] = set()
     for _ in range(len(FLIPPED) + 1):
         try:
@@ -462,7 +458,7 @@ def test_remembered_scores_that_were_damaged_are_computed_again(undisturbed, tmp
     entries[0].write_bytes(good[:8] + bytes([good[8] ^ 1]) + good[9:])  # as long as before, one bit flipped
     entries[1].write_bytes(entries[1].read_bytes()[:-3])
     before = lake.require("selection", "prism|plain")
-    before.path.unlink()
+    lake.local(before).unlink()
     project.run()
     after = lake.require("selection", "prism|plain")
     assert after.content_hash == before.content_hash
@@ -490,7 +486,7 @@ def test_a_full_disk_fails_the_step_clearly_and_leaves_no_half_artefact(
     project = undisturbed.copy(tmp_path / "copy")
     lake = project.lake
     before = contents(lake)
-    lost = [artifact.path for artifact in lake.artifacts(table)]
+    lost = [lake.local(artifact) for artifact in lake.artifacts(table)]
     for path in lost:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     function, step = FULL_AT[table]
@@ -527,7 +523,7 @@ def test_a_disk_that_fills_up_while_scores_are_remembered(undisturbed, tmp_path,
     with pytest.raises(LakeError, match="is full"):
         lake.remember("scores/a/b", b"1234")
     assert lake.recall("scores/a/b") is None
-    assert not list((lake.cache / "scores" / "a").iterdir())
+    assert not list((lake.cache / "scores").rglob("*.*")) and not list((lake.folder / "unpublished").iterdir())
     monkeypatch.undo()
     lake.remember("scores/a/b", b"1234")
     assert lake.recall("scores/a/b") == b"1234"

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from prism_assets import catalog
-from prism_assets.catalog import TABLES, VIEWS, QueryRefused, ask, connect, refresh
-from prism_assets.features.assets import read_blocks, vectors_of
-from resources.lake import CatalogAdditions, Lake
+from prism_assets.catalog import views as catalog
+from prism_assets.catalog.views import VIEWS, additions
+from prism_assets.errors import QueryRefused
+from prism_assets.catalog.sql import ask, connect, refresh
+from prism_assets.features.blocks import read_blocks, vectors_of
+from prism_assets.resources.lake.views import CatalogAdditions
+from prism_assets.resources.lake.lake import Lake
 
 
 # Tables that this project does not fill; they are tested with what makes them.
@@ -48,11 +51,11 @@ def test_every_view_has_the_same_columns_in_an_empty_lake(connection, tmp_path):
 
 
 def test_the_declared_columns_are_those_of_the_artefacts(lake):
-    tables = {name: columns for name, columns in TABLES.items() if name not in ELSEWHERE}
+    tables = {name: columns for name, columns in additions().columns.items() if name not in ELSEWHERE}
     for table, declared in tables.items():
         stored = lake.read_table(lake.get(table, lake.heads(table)[0]["fingerprint"])).column_names
         assert set(declared) <= set(stored), table
-    with lake.connect(CatalogAdditions(TABLES)) as typed, lake.connect() as plain:
+    with lake.connect(CatalogAdditions(additions().columns)) as typed, lake.connect() as plain:
         for table, declared in tables.items():
             kinds = dict(row[:2] for row in plain.execute(f"DESCRIBE raw.{table}").fetchall())
             stubbed = dict(row[:2] for row in typed.execute(f"DESCRIBE raw.{table}").fetchall())
@@ -108,7 +111,7 @@ def test_features_are_those_of_the_blocks_in_the_order_of_the_shard(connection, 
 def test_rows_of_the_second_block_go_on_where_the_first_ended(tmp_path):
     import pyarrow as pa
 
-    from resources.lake import Recipe
+    from prism_assets.resources.lake.recipe import Recipe
 
     lake = Lake(root=str(tmp_path))
     blocks = []

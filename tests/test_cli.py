@@ -30,10 +30,10 @@ def environment():
 @pytest.fixture(scope="module", autouse=True)
 def blank_plots():
     """Drawing is half of the time of a run."""
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_png", lambda figure: b"no picture")
+        patch.setattr(canvas, "png", lambda figure: b"no picture")
         yield
 
 
@@ -174,7 +174,8 @@ def test_two_projects_on_one_dagster_home_are_refused(make_project, tmp_path, mo
     """Either would retire the shards of the other."""
     home = tmp_path / "home"
     first, second = (make_project(tmp_path / name) for name in ("first", "second"))
-    from prism_assets.pipeline import UserMistake, claim_home, dagster_home
+    from prism_assets.errors import UserMistake
+    from prism_assets.ops.home import claim_home, dagster_home
 
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     assert dagster_home(first.settings) == dagster_home(first.settings) == home

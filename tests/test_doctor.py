@@ -2,7 +2,7 @@
 
 import pytest
 
-from prism_assets.doctor import examine
+from prism_assets.ops.doctor import examine
 
 STRATEGIES = ["prism", "prism-cover", "uniform", "random"]
 
@@ -20,7 +20,7 @@ def project(finished, tmp_path):
 
 
 def found(project) -> dict[str, str]:
-    return {one.what: one.found for one in examine(project.settings, project.lake, project.model)}
+    return {one.what: one.found for one in examine(project.stage)}
 
 
 def test_a_finished_project_is_up_to_date(finished):
@@ -68,10 +68,10 @@ def test_targets_that_changed_are_seen_through_the_direction(project):
     from conftest import make_rows, write_lines
 
     write_lines(project.folder / "plain" / "target.jsonl", make_rows(4, 300, "reverse"))
-    from prism_assets.pipeline import STEPS, run_pipeline
+    from prism_assets.ops.pipeline import STEPS, run_pipeline
 
     steps = [step for step in STEPS if step.title in ("Base model", "Candidates", "Targets")]
-    run_pipeline(project.settings, project.definitions, project.instance, steps=steps)
+    project.run_steps(steps)
     assert "plain/prism: target_features of plain are those of earlier target files" in found(project)["selection"]
     assert "plain/prism-cover: target_features of plain are those of earlier" in found(project)["selection"]
 

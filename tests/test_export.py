@@ -6,7 +6,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from prism_assets.export import CannotExport, Facts, Source, adapter_card, data_card, export
+from prism_assets.errors import CannotExport
+from prism_assets.export.export import export
+from prism_assets.export.cards import Facts, Source, adapter_card, data_card
 
 FACTS = Facts(
     target="sums",
@@ -63,7 +65,7 @@ def exported(two_versions, tmp_path_factory):
         return {str(path): path.read_bytes() for path in two_versions.lake.folder.rglob("*") if path.is_file()}
 
     before = files()
-    export(two_versions.settings, two_versions.lake, "plain", "prism", folder)
+    export(two_versions.stage, "plain", "prism", folder)
     return folder, before, files()
 
 
@@ -82,7 +84,7 @@ def test_the_exported_adapter_computes_what_the_pipelines_own_does(two_versions,
             rank=lora.rank,
             alpha=lora.alpha,
             target_modules=lora.target_modules,
-            state=load_file(adapter.path / "adapter_model.safetensors"),
+            state=load_file(two_versions.lake.local(adapter, "adapter_model.safetensors")),
         ) as model:
             own = model(input_ids=ids).logits
         base = AutoModelForCausalLM.from_pretrained(two_versions.folder / "model").eval()
@@ -214,5 +216,5 @@ def test_an_adapter_of_other_rows_and_figures_of_another_adapter_are_refused(two
     assert project.selected("random") != project.selected("prism")
     project.lake.point(other, "prism|plain/seed-0")
     with pytest.raises(CannotExport, match="do not belong together"):
-        export(project.settings, project.lake, "plain", "prism", tmp_path / "out")
+        export(project.stage, "plain", "prism", tmp_path / "out")
     assert not (tmp_path / "out").exists()

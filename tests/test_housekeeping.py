@@ -8,10 +8,13 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from prism_assets.housekeeping import collect, feature_versions, plan, runs_in_progress, what_is_current
-from prism_assets.lineage import find_artifact, trace
-from prism_assets.selection.assets import query_index
-from resources.lake import DamagedArtifact, Lake, Recipe
+from prism_assets.identity import feature_versions
+from prism_assets.ops.gc import collect, plan, runs_in_progress, what_is_current
+from prism_assets.catalog.lineage import find_artifact, trace
+from prism_assets.selection.selection import query_index
+from prism_assets.errors import DamagedArtifact
+from prism_assets.resources.lake.lake import Lake
+from prism_assets.resources.lake.recipe import Recipe
 
 HOUR = 3600.0
 
@@ -19,9 +22,9 @@ HOUR = 3600.0
 @pytest.fixture(autouse=True)
 def blank_plots(monkeypatch):
     """Drawing is half of the time of a run."""
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
-    monkeypatch.setattr(plots, "_png", lambda figure: b"no picture")
+    monkeypatch.setattr(canvas, "png", lambda figure: b"no picture")
 
 
 @pytest.fixture
@@ -30,13 +33,12 @@ def project(two_versions, tmp_path):
 
 
 def planned(project, **options):
-    today = what_is_current(project.settings, project.lake, project.model)
+    today = what_is_current(project.stage)
     return plan(project.lake, **{**today._asdict(), "min_age": 0.0, **options})
 
 
 def ask(project, version=None):
-    store = project.definitions.resources["vector_store"]
-    return query_index(project.settings, project.lake, project.model, store, target="plain", k=5, version=version)
+    return query_index(project.stage, target="plain", k=5, version=version)
 
 
 def names(removals):
@@ -61,7 +63,7 @@ def missing_above_heads(lake):
 
 def test_versions_are_listed_by_use(project):
     current, old = (one.name for one in feature_versions(project.lake))
-    assert current == what_is_current(project.settings, project.lake, project.model).current_version
+    assert current == what_is_current(project.stage).current_version
     assert old != current
     # What was used last counts, not what was made last.
     index = project.lake.head("candidate_index", None, old)
@@ -160,7 +162,7 @@ def test_a_selection_that_an_adapter_looked_at_stays_but_not_its_inputs(project)
             lake.retire(table, head["partition"], head["scope"])
     collect(lake, planned(project, keep=0))
     selection = lake.get("selection", looked_at)
-    assert selection is not None and selection.path.with_suffix(".jsonl").exists()
+    assert selection is not None and project.lake.local(selection, suffix=".jsonl").exists()
     assert lake.get("candidate_index", selection.header["inputs"]["index"]["fingerprint"]) is None
     edges = trace(lake, adapter)["artifacts"][1]["inputs"]
     assert {edge["role"] for edge in edges if edge["missing"]} == {"index"}
@@ -185,7 +187,7 @@ def test_without_an_inbox_no_shard_counts_as_retired(project):
     for path in project.inbox.glob("*"):
         path.unlink()
     project.inbox.rmdir()
-    assert what_is_current(project.settings, project.lake, project.model).inbox_shards is None
+    assert what_is_current(project.stage).inbox_shards is None
     assert not [head for head in planned(project, keep=0).heads if head["table"] == "candidates"]
 
 
@@ -194,7 +196,7 @@ def test_without_a_usable_model_the_version_used_last_stays(project):
     current, old = (one.name for one in feature_versions(lake))
     for path in (project.folder / "model").glob("*.safetensors"):
         path.unlink()
-    today = what_is_current(project.settings, lake, project.model)
+    today = what_is_current(project.stage)
     assert today.current_version is None and today.current_scopes == ()
     found = planned(project, keep=0)
     assert found.kept_versions == [current] and found.dropped_versions == [old]
@@ -204,8 +206,8 @@ def test_without_a_usable_model_the_version_used_last_stays(project):
 def test_a_damaged_head_is_no_reason_to_forget_what_it_needs(project):
     lake = project.lake
     index = lake.head("candidate_index", None, feature_versions(lake)[0].name)
-    with open(index.path, "rb+") as file:
-        file.truncate(index.path.stat().st_size // 2)
+    with open(project.lake.local(index), "rb+") as file:
+        file.truncate(project.lake.local(index).stat().st_size // 2)
     with pytest.raises(DamagedArtifact, match="prism run"):
         planned(project, keep=0)
 
@@ -301,9 +303,9 @@ def test_leftovers_go_when_they_are_old_and_damaged_files_always(lake):
     (nested / "file").write_bytes(b"1")
     os.utime(nested.parent, (0, 0))  # the folder is old, what lies in it is not
     young = plan(lake, min_age=HOUR)
-    assert [one.paths for one in young.leftovers] == [(paths["damaged"],)]
+    assert [[lake.store.local(key) for key in one.keys] for one in young.leftovers] == [[paths["damaged"]]]
     old = plan(lake, min_age=HOUR, now=time.time() + 2 * HOUR)
-    assert {one.paths[0] for one in old.leftovers} == {*paths.values(), nested.parent}
+    assert {lake.store.local(one.keys[0]) for one in old.leftovers} == {*paths.values(), nested.parent}
     assert old.artifacts == [] and old.by_table() == {"leftovers": (6, 26)}
     assert collect(lake, old) == {"leftovers": (6, 26)}
     assert not any(path.exists() for path in (*paths.values(), nested))
@@ -315,7 +317,7 @@ def test_a_table_and_its_attachment_go_together(lake):
         Recipe("selection", 1), pa.table({"x": [1]}), attachments={".jsonl": lambda path: path.write_text("{}")}
     )
     found = plan(lake, min_age=0.0)
-    assert [one.paths for one in found.artifacts] == [(artifact.path, artifact.path.with_suffix(".jsonl"))]
+    assert [one.keys for one in found.artifacts] == [(artifact.key, artifact.key.replace(".parquet", ".jsonl"))]
     collect(lake, found)
     assert not any((lake.folder / "artifacts" / "selection").iterdir())
     assert not any((lake.folder / "unpublished").iterdir())

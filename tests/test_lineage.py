@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from prism_assets.lineage import UnknownThing, draw, find_artifact, trace
-from resources.lake import Lake, Recipe
+from prism_assets.errors import UnknownThing
+from prism_assets.catalog.lineage import find_artifact, trace
+from prism_assets.catalog.tree import draw
+from prism_assets.resources.lake.lake import Lake
+from prism_assets.resources.lake.recipe import Recipe
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def test_an_adapter_is_traced_to_the_files_it_came_from(lake, two_versions):
         *("adapters", "selection", "candidate_index", "index_segments", "candidate_features", "feature_blocks"),
         *("target_directions", "target_features", "warmup_checkpoints", "warmup_sample", "live_pool", "candidates"),
     }
-    from resources.lake import hash_file
+    from prism_assets.resources.lake.hashing import hash_file
 
     files = {edge["content_hash"] for one in traced["artifacts"] for edge in one["inputs"] if edge["role"] == "file"}
     folder = two_versions.folder
@@ -95,8 +98,8 @@ def test_a_thing_is_found_by(lake, spelling):
         "fingerprint": selection.fingerprint,
         "prefix": selection.fingerprint[:10],
         "capitals": selection.fingerprint.upper(),
-        "parquet": str(selection.path),
-        "jsonl": str(selection.path.with_suffix(".jsonl")),
+        "parquet": str(lake.local(selection)),
+        "jsonl": str(lake.local(selection, suffix=".jsonl")),
         "partition": "selection[prism|plain]",
     }
     assert find_artifact(lake, names[spelling]).fingerprint == selection.fingerprint
@@ -104,7 +107,7 @@ def test_a_thing_is_found_by(lake, spelling):
 
 def test_a_file_inside_a_folder_artefact_and_a_shard_key_are_found(lake):
     adapter = lake.require("adapters", "prism|plain/seed-0")
-    weights = adapter.path / "adapter_model.safetensors"
+    weights = lake.local(adapter, "adapter_model.safetensors")
     assert find_artifact(lake, str(weights)).fingerprint == adapter.fingerprint
     head = lake.heads("candidates")[0]
     assert find_artifact(lake, head["partition"]).fingerprint == head["fingerprint"]
@@ -157,7 +160,7 @@ def test_a_removed_input_is_shown_as_missing(two_versions, tmp_path):
     lake = two_versions.copy(tmp_path / "copy").lake
     selection = lake.require("selection", "prism|plain")
     index = selection.header["inputs"]["index"]["fingerprint"]
-    lake.get("candidate_index", index).path.unlink()
+    lake.local(lake.get("candidate_index", index)).unlink()
     traced = trace(lake, selection)
     edge = next(edge for edge in by_fingerprint(traced)[selection.fingerprint]["inputs"] if edge["role"] == "index")
     assert edge["missing"] and edge["fingerprint"] == index
@@ -182,7 +185,7 @@ def test_it_works_from_the_lake_alone(two_versions, tmp_path, monkeypatch):
 def test_a_chain_that_bites_its_tail_ends(tmp_path, monkeypatch):
     import pyarrow as pa
 
-    from prism_assets import lineage
+    from prism_assets.catalog import lineage
 
     lake = Lake(root=str(tmp_path))
     below = lake.publish_table(Recipe("a", 1), pa.table({"x": [1]}))

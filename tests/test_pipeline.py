@@ -13,8 +13,9 @@ import pytest
 from conftest import Project, make_rows, write_lines
 from safetensors.numpy import load_file
 
-from prism_assets.pipeline import STEPS, PipelineError, UserMistake
-from prism_assets.settings import SettingsError
+from prism_assets.ops.pipeline import STEPS
+from prism_assets.errors import PipelineError, UserMistake
+from prism_assets.errors import SettingsError
 
 GRADIENT_STRATEGIES = ("prism", "uniform", "less")
 DUPLICATE = {"prompt": "copy: twice=", "completion": "twice", "source": "copy"}
@@ -80,9 +81,9 @@ def small(make_project, tmp_path_factory) -> Project:
 @pytest.fixture(autouse=True)
 def blank_plots(monkeypatch):
     """Drawing is half of the time of a run; the projects above, made before any test, have real plots."""
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
-    monkeypatch.setattr(plots, "_png", lambda figure: b"no picture")
+    monkeypatch.setattr(canvas, "png", lambda figure: b"no picture")
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def canonical_rows(project):
     shards = sorted(project.instance.get_dynamic_partitions("shard"))
     version = lake.require("live_pool", None, scope_of(lake, "live_pool")).header["version"]
     for shard in shards:
-        for row in pq.read_table(lake.require("candidates", shard, version).path).to_pylist():
+        for row in pq.read_table(lake.local(lake.require("candidates", shard, version))).to_pylist():
             key = (row["prompt"], row["completion"])
             if key not in held_back and key not in seen:
                 seen.add(key)
@@ -237,7 +238,7 @@ def numpy_scores(project, target, strategy):
     """id -> Σ_k η̄_k ⟨S t_k/‖t_k‖, Γ⟩ from the stored target gradients, with the weights written out."""
     lake = project.lake
     version = scope_of(lake, "candidate_index")
-    features = pq.read_table(lake.require("target_features", target, version).path).to_pydict()
+    features = pq.read_table(lake.local(lake.require("target_features", target, version))).to_pydict()
     scores, norms = np.array(features["score"]), np.array(features["norm"])  # [m, C]
     checkpoints = scores.shape[1]
     gradients = np.array(features["sketch"]).reshape(len(scores), checkpoints, -1)  # [m, C, K]
@@ -251,8 +252,8 @@ def numpy_scores(project, target, strategy):
         weights = sigmoid * (1 - sigmoid) / (sigmoid * (1 - sigmoid)).sum(axis=0)
     else:
         weights = np.exp(scores) / np.exp(scores).sum(axis=0)
-    direction = load_file(lake.require("target_directions", target, f"{version}/{strategy}").path)
-    entries = json.loads((lake.require("warmup_checkpoints", None, scope_of(lake, "warmup_checkpoints")).path
+    direction = load_file(lake.local(lake.require("target_directions", target, f"{version}/{strategy}")))
+    entries = json.loads((lake.local(lake.require("warmup_checkpoints", None, scope_of(lake, "warmup_checkpoints")))
                           / "checkpoints.json").read_text())  # fmt: skip
     rates = np.array([entry["mean_learning_rate"] for entry in entries])
     query = []
@@ -318,10 +319,10 @@ def test_selected_rows_say_what_they_are_and_where_they_come_from(finished):
             name: origin[name] for name in ("prompt", "completion", "source", "shard")
         }
         in_shard = pq.read_table(
-            finished.lake.require("candidates", row["shard"], origin_version(finished)).path, columns=["id"]
+            finished.lake.local(finished.lake.require("candidates", row["shard"], origin_version(finished))), columns=["id"]
         )
         assert in_shard["id"][row["row"]].as_py() == row["id"]
-    lines = [json.loads(line) for line in selection.path.with_suffix(".jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in finished.lake.local(selection, suffix=".jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [row["id"] for row in rows]
     assert lines[0]["messages"] == [
         {"role": "user", "content": rows[0]["prompt"]},
@@ -335,16 +336,14 @@ def origin_version(project):
 
 
 def test_query_answers_with_the_top_of_the_selection(finished):
-    from prism_assets.selection.assets import query_index
+    from prism_assets.selection.selection import query_index
 
-    resources = finished.definitions.resources
-    engines = [resources[name] for name in ("lake", "language_model", "vector_store")]
-    found = query_index(finished.settings, *engines, target="plain", k=3)
+    found = query_index(finished.stage, target="plain", k=3)
     selected = finished.selected("prism")[:3]
     assert [(row["rank"], row["id"], row["score"]) for row in found] == [
         (row["rank"], row["id"], row["score"]) for row in selected
     ]
-    assert len(query_index(finished.settings, *engines, target="pairs", strategy="less", k=1000)) == 36
+    assert len(query_index(finished.stage, target="pairs", strategy="less", k=1000)) == 36
 
 
 # -- training and evaluation -------------------------------------------------------------------------------------
@@ -376,9 +375,9 @@ def test_a_published_adapter_loads_with_peft_and_scores_as_stored(finished, targ
 
     lake = finished.lake
     entry = finished.report["targets"][target]["strategies"]["prism"]
-    records = pq.read_table(lake.require("eval_examples", target, origin_version(finished)).path).to_pylist()
+    records = pq.read_table(lake.local(lake.require("eval_examples", target, origin_version(finished)))).to_pylist()
     model = PeftModel.from_pretrained(plain_base(finished), entry["adapter"]).eval()
-    stored = pq.read_table(lake.require("evaluations", f"prism|{target}/seed-0").path).to_pydict()
+    stored = pq.read_table(lake.local(lake.require("evaluations", f"prism|{target}/seed-0"))).to_pydict()
     found = reference_scores(model, records)
     np.testing.assert_allclose(stored["mean_log_prob"], found, atol=2e-5)
     published = entry["per_seed"][0]
@@ -400,9 +399,9 @@ def test_predictions_are_those_of_greedy_generation(finished):
     from transformers import AutoTokenizer
 
     lake = finished.lake
-    records = pq.read_table(lake.require("eval_examples", "plain", origin_version(finished)).path).to_pylist()
+    records = pq.read_table(lake.local(lake.require("eval_examples", "plain", origin_version(finished)))).to_pylist()
     artifact = lake.require("evaluations", "prism|plain/seed-0")
-    stored = pq.read_table(artifact.path).to_pylist()
+    stored = pq.read_table(lake.local(artifact)).to_pylist()
     adapter = finished.report["targets"]["plain"]["strategies"]["prism"]["adapter"]
     model = PeftModel.from_pretrained(plain_base(finished), adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / "model")
@@ -427,13 +426,13 @@ def test_seeds_are_separate_adapters_and_the_first_is_published(finished):
     lake = finished.lake
     adapters = [lake.require("adapters", f"prism|plain/seed-{seed}") for seed in (0, 1)]
     assert [one.notes["seed"] for one in adapters] == [0, 1]
-    weights = [load_file(one.path / "adapter_model.safetensors") for one in adapters]
+    weights = [load_file(finished.lake.local(one, "adapter_model.safetensors")) for one in adapters]
     assert any(not np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert finished.report["targets"]["plain"]["strategies"]["prism"]["adapter"] == str(adapters[0].path)
+    assert finished.report["targets"]["plain"]["strategies"]["prism"]["adapter"] == str(finished.lake.local(adapters[0]))
 
 
 def test_pairs_get_a_temperature_from_the_base_models_margins(finished):
-    records = pq.read_table(finished.lake.require("targets", "pairs", origin_version(finished)).path).to_pylist()
+    records = pq.read_table(finished.lake.local(finished.lake.require("targets", "pairs", origin_version(finished)))).to_pylist()
     model = plain_base(finished)
     margins = reference_scores(model, records) - reference_scores(model, records, "rejected_")
     direction = finished.report["targets"]["pairs"]["direction"]
@@ -543,8 +542,8 @@ def test_an_arrival_that_changes_no_selected_row_retrains_nothing(copy):
 def test_an_arrival_loads_the_model_once_and_reads_and_rewrites_nothing_old(copy, monkeypatch):
     from benchmarks.incremental import Reads
 
-    import resources.language_model as language_model
-    from prism_assets.pipeline import STEPS, run_pipeline
+    import prism_assets.resources.model.language_model as language_model
+    from prism_assets.ops.pipeline import STEPS, run_pipeline
 
     project = copy()
     project.run()  # a new Dagster instance looks at everything once
@@ -563,7 +562,7 @@ def test_an_arrival_loads_the_model_once_and_reads_and_rewrites_nothing_old(copy
     # Up to the adapters' evaluation. The report looks for the nearest neighbours of a few rows, in all segments.
     steps = [step for step in STEPS if "report" not in step.assets]
     with Reads().noted() as reads:
-        results = run_pipeline(project.settings, project.definitions, project.instance, steps=steps)
+        results = project.run_steps(steps)
     computed = {result.step.title: result.computed for result in results}
     assert computed["Candidates"] == computed["Candidate features"] == 3 and computed["Index"] == 4
     assert len(loads) == 1
@@ -641,12 +640,10 @@ def test_new_shards_do_not_move_the_pinned_warmup_and_a_generation_does(copy):
     versions += [entry["scope"] for entry in project.lake.heads("candidate_index") if entry["scope"] not in versions]
     assert len(versions) == 2
 
-    from prism_assets.selection.assets import query_index
+    from prism_assets.selection.selection import query_index
 
-    resources = project.definitions.resources
-    engines = [resources[name] for name in ("lake", "language_model", "vector_store")]
-    old = query_index(project.settings, *engines, target="plain", k=50, version=versions[0])
-    new = query_index(project.settings, *engines, target="plain", k=50)
+    old = query_index(project.stage, target="plain", k=50, version=versions[0])
+    new = query_index(project.stage, target="plain", k=50)
     assert {row["id"] for row in old} == {row["id"] for row in new}
     assert [row["score"] for row in old] != [row["score"] for row in new]
 
@@ -735,10 +732,10 @@ def test_two_targets_of_the_same_records_are_both_reported(copy):
 
 
 def test_a_killed_run_resumes_at_the_block(copy, monkeypatch):
-    from prism_assets.features import assets
-    from resources.lake import Lake
+    from prism_assets.features import blocks
+    from prism_assets.resources.lake.lake import Lake
 
-    monkeypatch.setattr(assets, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 8)
     interrupted, straight = copy(), copy()
     for project in (interrupted, straight):
         project.add("late", make_rows(20, 55, "reverse"))
@@ -770,7 +767,7 @@ def test_damaged_artefacts_are_rebuilt_by_the_next_run_and_nothing_else_is(copy)
     tables = ("candidates", "feature_blocks", "index_segments", "target_directions", "selection", "adapters")
     before = {one.fingerprint: one.content_hash for one in project.lake.artifacts()}
     for table in tables:
-        file = next(project.lake.artifacts(table)).path
+        file = project.lake.local(next(project.lake.artifacts(table)))
         if file.is_dir():
             inside = [path for path in file.iterdir() if path.name != "artifact.json"]
             file = max(inside, key=lambda path: path.stat().st_size)
@@ -795,7 +792,7 @@ def test_a_file_that_cannot_be_read_holds_nothing_else_back(copy):
 
 
 def test_a_row_without_usable_gradient_is_refused_and_never_selected(copy, monkeypatch):
-    from prism_assets.features.gradients import GradientEngine
+    from prism_assets.gradients.engine import GradientEngine
 
     project = copy()
     feature_rows = GradientEngine.feature_rows
@@ -819,7 +816,7 @@ def test_a_row_without_usable_gradient_is_refused_and_never_selected(copy, monke
 
 
 def test_a_target_without_usable_gradient_gets_no_weight(copy, monkeypatch):
-    from prism_assets.features.gradients import GradientEngine
+    from prism_assets.gradients.engine import GradientEngine
 
     project = copy()
     feature_rows = GradientEngine.feature_rows
@@ -952,9 +949,9 @@ def test_summed_scores_of_pairs_are_refused_before_any_gradient(make_project, tm
 
 
 def test_what_every_gradient_pass_begins_with_is_nobodys_cost(small, monkeypatch):
-    from prism_assets.features.assets import gradient_pass
-    from prism_assets.features.gradients import GradientEngine
-    from prism_assets.stage import Stopwatch
+    from prism_assets.features.gradient_pass import gradient_pass
+    from prism_assets.gradients.engine import GradientEngine
+    from prism_assets.progress import Stopwatch
 
     build = GradientEngine.__init__
 
@@ -965,8 +962,7 @@ def test_what_every_gradient_pass_begins_with_is_nobodys_cost(small, monkeypatch
         build(self, *arguments, **keywords)
 
     monkeypatch.setattr(GradientEngine, "__init__", slow)
-    (warmup,) = small.lake.artifacts("warmup_checkpoints")
-    with gradient_pass(small.settings, small.model, warmup) as work:
+    with gradient_pass(small.stage) as work:
         stopwatch = Stopwatch()
         work.at(work.checkpoints[-1])
         assert stopwatch.cost()["cpu_seconds"] < 2

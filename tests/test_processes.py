@@ -11,16 +11,8 @@ import dagster as dg
 import pytest
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 
-from prism_assets.automation import dead_runs_sensor
-from prism_assets.processes import (
-    PROCESS_TAG,
-    close_runs_of_the_dead,
-    one_process,
-    registered,
-    sleep_while_waiting,
-    wait_for_slots,
-    work_on,
-)
+from prism_assets.compat import sleeping_while_waiting
+from prism_assets.ops.runs import PROCESS_TAG, close_runs_of_the_dead, one_process, registered, wait_for_slots, work_on
 
 spawn = multiprocessing.get_context("spawn")
 
@@ -100,14 +92,16 @@ def worker(instance):
         child.join()
 
 
-def test_a_run_of_the_daemon_is_closed_once_its_process_is_killed(instance, worker):
+def test_a_run_of_the_daemon_is_closed_once_its_process_is_killed(instance, worker, make_project, tmp_path):
     run = started(instance)
     child = worker(run)
     assert close_runs_of_the_dead(instance) == []
     assert status(instance, run) == dg.DagsterRunStatus.STARTED
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    tick = dead_runs_sensor.evaluate_tick(dg.build_sensor_context(instance=instance))
+    project = make_project(tmp_path / "project")
+    sensor = next(one for one in project.definitions.sensors if one.name == "dead_runs")
+    tick = sensor.evaluate_tick(dg.build_sensor_context(instance=instance))
     assert tick.skip_message == "1 runs of killed processes closed."
     assert status(instance, run) == dg.DagsterRunStatus.FAILURE  # which `run_retries` take up
     assert holders(instance) == []
@@ -205,7 +199,7 @@ def test_a_run_that_waits_for_a_slot_sleeps(instance):
     job = dg.Definitions([worked_on]).resolve_implicit_global_asset_job_def()
     with InstanceConcurrencyContext(instance, instance.create_run_for_job(job)) as waiting:
         assert not waiting.claim("model", "worked_on")
-        sleep_while_waiting()
-        assert 0 < waiting.interval_to_next_pending_claim_check() <= 15
+        with sleeping_while_waiting():
+            assert 0 < waiting.interval_to_next_pending_claim_check() <= 15
     with InstanceConcurrencyContext(instance, instance.create_run_for_job(job)) as idle:
         assert idle.interval_to_next_pending_claim_check() == 0

@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prism_assets.settings import (
-    STRATEGIES,
-    Budget,
-    Settings,
-    SettingsError,
-    config_path,
-    load_settings,
-    parse_budget,
-)
-from resources.lake import digest
+from prism_assets.settings import STRATEGIES, Budget, Settings, config_path, load_settings
+from prism_assets.errors import SettingsError
+from prism_assets.settings.budget import parse_budget
+from prism_assets.resources.lake.recipe import digest
 
 MINIMAL = {"targets": {"a": {"examples": "t.jsonl", "eval": "e.jsonl"}}}
 
@@ -158,19 +152,19 @@ def test_a_variable_that_names_no_setting_is_refused(load, monkeypatch, variable
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_any_work(load, monkeypatch):
-    monkeypatch.setattr("prism_assets.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("prism_assets.settings.schema.find_spec", lambda name: None)
     assert "wandb is not installed" in refusal(load, {"training": {"report_to": ["wandb"]}})
 
 
 def test_trackers_are_no_part_of_what_is_fingerprinted(load, monkeypatch):
-    monkeypatch.setattr("prism_assets.settings.find_spec", lambda name: object())
+    monkeypatch.setattr("prism_assets.settings.schema.find_spec", lambda name: object())
     plain, tracked = load({}), load({"training": {"report_to": ["tensorboard"]}})
     assert tracked.training.report_to == ("tensorboard",)
     assert plain.model_dump() == tracked.model_dump()
 
 
 def test_a_benchmarks_file_is_relative_to_the_settings_and_a_name_stays_a_name(load, tmp_path, monkeypatch):
-    monkeypatch.setattr("prism_assets.settings.find_spec", lambda name: object())
+    monkeypatch.setattr("prism_assets.settings.schema.find_spec", lambda name: object())
     monkeypatch.chdir("/")
     settings = load({"evaluation": {"benchmarks": ["arc_easy", "tasks/mine.yaml"]}})
     assert settings.evaluation.benchmarks == ("arc_easy", str(tmp_path / "project" / "tasks" / "mine.yaml"))

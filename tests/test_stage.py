@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from prism_assets.stage import Stopwatch, uncounted
+from prism_assets.progress import Stopwatch, uncounted
 
 
 def test_a_stopwatch_counts_work_and_not_waiting():

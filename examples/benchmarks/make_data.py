@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from random import Random
 
-from prism_assets.corpus.examples import read_examples
+from prism_assets.corpus.files import read_examples
 from prism_assets.demo.data import write_demo_data
 from prism_assets.demo.skills import letters
 

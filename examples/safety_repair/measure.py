@@ -85,9 +85,9 @@ def measure(config: Path, clean: Path) -> dict[str, Any]:
 def _figures(settings: Any, model: Any, state: Any, records: Any, benign: list[dict[str, Any]]) -> dict[str, float]:
     """Margin on held-out pairs, share of pairs whose safe answer is preferred, and benign mean log-probability."""
     from prism_assets.corpus.assets import encoder_of
-    from prism_assets.corpus.examples import Message
+    from prism_assets.corpus.records import Message
     from prism_assets.evaluation.assets import score_records
-    from prism_assets.features.gradients import GradientEngine
+    from prism_assets.gradients.engine import GradientEngine
     from prism_assets.reference.assets import adapted
 
     encoder = encoder_of(settings, model)

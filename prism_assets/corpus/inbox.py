@@ -7,23 +7,18 @@ the path that sorts first; the others are reported.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from prism_assets.corpus.examples import DATA_EXTENSIONS, data_extension
+from prism_assets.corpus.files import DATA_EXTENSIONS, data_extension
+from prism_assets.resources.file_hashes import FileHashes, seconds_since_change
 
 AT_REST_SECONDS = 2.0
 PARTIAL_EXTENSIONS = (".tmp", ".part", ".partial", ".crdownload", "~")
 NAME_CHARACTERS = 60
-# A hash is remembered only for a file older than this: a younger one may be written again within one tick of
-# the file system's clock, with the same size and modification time.
-CACHE_AGE_SECONDS = 2.0
 
 
 class InboxFile(NamedTuple):
@@ -64,11 +59,11 @@ def scan(
         raise FileNotFoundError(f"the inbox {folder} does not exist: create it, or correct the settings")
     if not folder.is_dir():
         raise NotADirectoryError(f"the inbox {folder} is a file: name the folder that holds it")
-    cache = _HashCache(Path(cache_path) if cache_path is not None else None)
+    hashes = FileHashes(Path(cache_path) if cache_path is not None else None)
     files: dict[str, InboxFile] = {}
     ignored: list[Ignored] = []
     for path, problem in _walk(folder):
-        found = Ignored(path, problem) if problem else _inspect(path, cache, at_rest_seconds)
+        found = Ignored(path, problem) if problem else _inspect(path, hashes, at_rest_seconds)
         if isinstance(found, Ignored):
             ignored.append(found)
         elif found.key in files:
@@ -77,7 +72,7 @@ def scan(
             ignored.append(Ignored(path, f"the same name and content as {first.path}"))
         else:
             files[found.key] = found
-    cache.save(folder)
+    hashes.save(below=folder)
     return Scan(sorted(files.values()), sorted(ignored))
 
 
@@ -121,76 +116,16 @@ def _reason_to_ignore(path: Path) -> str | None:
     return None
 
 
-def _inspect(path: Path, cache: _HashCache, at_rest_seconds: float) -> InboxFile | Ignored:
+def _inspect(path: Path, hashes: FileHashes, at_rest_seconds: float) -> InboxFile | Ignored:
     try:
         before = path.stat()
         if before.st_size == 0:
             return Ignored(path, "empty")
-        age = _age(before)
-        sha256 = cache.sha256(path, before, remember=age >= CACHE_AGE_SECONDS)
+        age = seconds_since_change(before)
+        sha256 = hashes.sha256(path, before)
         after = path.stat()
     except OSError as error:
         return Ignored(path, f"cannot be read: {error.strerror}")
     unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
     settled = age >= at_rest_seconds and unchanged
     return InboxFile(shard_key(path.name, sha256), path, before.st_size, sha256, settled)
-
-
-def _age(status: os.stat_result) -> float:
-    """Seconds since the last change.
-
-    A modification time ahead of the clock (a copy from a machine whose clock is fast) would never come to
-    rest; there, the time at which this machine changed the file counts.
-    """
-    now = time.time()
-    changed = status.st_mtime if status.st_mtime <= now else status.st_ctime
-    return max(0.0, now - changed)
-
-
-class _HashCache:
-    """SHA-256 by path, size and modification time, in a JSON file that is replaced as a whole."""
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        self.stored = self._load()
-        self.current: dict[str, list] = {}
-
-    def sha256(self, path: Path, status: os.stat_result, remember: bool) -> str:
-        name, stamp = os.path.abspath(path), [status.st_size, status.st_mtime_ns]
-        stored = self.stored.get(name)
-        if stored and stored[:2] == stamp:
-            digest = stored[2]
-        else:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if remember:
-            self.current[name] = [*stamp, digest]
-        return digest
-
-    def save(self, folder: Path) -> None:
-        """Keeps what was seen now, and the entries of other folders."""
-        if self.path is None:
-            return
-        inside = os.path.join(os.path.abspath(folder), "")
-        elsewhere = {name: entry for name, entry in self.stored.items() if not name.startswith(inside)}
-        kept = elsewhere | self.current
-        if kept == self.stored:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-
-    def _load(self) -> dict[str, list]:
-        try:
-            stored = json.loads(self.path.read_text(encoding="utf-8")) if self.path else {}
-        except (OSError, ValueError):  # absent or damaged: only time is lost
-            return {}
-        if not isinstance(stored, dict):
-            return {}
-        return {name: entry for name, entry in stored.items() if _is_entry(entry)}
-
-
-def _is_entry(entry: object) -> bool:
-    """[size, modification time in ns, SHA-256]"""
-    return isinstance(entry, list) and [type(value) for value in entry] == [int, int, str]

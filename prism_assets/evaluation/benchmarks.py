@@ -17,7 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from resources.lake import digest, hash_file, hash_folder
+from prism_assets.compat import harness_yaml_loader
+from prism_assets.errors import UnusableBenchmark
+from prism_assets.resources.lake.hashing import hash_file, hash_folder
+from prism_assets.resources.lake.recipe import digest
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -31,10 +34,6 @@ OWN_FILE = (
 )
 # The harness's own defaults: few-shot examples are those that its command line draws.
 _SEED, _FEWSHOT_SEED = 0, 1234
-
-
-class UnusableBenchmark(Exception):
-    """An entry of `evaluation.benchmarks` cannot be run; the message names it and what to do."""
 
 
 class Task(NamedTuple):
@@ -83,7 +82,9 @@ def read_tasks(entries: Sequence[str]) -> list[Task]:
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise UnusableBenchmark(f"evaluation.benchmarks: two entries are the task {name!r}; results go by that name.")
+            raise UnusableBenchmark(
+                f"evaluation.benchmarks: two entries are the task {name!r}; results go by that name."
+            )
     return tasks
 
 
@@ -100,13 +101,14 @@ def _known(name: str) -> Task:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         advice = f"did you mean {' or '.join(near)}? Else " if near else ""
-        raise UnusableBenchmark(f"evaluation.benchmarks: lm-eval {harness_version()} has no task {name!r}; {advice}{OWN_FILE}.")
+        raise UnusableBenchmark(
+            f"evaluation.benchmarks: lm-eval {harness_version()} has no task {name!r}; {advice}{OWN_FILE}."
+        )
     return Task(name, None, None)
 
 
 def _read_file(path: Path) -> Task:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
+    load_yaml = harness_yaml_loader()
     place = f"evaluation.benchmarks: {path}"
     if not path.is_file():
         raise UnusableBenchmark(f"{place}: there is no such file.")
@@ -134,8 +136,7 @@ def _read_file(path: Path) -> Task:
 
 def _task_files(path: Path) -> list[Path]:
     """The file, the files it includes, theirs, and the Python files beside each, which `!function` may name."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
+    load_yaml = harness_yaml_loader()
     found = [path, *sorted(path.parent.glob("*.py"))]
     included = load_yaml(path, resolve_func=False, recursive=False).get("include", [])
     for one in included if isinstance(included, list) else [included]:
@@ -217,7 +218,9 @@ def _load(tasks: Sequence[Task]) -> tuple[dict[str, Any], list[str]]:
             ) from error
         again = sorted(set(found["tasks"]) & set(loaded["tasks"]))
         if again:
-            raise UnusableBenchmark(f"evaluation.benchmarks: {task.name} holds {again[0]}, which another entry holds too.")
+            raise UnusableBenchmark(
+                f"evaluation.benchmarks: {task.name} holds {again[0]}, which another entry holds too."
+            )
         for name, one in found["tasks"].items():
             if getattr(one, "UNSAFE_CODE", False):
                 raise UnusableBenchmark(f"evaluation.benchmarks: {name} runs code that the model writes; leave it out.")

@@ -26,7 +26,7 @@ def build_page(data: Mapping[str, Any]) -> str:
         raise ValueError(f"experiment.json has format {data.get('format')!r}; this version reads format {FORMAT}")
     here = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader([here, here.parent / "evaluation"]),
+        loader=FileSystemLoader([here, here.parent / "report"]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -96,7 +96,7 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plots(content: Mapping[str, Any]) -> list[dict[str, str]]:
-    from prism_assets.evaluation import plots
+    from prism_assets import plots
 
     strategies = content["strategies"]
     unit = content["unit"]

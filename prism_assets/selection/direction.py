@@ -1,54 +1,21 @@
 """The target direction: target gradients added up, as the query that the index answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from prism_assets.corpus.target_set import TargetSet
+from prism_assets.gradients.vectors import Vector, inner, norm
+
 if TYPE_CHECKING:
     import torch
 
-    from prism_assets.features.gradients import GradientEngine
-
-Vector = Mapping[str, "torch.Tensor"]  # canonical LoRA parameter name -> tensor of the parameter's shape
-
-
-class TargetSet(NamedTuple):
-    """Targets as single examples with signs: a pair is its chosen completion minus its rejected one."""
-
-    examples: list  # TokenizedExample [m] or [2m]: all chosen, then all rejected
-    size: int  # m
-    pairs: bool
-
-    def expand(self, weights: np.ndarray) -> np.ndarray:
-        """Coefficients of the single examples [m or 2m] for weights of the targets [m]."""
-        return np.concatenate([weights, -weights]) if self.pairs else weights
-
-    def scores(self, mean_log_probs: np.ndarray) -> np.ndarray:
-        """Preference scores [m] from the mean log-probabilities of the single examples [m or 2m]."""
-        if not self.pairs:
-            return mean_log_probs
-        return mean_log_probs[: self.size] - mean_log_probs[self.size :]
-
-    def target(self, position: int) -> "TargetSet":
-        """The set that holds one target."""
-        rows = [position, self.size + position] if self.pairs else [position]
-        return TargetSet([self.examples[row] for row in rows], 1, self.pairs)
-
+    from prism_assets.gradients.engine import GradientEngine
 
 def target_vector(engine: "GradientEngine", targets: TargetSet, weights: np.ndarray) -> "dict[str, torch.Tensor]":
     """t = Σ_j w_j ∇s_j at the engine's parameters, unsketched, fp32, by one weighted backward (weights [m])."""
     return engine.weighted_gradient(targets.examples, targets.expand(weights)).gradient
-
-
-def norm(vector: Vector) -> float:
-    """Euclidean norm over all parameters, accumulated in float64."""
-    return float(sum(float(tensor.double().square().sum()) for tensor in vector.values()) ** 0.5)
-
-
-def inner(left: Vector, right: Vector) -> float:
-    """Inner product over all parameters, accumulated in float64."""
-    return float(sum(float((left[name].double() * right[name].double()).sum()) for name in left))
 
 
 def relative_rates(learning_rates: Sequence[float]) -> list[float]:

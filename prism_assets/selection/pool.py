@@ -1,219 +1,84 @@
-"""A door: the live pool as strategies see it, read from the lake column by column when it is asked for."""
+"""The pool of one state of the index: its rows, read from the lake column by column when they are asked for.
+
+The one view that selections, explanations and trust look through.
+"""
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import dagster as dg
-
-from prism_assets.corpus.assets import shard_name
-from prism_assets.features.assets import IndexedShard, indexed_shards, read_blocks, segment_part
-from prism_assets.selection.strategies.base import TargetScores, Texts
-from resources.lake import Artifact, Lake
-from resources.vector_store import VectorStore
+from prism_assets.errors import LakeError, StageError
+from prism_assets.features.blocks import read_blocks
+from prism_assets.features.index_parts import IndexedShard, indexed_shards, segment_part
+from prism_assets.identity import shard_name
+from prism_assets.resources.lake import Artifact
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from prism_assets.selection.representations import Representations
+    from prism_assets.resources.index import SegmentedIndex
+    from prism_assets.resources.lake import Lake
+    from prism_assets.stage import Stage
 
 # Columns of a selection that are those of its candidates.
 COPIED = ("id", "record_id", "source", "prompt", "completion", "messages", "completion_tokens", "input_ids", "loss_mask")
 
 
-class LivePool:
-    """The canonical live rows that can be ranked, in order of shard key and row. Implements `strategies.base.Pool`.
+class Pool:
+    """The canonical live rows that can be ranked, in order of shard key and row.
 
-    With `index`, only rows of indexed shards whose gradient was not refused are ranked. What stands behind it is needed
-    by the methods that read it.
-    Raises dagster.Failure where no row can be ranked, or something that the index lists is not in the lake.
+    With `index`, only rows of indexed shards whose gradient was not refused are ranked; without, all canonical rows.
+    Raises StageError where no row can be ranked, LakeError where something that the index lists is not in the lake.
     """
 
-    def __init__(
-        self,
-        lake: Lake,
-        manifest: Artifact,
-        *,
-        seed: int = 0,
-        wanted: int = 0,
-        store: VectorStore | None = None,
-        index: Artifact | None = None,
-        targets: Artifact | None = None,
-        target_features: Artifact | None = None,
-        direction_query: "Callable[[], np.ndarray] | None" = None,
-        target_scores: Callable[[], "tuple[TargetScores, np.ndarray]"] | None = None,
-        learning_rates: Sequence[float] = (),
-        representations: "Representations | None" = None,
-    ) -> None:
+    def __init__(self, stage: "Stage", manifest: Artifact, index: Artifact | None = None) -> None:
         import numpy as np
 
-        self.lake, self.manifest, self.store = lake, manifest, store
-        self.seed, self.wanted = seed, wanted
-        self._targets, self._target_features = targets, target_features
-        self._direction_query = direction_query
-        self._target_scores, self._rates, self._representations = target_scores, learning_rates, representations
-        columns = lake.read_table(manifest, ["shard", "candidates_fingerprint"]).to_pydict()
-        self.fingerprints = dict(zip(columns["shard"], columns["candidates_fingerprint"], strict=True))
-        canonical = _canonical_rows(lake, manifest)
+        self.stage, self.lake, self.manifest = stage, stage.lake, manifest
+        listed = self.lake.read_table(manifest).to_pylist()
+        self.fingerprints = {row["shard"]: row["candidates_fingerprint"] for row in listed}
+        canonical = {row["shard"]: _canonical(row) for row in listed}
         self.segments: list[IndexedShard] = []
         self.refused = 0
         if index is None:
             self.shards, self.allowed = list(canonical), list(canonical.values())
         else:
-            self.segments = [one for one in indexed_shards(lake, index) if one.shard in canonical]
+            self.segments = [one for one in indexed_shards(self.lake, index) if one.shard in canonical]
             self.shards = [one.shard for one in self.segments]
-            usable = [usable_rows(lake, one) for one in self.segments]
+            usable = [usable_rows(self.lake, one) for one in self.segments]
             self.allowed = [canonical[one] & mask for one, mask in zip(self.shards, usable, strict=True)]
             self.refused = sum(
                 int((canonical[one] & ~mask).sum()) for one, mask in zip(self.shards, usable, strict=True)
             )
         self.size = int(sum(mask.sum() for mask in self.allowed))
         if not self.size:
-            raise dg.Failure(
+            raise StageError(
                 "No candidate of the live pool can be ranked"
-                + ("." if index is None else ": none has usable features.")
+                + ("." if index is None else ": none has usable features (see the check gradients_usable).")
             )
         self._shard_of = np.repeat(np.arange(len(self.shards)), [mask.sum() for mask in self.allowed])
         self._row_of = np.concatenate([np.flatnonzero(mask) for mask in self.allowed])
 
-    # -- what strategies may look at ---------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------------------
 
     @cached_property
     def ids(self) -> list[str]:
-        return self._column("id")["id"].to_pylist()
-
-    @cached_property
-    def completion_tokens(self) -> "np.ndarray":
-        return self._column("completion_tokens")["completion_tokens"].to_numpy()
-
-    def texts(self) -> Texts:
-        table = self._column("prompt", "completion")
-        return Texts(table["prompt"].to_pylist(), table["completion"].to_pylist())
-
-    def target_texts(self) -> Texts:
-        table = self.lake.read_table(self._targets, ["prompt", "completion"])
-        return Texts(table["prompt"].to_pylist(), table["completion"].to_pylist())
-
-    def mean_log_probs(self) -> "np.ndarray":
-        import numpy as np
-
-        parts = []
-        for one, mask in zip(self.segments, self.allowed, strict=True):
-            stored = read_blocks(self.lake, self.lake.get("candidate_features", one.features), ["mean_log_prob"])
-            parts.append(np.array([values[-1] for values in stored["mean_log_prob"].to_pylist()])[mask])
-        return np.concatenate(parts)
-
-    def direction_scores(self) -> "np.ndarray":
-        return self.scores(self._direction_query())
-
-    def vectors(self, positions: "np.ndarray") -> "np.ndarray":
-        """Stored gradient features of the rows at these positions, float32 [k, C·K], read from the index row by row.
-
-        Checkpoint k's block is scaled by √(η̄_k/Ση̄), so that an inner product of two rows is their mean cosine over
-        checkpoints, weighted as influences are, up to the error of the sketch.
-        """
-        import numpy as np
-
-        from prism_assets.selection.direction import relative_rates
-
-        shards, rows = self._shard_of[positions], self._row_of[positions]
-        present = np.unique(shards)
-        index = self.store.open([segment_part(self.lake, self.segments[shard]) for shard in present])
-        found = np.empty((len(positions), index.dim), np.float32)
-        for part, shard in enumerate(present):
-            found[shards == shard] = index.vectors(part, rows[shards == shard])
-        scale = np.sqrt(relative_rates(self._rates)).astype(np.float32)
-        return (found.reshape(len(found), len(scale), -1) * scale[:, None]).reshape(found.shape)
-
-    def influences(self) -> "np.ndarray":
-        """Mean cosine of each row with the raw gradient of each usable target, float32 [n, m'] (checkpoints weighted by
-        learning rate), from the sketches."""
-        import numpy as np
-
-        from prism_assets.selection.direction import query_vector
-
-        scores, usable = self._target_scores()
-        sketches = self.lake.read_table(self._target_features, ["sketch"])["sketch"].combine_chunks()
-        checkpoints = len(scores.norms)
-        flat = sketches.flatten().to_numpy().reshape(len(sketches), checkpoints, -1)[usable]
-        queries = np.stack(
-            [query_vector(list(flat[j]), scores.norms[:, j], self._rates) for j in range(len(flat))]
-        )
-        return np.stack([self.scores(query) for query in queries], axis=1)
-
-    def target_scores(self) -> TargetScores:
-        return self._target_scores()[0]
-
-    def target_groups(self) -> list[str]:
-        _, usable = self._target_scores()
-        return [one or "" for one in self.lake.read_table(self._targets, ["group"])["group"].take(usable).to_pylist()]
-
-    def similarities(self) -> "np.ndarray":
-        """Cosine of the hidden states of each row with those of each target, float32 [n, m], block by block: a row's do
-        not depend on what else is in the pool."""
-        import numpy as np
-
-        states = self._representations
-        candidates = [self.lake.get("candidates", self.fingerprints[shard]) for shard in self.shards]
-        *blocks, targets = states.of([*candidates, self._targets])
-        towards = np.concatenate([states.read(block) for block in targets]).T
-        parts = [
-            np.concatenate([states.read(block) @ towards for block in its])[mask]
-            for its, mask in zip(blocks, self.allowed, strict=True)
-            if its
-        ]
-        return np.concatenate(parts)
-
-    # -- what the doors read -----------------------------------------------------------------------------------
-
-    def scores(self, query: "np.ndarray") -> "np.ndarray":
-        """Inner products of a query with every row's stored features, float32 [n].
-
-        A score that was computed once is remembered: it depends on the row and the query alone, so a shard that arrives
-        costs the scan of its own segment and no other.
-        """
-        import numpy as np
-
-        found = self.shard_scores(query)
-        return np.concatenate([found[one.shard][mask] for one, mask in zip(self.segments, self.allowed, strict=True)])
-
-    def top(self, query: "np.ndarray", k: int) -> "tuple[np.ndarray, np.ndarray]":
-        """Positions and scores of the k rows of highest inner product, and of all that tie with the k-th, as the index
-        answers them (on a GPU where the store is on one). Bit for bit those of `scores`; nothing is remembered."""
-        import numpy as np
-
-        index = self.store.open([segment_part(self.lake, one) for one in self.segments])
-        found = index.top_k(query, k, self.allowed, with_ties=True)
-        place = [np.cumsum(mask) - 1 for mask in self.allowed]  # of each row among the shard's ranked ones
-        start = np.cumsum([0, *(mask.sum() for mask in self.allowed)])
-        positions = [start[segment] + place[segment][row] for segment, row in zip(found.segment, found.row, strict=True)]
-        order = np.argsort(positions)
-        return np.array(positions, dtype=np.int64)[order], found.scores[order]
-
-    def shard_scores(self, query: "np.ndarray") -> "dict[str, np.ndarray]":
-        """Inner products of a query with every row of every indexed shard, float32 [rows of the shard]."""
-        import numpy as np
-
-        asked = f"scores/{hashlib.sha256(query.astype(np.float32).tobytes()).hexdigest()[:32]}"
-        names = [f"{asked}/{one.features}" for one in self.segments]
-        remembered = [self.lake.recall(name) for name in names]
-        scores = [
-            np.frombuffer(data, np.float32) if data is not None and len(data) == 4 * one.rows else None
-            for one, data in zip(self.segments, remembered, strict=True)
-        ]
-        new = [position for position, one in enumerate(scores) if one is None]
-        parts = [segment_part(self.lake, self.segments[position]) for position in new]
-        for position, computed in zip(new, self.store.open(parts).scores(query) if parts else [], strict=True):
-            scores[position] = computed
-            self.lake.remember(names[position], computed.tobytes())
-        return {one.shard: scored for one, scored in zip(self.segments, scores, strict=True)}
+        return self.column("id")["id"].to_pylist()
 
     def places(self, positions: "np.ndarray") -> list[tuple[str, int]]:
         """Shard and row of positions of the pool."""
         return [(self.shards[s], int(r)) for s, r in zip(self._shard_of[positions], self._row_of[positions], strict=True)]
+
+    def position(self, shard: str, row: int) -> int | None:
+        """The position of a row of a shard; None where it is not ranked."""
+        import numpy as np
+
+        if shard not in self.shards:
+            return None
+        found = np.flatnonzero((self._shard_of == self.shards.index(shard)) & (self._row_of == row))
+        return int(found[0]) if len(found) else None
 
     def rows_at(self, positions: "np.ndarray", columns: Sequence[str] = COPIED) -> "pa.Table":
         """The candidates at these positions, in this order, with `shard` and `row`; only their shards are read.
@@ -239,7 +104,8 @@ class LivePool:
         table = table.append_column("shard", pa.array(shards, pa.string()))
         return table.append_column("row", pa.array([row for _, row in places], pa.int64()))
 
-    def _column(self, *names: str) -> "pa.Table":
+    def column(self, *names: str) -> "pa.Table":
+        """Columns of all ranked rows."""
         import pyarrow as pa
 
         return pa.concat_tables(
@@ -248,36 +114,112 @@ class LivePool:
 
     def candidates(self, shard: str, columns: Sequence[str]) -> "pa.Table":
         """All rows of a shard, also those that do not count."""
-        return self.lake.read_table(self.lake.get("candidates", self.fingerprints[shard]), list(columns))
+        return self.lake.read_table(self.candidates_of(shard), list(columns))
+
+    def candidates_of(self, shard: str) -> Artifact:
+        """The artefact of a shard's rows, also of one that is not indexed. Raises LakeError where it is gone."""
+        found = self.lake.get("candidates", self.fingerprints[shard])
+        if found is None:
+            raise LakeError(f"The rows of shard {shard} are not in the lake any more: run `prism run`.")
+        return found
+
+    # -- the index ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def opened(self) -> "SegmentedIndex":
+        """The segments of all indexed shards, memory-mapped."""
+        return self.stage.index.open([segment_part(self.lake, one) for one in self.segments])
+
+    def scores(self, query: "np.ndarray", remember: bool = True) -> "np.ndarray":
+        """Inner products of a query with every row's stored features, float32 [n].
+
+        A score that was computed once is remembered: it depends on the row and the query alone, so a shard that arrives
+        costs the scan of its own segment and no other. `remember` False reads and writes nothing but the index.
+        """
+        import numpy as np
+
+        if remember:
+            found = self.shard_scores(query)
+        else:
+            found = dict(zip(self.shards, self.opened.scores(query), strict=True))
+        return np.concatenate([found[one.shard][mask] for one, mask in zip(self.segments, self.allowed, strict=True)])
+
+    def shard_scores(self, query: "np.ndarray") -> "Mapping[str, np.ndarray]":
+        """Inner products of a query with every row of every indexed shard, float32 [rows of the shard]."""
+        import numpy as np
+
+        asked = f"scores/{hashlib.sha256(query.astype(np.float32).tobytes()).hexdigest()[:32]}"
+        names = [f"{asked}/{one.features}" for one in self.segments]
+        remembered = [self.lake.recall(name) for name in names]
+        scores = [
+            np.frombuffer(data, np.float32) if data is not None and len(data) == 4 * one.rows else None
+            for one, data in zip(self.segments, remembered, strict=True)
+        ]
+        new = [position for position, one in enumerate(scores) if one is None]
+        parts = [segment_part(self.lake, self.segments[position]) for position in new]
+        for position, computed in zip(new, self.stage.index.open(parts).scores(query) if parts else [], strict=True):
+            scores[position] = computed
+            self.lake.remember(names[position], computed.tobytes())
+        return {one.shard: scored for one, scored in zip(self.segments, scores, strict=True) if scored is not None}
+
+    def top(self, query: "np.ndarray", k: int) -> "tuple[np.ndarray, np.ndarray]":
+        """Positions, ascending, and scores of the k rows of highest inner product, and of all that tie with the k-th, as
+        the index answers them (on a GPU where the store is on one). Bit for bit those of `scores`; nothing is remembered.
+        """
+        import numpy as np
+
+        found = self.opened.top_k(query, k, self.allowed, with_ties=True)
+        place = [np.cumsum(mask) - 1 for mask in self.allowed]  # of each row among the shard's ranked ones
+        start = np.cumsum([0, *(mask.sum() for mask in self.allowed)])
+        positions = [start[segment] + place[segment][row] for segment, row in zip(found.segment, found.row, strict=True)]
+        order = np.argsort(positions)
+        return np.array(positions, dtype=np.int64)[order], found.scores[order]
+
+    def stored_vectors(self, positions: "np.ndarray") -> "np.ndarray":
+        """Stored gradient features of the rows at these positions, float32 [k, C·K], read from the index row by row."""
+        import numpy as np
+
+        shards, rows = self._shard_of[positions], self._row_of[positions]
+        present = np.unique(shards)
+        index = self.stage.index.open([segment_part(self.lake, self.segments[shard]) for shard in present])
+        assert index.dim is not None
+        found = np.empty((len(positions), index.dim), np.float32)
+        for part, shard in enumerate(present):
+            found[shards == shard] = index.vectors(part, rows[shards == shard])
+        return found
 
 
-def _canonical_rows(lake: Lake, manifest: Artifact) -> "dict[str, np.ndarray]":
-    """Per shard the mask [n] of rows that count."""
-    import numpy as np
+def indexed_pool(stage: "Stage", version: str | None = None) -> Pool:
+    """The pool that the index of a feature version (default: today's) was reconciled with.
 
-    masks = {}
-    for row in lake.read_table(manifest).to_pylist():
-        masks[row["shard"]] = mask = np.ones(row["rows"], dtype=bool)
-        mask[row["excluded_rows"]] = False
-    return masks
+    Raises LakeError where the version has no index, or something of it is not in the lake any more.
+    """
+    index = stage.lake.require("candidate_index", None, version or stage.feature_version)
+    manifest = stage.lake.get("live_pool", index.notes["pool"])
+    if manifest is None:
+        raise LakeError(f"The manifest of index {index.fingerprint} is not in the lake any more: run `prism run`.")
+    return Pool(stage, manifest, index)
 
 
-def usable_rows(lake: Lake, segment: IndexedShard) -> "np.ndarray":
-    """The mask [n] of the rows of an index segment whose gradient was not refused."""
+def usable_rows(lake: "Lake", segment: IndexedShard) -> "np.ndarray":
+    """The mask [n] of the rows of an index segment whose gradient was not refused. Raises LakeError for lost features."""
     import numpy as np
 
     features = lake.get("candidate_features", segment.features)
     if features is None:
-        raise dg.Failure(
+        raise LakeError(
             f"Shard {segment.shard} lost its features: materialise candidate_features[{segment.shard}] and "
-            "candidate_index again."
+            "candidate_index again, or run `prism run`."
         )
     if not features.notes["refused"]:
         return np.ones(segment.rows, dtype=bool)
     return np.array([reason is None for reason in read_blocks(lake, features, ["refused"])["refused"].to_pylist()])
 
 
-def learning_rates(warmup: Artifact) -> list[float]:
-    """The mean learning rate of each checkpoint of a warm-up."""
-    entries: list[dict[str, Any]] = json.loads((warmup.path / "checkpoints.json").read_text())
-    return [one["mean_learning_rate"] for one in entries]
+def _canonical(row: Mapping) -> "np.ndarray":
+    """The mask [n] of the rows of a manifest's shard that count."""
+    import numpy as np
+
+    mask = np.ones(row["rows"], dtype=bool)
+    mask[row["excluded_rows"]] = False
+    return mask

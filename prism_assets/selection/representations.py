@@ -1,28 +1,17 @@
-"""A door: hidden states of candidates and targets, computed the first time that a strategy asks for them."""
+"""Hidden states of candidates and targets, computed the first time that a strategy asks for them."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import dagster as dg
-
-from prism_assets import stage
-from prism_assets.features.assets import BLOCK_ROWS, vectors_of
-from prism_assets.reference.assets import adapted
-from prism_assets.settings import Settings
-from resources.lake import Artifact, Lake, Recipe
-from resources.language_model import LanguageModel
+from prism_assets.features.blocks import BLOCK_ROWS, vectors_of
+from prism_assets.identity import hidden_state_identity
+from prism_assets.progress import Progress, uncounted
+from prism_assets.resources.lake import Artifact, Recipe, Rows
+from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
     import numpy as np
     from peft import PeftModel
-
-HIDDEN_STATES_VERSION = 1
-
-
-def representation_identity(model: LanguageModel) -> dict[str, Any]:
-    """What representations depend on beside the tokens: the model where fine-tuning starts. A fresh LoRA is zero, so
-    `lora:` is no part of it."""
-    return {"version": HIDDEN_STATES_VERSION, "model": model.identify().fingerprint, "dtype": str(model.torch_dtype())}
 
 
 class Representations:
@@ -32,72 +21,68 @@ class Representations:
     block is missing, and given back at once.
     """
 
-    def __init__(
-        self, context: dg.AssetExecutionContext, settings: Settings, lake: Lake, model: LanguageModel
-    ) -> None:
-        self.context, self.settings, self.lake, self.model = context, settings, lake, model
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
         self.used: list[Artifact] = []  # every block that was asked for
 
-    def of(self, tables: Sequence[Artifact]) -> "list[list[Artifact]]":
+    def of(self, tables: Sequence[Artifact]) -> list[list[Artifact]]:
         """The blocks of each table of tokenised examples, in the order of its rows."""
-        recipes = [
-            Recipe(
-                "hidden_states",
-                HIDDEN_STATES_VERSION,
-                {**representation_identity(self.model), "first_row": first},
-                {"examples": table},
-                partition=table.partition,
-            )
+        stage = self.stage
+        identity = hidden_state_identity(stage.model_identity, stage.dtype)
+        parts = [
+            (table, first, self._recipe(table, first, identity))
             # Two files of equal content have one table.
             for table in {one.fingerprint: one for one in tables}.values()
             for first in range(0, table.notes["rows"], BLOCK_ROWS)
         ]
-        found = {recipe.fingerprint: self.lake.find(recipe) for recipe in recipes}
-        missing = [recipe for recipe in recipes if found[recipe.fingerprint] is None]
+        found = {recipe.fingerprint: stage.lake.find(recipe) for *_, recipe in parts}
+        missing = [part for part in parts if found[part[2].fingerprint] is None]
         if missing:
-            rows = sum(min(BLOCK_ROWS, _table(one).notes["rows"] - one.settings["first_row"]) for one in missing)
+            rows = sum(min(BLOCK_ROWS, table.notes["rows"] - first) for table, first, _ in missing)
             # A block has its own cost: it is not the selection's that happens to ask first.
             with (
-                stage.uncounted(),
-                adapted(self.settings, self.model) as peft_model,
-                stage.progress(self.context, "hidden states", rows) as progress,
+                uncounted(),
+                stage.adapted() as peft_model,
+                stage.progress("hidden states", rows) as progress,
             ):
-                for recipe in missing:
-                    found[recipe.fingerprint] = self._publish(recipe, peft_model, progress)
+                for table, first, recipe in missing:
+                    made = stage.make(
+                        recipe, lambda t=table, f=first: _hidden_states(stage, peft_model, t, f, progress)
+                    )
+                    found[recipe.fingerprint] = made.artifact
+        blocks = {fingerprint: block for fingerprint, block in found.items() if block is not None}
         by_table: dict[str, list[Artifact]] = {}
-        for recipe in recipes:
-            by_table.setdefault(_table(recipe).fingerprint, []).append(found[recipe.fingerprint])
-        self.used += found.values()
+        for table, _, recipe in parts:
+            by_table.setdefault(table.fingerprint, []).append(blocks[recipe.fingerprint])
+        self.used += blocks.values()
         return [by_table.get(table.fingerprint, []) for table in tables]
 
     def read(self, block: Artifact) -> "np.ndarray":
         """The unit vectors of a block, float32 [n, H]."""
         import numpy as np
 
-        return vectors_of(self.lake.read_table(block, ["vector"])).astype(np.float32)
+        return vectors_of(self.stage.lake.read_table(block, ["vector"])).astype(np.float32)
 
-    def _publish(self, recipe: Recipe, peft_model: "PeftModel", progress: stage.Progress) -> Artifact:
-        import numpy as np
-        import pyarrow as pa
-
-        from prism_assets.corpus.tokenization import from_table
-        from prism_assets.features.hidden_states import representations
-
-        stopwatch = stage.Stopwatch()
-        table = self.lake.read_table(_table(recipe), ["id", "input_ids", "loss_mask"])
-        rows = table.slice(recipe.settings["first_row"], BLOCK_ROWS)
-        start = progress.done
-        vectors = representations(
-            peft_model,
-            from_table(rows),
-            token_budget=self.settings.features.token_budget,
-            progress=lambda done, _: progress.update(start + done),
-        ).astype(np.float16)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-        content = pa.table({"id": rows["id"], "vector": column})
-        notes = {"cost": stopwatch.cost()}
-        return self.lake.publish_table(recipe, content, run_id=self.context.run_id, compression="none", notes=notes)
+    def _recipe(self, table: Artifact, first: int, identity: dict) -> Recipe:
+        settings = {**identity, "first_row": first}
+        return self.stage.recipe("hidden_states", settings, {"examples": table}, partition=table.partition)
 
 
-def _table(recipe: Recipe) -> Artifact:
-    return recipe.inputs["examples"]
+def _hidden_states(stage: Stage, peft_model: "PeftModel", table: Artifact, first: int, progress: Progress) -> Rows:
+    """The unit vectors of one block of a table."""
+    import numpy as np
+    import pyarrow as pa
+
+    from prism_assets.corpus.token_tables import from_table
+    from prism_assets.gradients.hidden_states import representations
+
+    rows = stage.lake.read_table(table, ["id", "input_ids", "loss_mask"]).slice(first, BLOCK_ROWS)
+    start = progress.done
+    vectors = representations(
+        peft_model,
+        from_table(rows),
+        token_budget=stage.settings.features.token_budget,
+        progress=lambda done, _: progress.update(start + done),
+    ).astype(np.float16)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    return Rows(pa.table({"id": rows["id"], "vector": column}), compression="none")

@@ -1,4 +1,4 @@
-"""A door: exact scores of a shortlist. The sketch's noise is taken out of what is selected, not out of the whole pool.
+"""Exact scores of a shortlist. The sketch's noise is taken out of what is selected, not out of the whole pool.
 
     score_i = Σ_k (η̄_k / Σ_l η̄_l) ⟨t_k, Γ_ik⟩ / (‖t_k‖ ‖Γ_ik‖)        nothing sketched
 
@@ -12,34 +12,26 @@ it newly needs.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prism_assets.features.assets import GradientPass, IndexedShard, gradient_pass
-from prism_assets.selection.pool import LivePool, usable_rows
-from prism_assets.selection.target_direction import load_direction
-from prism_assets.settings import Settings
-from resources.lake import Artifact, Lake
-from resources.language_model import LanguageModel
+from prism_assets.features.gradient_pass import GradientPass, gradient_pass
+from prism_assets.features.index_parts import IndexedShard
+from prism_assets.resources.lake import Artifact, Lake
+from prism_assets.selection.direction_artifacts import load_direction
+from prism_assets.selection.pool import Pool, usable_rows
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from prism_assets.corpus.tokenization import Example
+    from prism_assets.gradients.batching import Example
 
 # Rows of a tier: a few batches' worth.
 TIER = 64
 
 
-def exact_scores(
-    settings: Settings,
-    lake: Lake,
-    model: LanguageModel,
-    warmup: Artifact,
-    direction: Artifact,
-    pool: LivePool,
-    positions: "np.ndarray",
-) -> "np.ndarray":
+def exact_scores(pool: Pool, direction: Artifact, positions: "np.ndarray") -> "np.ndarray":
     """Scores float32 [k] of positions [k] of the pool without a sketch."""
     import numpy as np
 
+    lake = pool.lake
     shards = {one.shard: one for one in pool.segments}
     places = pool.places(positions)
     wanted: dict[str, list[int]] = {}
@@ -55,8 +47,14 @@ def exact_scores(
             for shard, rows in unknown.items()
             if rows
         }
-        with gradient_pass(settings, model, warmup) as work:
-            _compute(lake, work, direction, vectors, pool, shards, pending, found)
+        with gradient_pass(pool.stage) as work:
+            exact = ExactScores(work, vectors)
+            with pool.stage.progress("exact scores", sum(len(t) for tiers in pending.values() for t in tiers)) as progress:
+                for shard, tiers in pending.items():
+                    for rows in tiers:
+                        found[shard][rows] = _tier_scores(pool, exact, shard, rows)
+                        progress.advance(len(rows))
+                    lake.remember(_name(direction, shards[shard]), found[shard].tobytes())
     return np.array([found[shard][row] for shard, row in places], dtype=np.float32)
 
 
@@ -64,8 +62,9 @@ class ExactScores:
     """The exact scores of any examples by one direction, t_k of each checkpoint in `vectors`; prepared once."""
 
     def __init__(self, work: GradientPass, vectors: list[dict[str, Any]]) -> None:
-        from prism_assets.features.sketch import DirectionProducts
-        from prism_assets.selection.direction import norm, relative_rates
+        from prism_assets.gradients.sketch import DirectionProducts
+        from prism_assets.gradients.vectors import norm
+        from prism_assets.selection.direction import relative_rates
 
         self.work = work
         engine = work.at(work.checkpoints[-1])
@@ -87,6 +86,15 @@ class ExactScores:
             with np.errstate(invalid="ignore", divide="ignore"):
                 scores += rate * result.rows[:, 0].astype(np.float64) / (result.norms * length)
         return scores
+
+
+def _tier_scores(pool: Pool, exact: ExactScores, shard: str, rows: "np.ndarray") -> "np.ndarray":
+    import numpy as np
+
+    from prism_assets.corpus.token_tables import from_table
+
+    scores = exact.of(from_table(pool.candidates(shard, ["input_ids", "loss_mask"]).take(rows)))
+    return np.where(np.isfinite(scores), scores, -np.inf)
 
 
 def _name(direction: Artifact, shard: IndexedShard) -> str:
@@ -113,31 +121,3 @@ def _tiers(lake: Lake, shard: IndexedShard, sketched: "np.ndarray") -> "list[np.
     usable = np.flatnonzero(usable_rows(lake, shard))
     ranked = usable[np.argsort(-sketched[usable], kind="stable")]
     return [np.sort(ranked[start : start + TIER]) for start in range(0, len(ranked), TIER)]
-
-
-def _compute(
-    lake: Lake,
-    work: GradientPass,
-    direction: Artifact,
-    vectors: list[dict[str, Any]],
-    pool: LivePool,
-    shards: dict[str, IndexedShard],
-    pending: "dict[str, list[np.ndarray]]",
-    found: "dict[str, np.ndarray]",
-) -> None:
-    """Fills `found` with the exact scores of the pending tiers, shard by shard, and remembers them.
-
-    `vectors` holds t_k of each checkpoint.
-    """
-    import numpy as np
-
-    from prism_assets.corpus.tokenization import from_table
-
-    exact = ExactScores(work, vectors)
-    for shard, tiers in pending.items():
-        table = pool.candidates(shard, ["input_ids", "loss_mask"])
-        for rows in tiers:
-            examples = from_table(table.take(rows))
-            scores = exact.of(examples)
-            found[shard][rows] = np.where(np.isfinite(scores), scores, -np.inf)
-        lake.remember(_name(direction, shards[shard]), found[shard].tobytes())

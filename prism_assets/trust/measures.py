@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from prism_assets.rank_statistics import flipped_share, spearman
+from prism_assets.stats.ranks import flipped_share, spearman
 from prism_assets.selection.direction import TargetSet, Vector, first_order_gain, inner, norm, target_vector
 from prism_assets.selection.preference import PreferenceWeights, TargetKind, preference_weights
 
 if TYPE_CHECKING:
     import torch
 
-    from prism_assets.features.gradients import GradientEngine
-    from prism_assets.features.preconditioner import Preconditioner
+    from prism_assets.gradients.engine import GradientEngine
+    from prism_assets.gradients.preconditioner import Preconditioner
 
 # Steps of growing size, in multiples of the probe step.
 STEP_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)

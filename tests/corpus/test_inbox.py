@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism_assets.corpus import inbox
 from prism_assets.corpus.inbox import scan, shard_key
 
 
@@ -103,9 +102,7 @@ def test_hashes_are_computed_again_only_for_changed_files(tmp_path, monkeypatch)
         put(folder / f"{name}.jsonl", name.encode())
     hashed = []
     digest = hashlib.file_digest
-    monkeypatch.setattr(
-        inbox.hashlib, "file_digest", lambda file, kind: hashed.append(file.name) or digest(file, kind)
-    )
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: hashed.append(file.name) or digest(file, kind))
     first = scan(folder, cache)
     assert len(hashed) == 3
     assert scan(folder, cache) == first and len(hashed) == 3
@@ -113,9 +110,7 @@ def test_hashes_are_computed_again_only_for_changed_files(tmp_path, monkeypatch)
     (folder / "c.jsonl").unlink()
     second = scan(folder, cache)
     assert len(hashed) == 4 and hashed[-1].endswith("b.jsonl")
-    assert {f.sha256 for f in second.files} == {
-        hashlib.sha256(content).hexdigest() for content in (b"a", b"B")
-    }
+    assert {f.sha256 for f in second.files} == {hashlib.sha256(content).hexdigest() for content in (b"a", b"B")}
     assert sorted(os.path.basename(name) for name in json.loads(cache.read_text())) == ["a.jsonl", "b.jsonl"]
     assert os.listdir(cache.parent) == ["cache.json"]
 

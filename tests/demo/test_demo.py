@@ -227,7 +227,7 @@ def test_the_inbox_has_the_stated_mixture_duplicates_within_and_across_shards(in
 
 
 def test_the_package_reads_every_format_and_refuses_exactly_the_bad_records(demo, inbox_rows):
-    from prism_assets.corpus.examples import read_examples
+    from prism_assets.corpus.files import read_examples
 
     examples, refused = [], {}
     for path in sorted((demo / data.INBOX).iterdir()):

@@ -9,8 +9,9 @@ import pytest
 from conftest import make_rows, write_lines
 
 from prism_assets.evaluation import benchmarks
-from prism_assets.evaluation.benchmarks import UnusableBenchmark, read_tasks, run_tasks
-from prism_assets.settings import SettingsError
+from prism_assets.errors import UnusableBenchmark
+from prism_assets.evaluation.benchmarks import read_tasks, run_tasks
+from prism_assets.errors import SettingsError
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'prism-assets[benchmarks]'")
 
@@ -223,22 +224,22 @@ def test_a_group_has_one_score_that_is_asked_for_over_the_documents_of_its_membe
 @pytest.fixture(scope="module")
 def project(make_project, tmp_path_factory):
     """A finished project with a benchmark of its own. Copy it before changing it."""
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
     folder = tmp_path_factory.mktemp("benchmarks") / "project"
     project = make_project(folder, strategies=["prism", "random"], evaluation={"benchmarks": ["tasks/turned.yaml"]})
     write_choice_task(folder / "tasks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_png", lambda figure: b"no picture")
+        patch.setattr(canvas, "png", lambda figure: b"no picture")
         project.run()
     return project
 
 
 @pytest.fixture
 def copy(project, tmp_path, monkeypatch):
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
-    monkeypatch.setattr(plots, "_png", lambda figure: b"no picture")
+    monkeypatch.setattr(canvas, "png", lambda figure: b"no picture")
     return project.copy(tmp_path / "copy")
 
 
@@ -262,7 +263,7 @@ def test_each_seeds_adapter_and_the_base_model_have_scores_of_their_own(project)
         for seed in (0, 1):
             key = f"{strategy}|plain/seed-{seed}"
             base = AutoModelForCausalLM.from_pretrained(project.folder / "model").eval()
-            model = PeftModel.from_pretrained(base, lake.require("adapters", key).path).eval()
+            model = PeftModel.from_pretrained(base, lake.local(lake.require("adapters", key))).eval()
             assert stored(key) == pytest.approx(accuracy_by_hand(model, tokenizer, rows))
             values.append(stored(key)["acc"])
         summary = told["metrics"]["turned acc"]["strategies"][strategy]
@@ -272,10 +273,11 @@ def test_each_seeds_adapter_and_the_base_model_have_scores_of_their_own(project)
 
 
 def test_the_catalogue_has_the_scores(project):
-    from prism_assets.catalog import TABLES, connect
+    from prism_assets.catalog.views import additions
+    from prism_assets.catalog.sql import connect
 
     stored = project.lake.read_table(project.lake.require("benchmarks", "prism|plain/seed-1"))
-    assert set(TABLES["benchmarks"]) == set(stored.column_names)
+    assert set(additions().columns["benchmarks"]) == set(stored.column_names)
     with connect(project.lake) as opened:
         rows = opened.execute(
             "SELECT target, strategy, seed, metric, value FROM benchmarks WHERE seed = 1 AND strategy = 'prism'"
@@ -287,9 +289,10 @@ def test_the_catalogue_has_the_scores(project):
 def test_an_exported_adapters_card_has_the_scores_and_never_those_of_another(project, tmp_path):
     import numpy as np
 
-    from prism_assets.export import CannotExport, export
+    from prism_assets.errors import CannotExport
+    from prism_assets.export.export import export
 
-    adapter, _ = export(project.settings, project.lake, "plain", "prism", tmp_path / "out")
+    adapter, _ = export(project.stage, "plain", "prism", tmp_path / "out")
 
     def stored(partition):
         scores = project.lake.read_table(project.lake.require("benchmarks", partition)).to_pylist()
@@ -307,7 +310,7 @@ def test_an_exported_adapters_card_has_the_scores_and_never_those_of_another(pro
     changed = project.copy(tmp_path / "copy")
     changed.lake.point(changed.lake.require("benchmarks", "random|plain/seed-0"), "prism|plain/seed-0")
     with pytest.raises(CannotExport, match="those of an earlier adapter"):
-        export(changed.settings, changed.lake, "plain", "prism", tmp_path / "other")
+        export(changed.stage, "plain", "prism", tmp_path / "other")
 
 
 def test_changed_data_are_scored_anew_and_nothing_else_is_made(copy):
@@ -322,7 +325,7 @@ def test_changed_data_are_scored_anew_and_nothing_else_is_made(copy):
 
 
 def test_a_benchmark_that_cannot_be_run_stops_a_run_before_any_work(make_project, tmp_path):
-    from prism_assets.pipeline import UserMistake
+    from prism_assets.errors import UserMistake
 
     project = make_project(tmp_path / "project", evaluation={"benchmarks": ["tasks/gone.yaml"]})
     with pytest.raises(UserMistake, match=r"tasks/gone\.yaml: there is no such file"):
@@ -331,7 +334,7 @@ def test_a_benchmark_that_cannot_be_run_stops_a_run_before_any_work(make_project
 
 
 def test_a_harness_that_is_not_installed_is_said_before_any_work(make_project, tmp_path, monkeypatch):
-    monkeypatch.setattr("prism_assets.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("prism_assets.settings.schema.find_spec", lambda name: None)
     project = make_project(tmp_path / "project", evaluation={"benchmarks": ["gsm8k"]})
     says = r"evaluation\.benchmarks: lm-eval is not installed: `pip install 'prism-assets\[benchmarks\]'`"
     with pytest.raises(SettingsError, match=says):

@@ -4,21 +4,24 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from prism_assets.evaluation import metrics
+from prism_assets.evaluation.answers import exact_match, extract_answer
+from prism_assets.evaluation.generation import generate
+from prism_assets.evaluation.metrics import held_out, summarize
+from prism_assets.selection.histogram import score_histogram
 
 VOCABULARY, PAD, EOS = 40, 0, 1
 
 
 def test_plain_preference_is_the_mean_of_exponentials_not_the_exponential_of_the_mean():
-    result = metrics.held_out(np.log([0.5, 0.25, 0.9]))
+    result = held_out(np.log([0.5, 0.25, 0.9]))
     assert result["target_preference"] == pytest.approx((0.5 + 0.25 + 0.9) / 3)
     assert result["mean_log_prob"] == pytest.approx(np.log([0.5, 0.25, 0.9]).mean())
 
 
 def test_pair_preference_is_the_mean_sigmoid_of_the_margins_and_does_not_overflow():
-    result = metrics.held_out([-1.0, -2.0, -3.0], margins=[0.0, 1000.0, -1000.0])
+    result = held_out([-1.0, -2.0, -3.0], margins=[0.0, 1000.0, -1000.0])
     assert result == {"mean_log_prob": pytest.approx(-2.0), "target_preference": pytest.approx(0.5)}
-    result = metrics.held_out([-1.0], margins=[2.0])
+    result = held_out([-1.0], margins=[2.0])
     assert result["target_preference"] == pytest.approx(1 / (1 + np.exp(-2.0)))
 
 
@@ -32,32 +35,32 @@ def test_pair_preference_is_the_mean_sigmoid_of_the_margins_and_does_not_overflo
 )
 def test_held_out_refuses_what_has_no_mean(scores, margins, message):
     with pytest.raises(ValueError, match=message):
-        metrics.held_out(scores, margins)
+        held_out(scores, margins)
 
 
 def test_summarize_uses_the_sample_standard_deviation():
-    assert metrics.summarize([1.0, 2.0, 4.0]) == {
+    assert summarize([1.0, 2.0, 4.0]) == {
         "mean": pytest.approx(7 / 3),
         "std": pytest.approx(np.sqrt(((1 - 7 / 3) ** 2 + (2 - 7 / 3) ** 2 + (4 - 7 / 3) ** 2) / 2)),
         "seeds": 3,
     }
-    assert metrics.summarize([0.25]) == {"mean": 0.25, "std": None, "seeds": 1}
-    assert metrics.summarize([None, None]) is None
+    assert summarize([0.25]) == {"mean": 0.25, "std": None, "seeds": 1}
+    assert summarize([None, None]) is None
     with pytest.raises(ValueError, match=r"seed\(s\) number \[1\]"):
-        metrics.summarize([0.1, None])
+        summarize([0.1, None])
     with pytest.raises(ValueError):
-        metrics.summarize([])
+        summarize([])
 
 
 def test_score_histogram_counts_every_row_and_cuts_at_the_last_selected_score():
     scores = np.random.default_rng(3).normal(size=500)
-    histogram = metrics.score_histogram(scores, selected=25, bins=30)
+    histogram = score_histogram(scores, selected=25, bins=30)
     assert sum(histogram["counts"]) == 500 and len(histogram["edges"]) == 31
     assert (scores >= histogram["cutoff"]).sum() == 25
-    assert metrics.score_histogram(scores, selected=0)["cutoff"] is None
-    assert metrics.score_histogram(scores, selected=500)["cutoff"] == scores.min()
+    assert score_histogram(scores, selected=0)["cutoff"] is None
+    assert score_histogram(scores, selected=500)["cutoff"] == scores.min()
     with pytest.raises(ValueError, match="501"):
-        metrics.score_histogram(scores, selected=501)
+        score_histogram(scores, selected=501)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_score_histogram_counts_every_row_and_cuts_at_the_last_selected_score():
     ],
 )
 def test_answers_that_are_the_same(left, right):
-    assert metrics.exact_match(left, right) and metrics.exact_match(right, [left])
+    assert exact_match(left, right) and exact_match(right, [left])
 
 
 @pytest.mark.parametrize(
@@ -110,14 +113,14 @@ def test_answers_that_are_the_same(left, right):
     ],
 )
 def test_answers_that_differ(left, right):
-    assert not metrics.exact_match(left, right) and not metrics.exact_match(right, left)
+    assert not exact_match(left, right) and not exact_match(right, left)
 
 
 def test_any_of_several_answers_matches_and_none_at_all_is_an_error():
-    assert metrics.exact_match("Paris.", ["Lyon", "paris"])
-    assert not metrics.exact_match("Paris", ["Lyon", "Nice"])
+    assert exact_match("Paris.", ["Lyon", "paris"])
+    assert not exact_match("Paris", ["Lyon", "Nice"])
     with pytest.raises(ValueError, match="at least one answer"):
-        metrics.exact_match("Paris", [])
+        exact_match("Paris", [])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_any_of_several_answers_matches_and_none_at_all_is_an_error():
     ],
 )
 def test_the_answer_follows_the_last_marker(text, answer):
-    assert metrics.extract_answer(text) == answer
+    assert extract_answer(text) == answer
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -195,7 +198,7 @@ def test_generation_equals_a_greedy_loop_over_single_prompts(make_model):
     expected = [greedy_loop(model, prompt, 8, stop) for prompt in prompts]
     assert len({len(row) for row in expected}) > 1
     for batch_size in (1, 4, 13):
-        result = metrics.generate(
+        result = generate(
             model, prompts, pad_token_id=PAD, eos_token_id=stop, max_new_tokens=8, batch_size=batch_size
         )
         assert [row.tolist() for row in result] == expected
@@ -204,9 +207,9 @@ def test_generation_equals_a_greedy_loop_over_single_prompts(make_model):
 def test_a_lora_adapter_changes_what_is_generated():
     model, prompts = tiny_peft_llama(), some_prompts(6)
     settings = {"pad_token_id": PAD, "eos_token_id": EOS, "max_new_tokens": 8}
-    adapted = metrics.generate(model, prompts, **settings)
+    adapted = generate(model, prompts, **settings)
     with model.disable_adapter():
-        plain = metrics.generate(model, prompts, **settings)
+        plain = generate(model, prompts, **settings)
     assert any(left.tolist() != right.tolist() for left, right in zip(adapted, plain, strict=True))
 
 
@@ -218,7 +221,7 @@ def test_decoding_settings_of_the_checkpoint_are_put_aside_and_given_back():
         suppress_tokens=sorted({token for row in expected for token in row}),
     )  # fmt: skip
     model.train()
-    result = metrics.generate(model, prompts, pad_token_id=PAD, eos_token_id=EOS, max_new_tokens=8)
+    result = generate(model, prompts, pad_token_id=PAD, eos_token_id=EOS, max_new_tokens=8)
     assert [row.tolist() for row in result] == expected
     assert model.generation_config is own and model.training
 
@@ -227,16 +230,16 @@ def test_a_long_prompt_loses_its_start():
     model = tiny_llama()
     prompt = np.random.default_rng(0).integers(2, VOCABULARY, size=100)
     settings = {"pad_token_id": PAD, "eos_token_id": None, "max_new_tokens": 10}
-    result = metrics.generate(model, [prompt], **settings)
+    result = generate(model, [prompt], **settings)
     assert result[0].tolist() == greedy_loop(model, prompt[-54:], 10, None)
-    result = metrics.generate(model, [prompt], context_length=30, **settings)
+    result = generate(model, [prompt], context_length=30, **settings)
     assert result[0].tolist() == greedy_loop(model, prompt[-20:], 10, None)
 
 
 def test_generation_names_what_it_cannot_do():
     model, settings = tiny_llama(), {"pad_token_id": PAD, "eos_token_id": EOS}
-    assert metrics.generate(model, [], max_new_tokens=4, **settings) == []
+    assert generate(model, [], max_new_tokens=4, **settings) == []
     with pytest.raises(ValueError, match=r"number \[1\] have no tokens"):
-        metrics.generate(model, [np.array([3]), np.array([], dtype=np.int32)], max_new_tokens=4, **settings)
+        generate(model, [np.array([3]), np.array([], dtype=np.int32)], max_new_tokens=4, **settings)
     with pytest.raises(ValueError, match="the context has 64 tokens"):
-        metrics.generate(model, [np.array([3])], max_new_tokens=64, **settings)
+        generate(model, [np.array([3])], max_new_tokens=64, **settings)

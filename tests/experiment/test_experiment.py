@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_lines
 
-from prism_assets.experiment.assets import split_name, trial_partition
+from prism_assets.identity import split_name, trial_partition
 from prism_assets.experiment.summary import COMPARED_WITH, STAGES
-from prism_assets.pipeline import EXPERIMENT_STEPS, PipelineError, UserMistake, run_pipeline
+from prism_assets.ops.pipeline import EXPERIMENT_STEPS, run_pipeline
+from prism_assets.errors import PipelineError, UserMistake
 
 STRATEGIES = ("prism", "random", "uniform", "less")
 
@@ -18,16 +19,16 @@ STRATEGIES = ("prism", "random", "uniform", "less")
 @pytest.fixture(scope="module", autouse=True)
 def blank_plots():
     """Drawing is half of the time of a run."""
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_png", lambda figure: b"no picture")
+        patch.setattr(canvas, "png", lambda figure: b"no picture")
         yield
 
 
 def experiment(project, targets=None):
     """How many artefacts the experiment made."""
-    results = run_pipeline(project.settings, project.definitions, project.instance, targets=targets, steps=EXPERIMENT_STEPS)
+    results = project.run_steps(EXPERIMENT_STEPS, targets=targets)
     return results[-1].computed
 
 
@@ -174,7 +175,7 @@ def test_costs_are_those_of_the_making(finished):
 
 
 def test_hidden_states_are_work_that_is_shared_and_loading_the_model_is_nobodys(finished, tmp_path, monkeypatch):
-    from resources.language_model import LanguageModel
+    from prism_assets.resources.model.language_model import LanguageModel
 
     project = finished[0].copy(tmp_path / "project")
     load = LanguageModel.adapted
@@ -207,7 +208,7 @@ def test_hidden_states_are_work_that_is_shared_and_loading_the_model_is_nobodys(
 
 
 def test_a_killed_experiment_goes_on_where_it_stopped(started, finished, tmp_path, monkeypatch):
-    from resources.lake import Lake
+    from prism_assets.resources.lake.lake import Lake
 
     project = started.copy(tmp_path / "project")
     publish = Lake.publish_folder
@@ -276,7 +277,7 @@ def test_no_split_selects_a_target_or_held_out_record(started, tmp_path, how):
 
 
 def test_an_arrival_in_the_midst_of_it_gives_no_trial_another_pool(started, tmp_path, monkeypatch):
-    from prism_assets.experiment import assets
+    from prism_assets.experiment import experiment_trials
 
     project = started.copy(tmp_path / "project")
     lake = project.lake
@@ -284,7 +285,7 @@ def test_an_arrival_in_the_midst_of_it_gives_no_trial_another_pool(started, tmp_
     before = {table: [(head, lake.get(table, head["fingerprint"])) for head in lake.heads(table)] for table in tables}
     project.add("late", make_rows(20, 321))
     project.configure(seeds=[0], strategies=["prism"])
-    judge = assets.publish_scores
+    judge = experiment_trials.make_scores
 
     def judge_and_move_the_pool(*arguments):
         for table in tables:
@@ -292,7 +293,7 @@ def test_an_arrival_in_the_midst_of_it_gives_no_trial_another_pool(started, tmp_
                 lake.point(artifact, head["partition"], head["scope"])
         return judge(*arguments)
 
-    monkeypatch.setattr(assets, "publish_scores", judge_and_move_the_pool)
+    monkeypatch.setattr(experiment_trials, "make_scores", judge_and_move_the_pool)
     experiment(project)
     pools = {s: [above(lake, above(lake, trial(lake, s, p, 0), "selection"), "pool") for p in (0, 1)] for s in STRATEGIES}
     found = {one.fingerprint for its in pools.values() for one in its}
@@ -312,7 +313,7 @@ def test_records_that_cannot_be_dealt_are_the_users_to_change(started, tmp_path)
 
 
 def test_lineage_reaches_from_the_outcome_to_the_files(finished):
-    from prism_assets.lineage import find_artifact, trace
+    from prism_assets.catalog.lineage import find_artifact, trace
 
     project, _ = finished
     traced = trace(project.lake, find_artifact(project.lake, "experiment[plain]"))
@@ -323,8 +324,10 @@ def test_lineage_reaches_from_the_outcome_to_the_files(finished):
 
 
 def test_trials_and_experiments_can_be_asked_in_sql(finished):
-    from prism_assets.catalog import TABLES, connect
-    from resources.lake import CatalogAdditions, Lake
+    from prism_assets.catalog.views import additions
+    from prism_assets.catalog.sql import connect
+    from prism_assets.resources.lake.views import CatalogAdditions
+    from prism_assets.resources.lake.lake import Lake
 
     project, _ = finished
     content = content_of(project)
@@ -339,35 +342,35 @@ def test_trials_and_experiments_can_be_asked_in_sql(finished):
         assert found == pytest.approx((difference["mean"], difference["interval"][0]))
         shown = sql.execute("SELECT count(*) FROM selections WHERE current").fetchone()
         assert shown == (2,)
-    with project.lake.connect(CatalogAdditions(TABLES)) as typed, project.lake.connect() as plain:
+    with project.lake.connect(CatalogAdditions(additions().columns)) as typed, project.lake.connect() as plain:
         for table in ("trials", "experiments"):
             kinds = dict(row[:2] for row in plain.execute(f"DESCRIBE raw.{table}").fetchall())
-            assert set(TABLES[table]) <= set(kinds)
+            assert set(additions().columns[table]) <= set(kinds)
             assert kinds == dict(row[:2] for row in typed.execute(f"DESCRIBE raw.{table}").fetchall())
     with connect(Lake(root=str(project.folder / "nothing"))) as empty:
         assert empty.execute("SELECT * FROM trials").fetchall() == empty.execute("SELECT * FROM experiments").fetchall() == []
 
 
 def test_gc_keeps_what_an_experiment_rests_on_and_clears_what_it_gave_up(finished, tmp_path):
-    from prism_assets.housekeeping import collect, plan, what_is_current
+    from prism_assets.ops.gc import collect, plan, what_is_current
 
     project = finished[0].copy(tmp_path / "project")
     lake = project.lake
 
     def clear():
-        today = what_is_current(project.settings, lake, project.model)
+        today = what_is_current(project.stage)
         return collect(lake, plan(lake, **today._asdict(), min_age=0.0, keep=0))
 
     assert not set(clear()) & {"trials", "experiments", "adapters", "selection", "target_directions", "targets"}
     (artifact,) = lake.artifacts("experiments")
-    assert artifact.path.with_suffix(".html").exists() and artifact.path.with_suffix(".json").exists()
+    assert lake.local(artifact, suffix=".html").exists() and lake.local(artifact, suffix=".json").exists()
     assert experiment(project) == 0
 
     project.configure(experiment={"splits": 1})
     experiment(project)
     removed = clear()
     assert removed["trials"][0] == 8 and removed["experiments"][0] == 1 and removed["targets"][0] == 1
-    assert not artifact.path.exists() and not artifact.path.with_suffix(".html").exists()
+    assert not lake.local(artifact).exists() and not lake.local(artifact, suffix=".html").exists()
     assert experiment(project) == 0
 
     # A new warm-up is a new feature version: the experiment belongs to the old one and goes with it.

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_lines
 
-from prism_assets.corpus.tokenization import from_table
-from prism_assets.features.assets import gradient_pass, target_set
-from prism_assets.pipeline import STEPS, Step, run_pipeline
-from prism_assets.reference.assets import warmup_scope
+from prism_assets.corpus.token_tables import from_table
+from prism_assets.corpus.target_set import target_set
+from prism_assets.features.gradient_pass import gradient_pass
+from prism_assets.ops.pipeline import STEPS, Step, run_pipeline
 from prism_assets.selection.strategies import STRATEGIES
 
 SELECT = (*STEPS[:7], Step("Selection", ("selection",), "target_strategy"))
@@ -16,14 +16,14 @@ GRADIENT = [name for name, one in STRATEGIES.items() if one.needs_direction]
 
 @pytest.fixture(autouse=True)
 def blank_plots(monkeypatch):
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
-    monkeypatch.setattr(plots, "_png", lambda figure: b"no picture")
+    monkeypatch.setattr(canvas, "png", lambda figure: b"no picture")
 
 
 def select(project):
     """Content hash and selected ids of every strategy."""
-    run_pipeline(project.settings, project.definitions, project.instance, steps=SELECT)
+    project.run_steps(SELECT)
     found = {name: project.selection(name) for name in project.settings.strategies}
     return {name: (one.content_hash, project.lake.read_table(one)["id"].to_pylist()) for name, one in found.items()}
 
@@ -53,7 +53,7 @@ def wanted(prompt):
 def planted(make_project, tmp_path_factory):
     """Pairs that want `aaaa` and reject `zzzz`; among the candidates some that say what is wanted under other prompts, and
     some that say what is rejected, under the pairs' own prompts."""
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
     project = make_project(
         tmp_path_factory.mktemp("planted") / "project",
@@ -66,7 +66,7 @@ def planted(make_project, tmp_path_factory):
     helpful = [{"prompt": f"say: {one}=", "completion": "aaaa", "source": "helpful"} for one in ("wxy", "zab")]
     project.add("planted", [*harmful, *helpful])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_png", lambda figure: b"no picture")
+        patch.setattr(canvas, "png", lambda figure: b"no picture")
         select(project)
     return project
 
@@ -83,11 +83,11 @@ def test_a_planted_harmful_candidate_ranks_low_and_a_helpful_one_high(planted, s
 @pytest.mark.parametrize(("source", "sign"), [("harmful", -1), ("helpful", 1)])
 def test_a_step_on_a_planted_candidate_does_to_the_targets_what_its_score_says(planted, source, sign):
     """Measured, not predicted: the optimiser's small step on this row alone, and the targets' mean margin."""
-    lake, settings, model = planted.lake, planted.settings, planted.model
+    lake = planted.lake
     rows = lake.read_table(planted.selection("uniform"))
     row = from_table(rows.take([rows["source"].to_pylist().index(source)]))
     targets = target_set(lake.read_table(lake.require("targets", "plain", lake.heads("targets")[0]["scope"])))
-    with gradient_pass(settings, model, lake.require("warmup_checkpoints", None, warmup_scope(settings, model))) as work:
+    with gradient_pass(planted.stage) as work:
         checkpoint = work.checkpoints[-1]
         engine = work.at(checkpoint)
         before = np.mean(targets.scores(engine.mean_log_probs(targets.examples)))

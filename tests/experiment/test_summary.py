@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from prism_assets.experiment.summary import Cost, Trial, long_table, share_cost, summarize, table, total_cost, verdict
+from prism_assets.experiment.summary import Cost, Trial, long_table, share_cost, summarize, table, total_cost
+from prism_assets.experiment.verdict import verdict
 
 BASE = {"target_preference": 0.3, "mean_log_prob": -1.2, "exact_match": 0.1}
 

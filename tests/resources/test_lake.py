@@ -13,17 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from resources import lake as lake_module
-from resources.lake import (
-    DamagedArtifact,
-    Lake,
-    LakeError,
-    Recipe,
-    digest,
-    hash_folder,
-    hash_table,
-    hash_tensors,
-)
+from prism_assets.resources import store as store_module
+from prism_assets.errors import DamagedArtifact, LakeError
+from prism_assets.resources.lake.lake import Lake
+from prism_assets.resources.lake.recipe import SIDECAR, Recipe, digest
+from prism_assets.resources.lake.hashing import hash_folder, hash_table, hash_tensors
 
 KINDS = ("table", "tensors", "folder")
 
@@ -198,13 +192,13 @@ def test_what_is_published_is_found_with_its_header(lake, kind):
     assert lake.find(recipe) is None
     made = publish(lake, kind, recipe, run_id="run 7")
     found = lake.find(recipe)
-    assert found == made and found.path.exists()
+    assert found == made and lake.local(found).exists()
     header = found.header
     assert (header["table"], header["version"], header["partition"]) == ("t", "v", "x")
     assert (header["stage_version"], header["settings"], header["run_id"]) == (3, {"rate": 0.5}, "run 7")
     reference = {"table": "source", "fingerprint": source.fingerprint, "content_hash": source.content_hash}
     assert header["inputs"] == {"rows": reference} and header["lineage"] == {"pool": [reference]}
-    assert header["fingerprint"] == recipe.fingerprint in found.path.name
+    assert header["fingerprint"] == recipe.fingerprint in lake.local(found).name
     assert not files_below(lake.folder / "unpublished")
 
 
@@ -221,7 +215,7 @@ def test_content_comes_back_as_it_was(lake):
 def test_attachments_lie_beside_the_table(lake):
     recipe = Recipe("t", 1)
     artifact = lake.publish_table(recipe, some_table(), attachments={".jsonl": lambda path: path.write_text("{}\n")})
-    assert artifact.path.with_suffix(".jsonl").read_text() == "{}\n"
+    assert lake.local(artifact, suffix=".jsonl").read_text() == "{}\n"
     assert [one.fingerprint for one in lake.artifacts("t")] == [recipe.fingerprint]
 
 
@@ -236,10 +230,10 @@ def test_a_crash_at_any_point_of_publishing_leaves_nothing_half_made(lake, monke
 
     with monkeypatch.context() as patch:
         if point == "before the rename":
-            patch.setattr(lake_module.os, "replace", crash)
-            patch.setattr(lake_module.os, "link", crash)
+            patch.setattr(store_module.os, "replace", crash)
+            patch.setattr(store_module.os, "link", crash)
         else:
-            patch.setattr(lake_module.os, "fsync", crash)
+            patch.setattr(store_module.os, "fsync", crash)
         with pytest.raises(Crash):
             publish(lake, kind, Recipe("t", 1))
     assert nothing_half_made(lake, "t")
@@ -306,13 +300,13 @@ def test_of_two_publishers_the_first_wins_and_neither_fails(lake, kind):
 def test_many_publishers_at_once_leave_one_artefact(lake, monkeypatch, kind):
     recipe = Recipe("t", 1)
     everyone_is_ready = threading.Barrier(4)
-    flush = lake_module._flush
+    flush = store_module._flush
 
     def flush_and_wait(path):  # all drafts are whole before the first is moved into place
         flush(path)
         everyone_is_ready.wait(timeout=20)
 
-    monkeypatch.setattr(lake_module, "_flush", flush_and_wait)
+    monkeypatch.setattr(store_module, "_flush", flush_and_wait)
     results, errors = [], []
 
     def work(number):
@@ -336,7 +330,7 @@ def test_a_file_system_without_hard_links_is_good_enough(lake, monkeypatch):
     def no_links(source, target):
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(lake_module.os, "link", no_links)
+    monkeypatch.setattr(store_module.os, "link", no_links)
     assert publish(lake, "table", Recipe("t", 1)) == lake.find(Recipe("t", 1))
 
 
@@ -346,7 +340,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(lake, monkeypatch, kind):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lake_module.os, "fsync", full)
+        patch.setattr(store_module.os, "fsync", full)
         with pytest.raises(LakeError, match=r"disk of the lake .* is full .*: t was not published"):
             publish(lake, kind, Recipe("t", 1))
     assert nothing_half_made(lake, "t")
@@ -389,7 +383,7 @@ def test_other_errors_of_the_disk_are_not_called_a_full_disk(lake, monkeypatch):
     def forbidden(descriptor):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(lake_module.os, "fsync", forbidden)
+    monkeypatch.setattr(store_module.os, "fsync", forbidden)
     with pytest.raises(PermissionError):
         publish(lake, "table", Recipe("t", 1))
 
@@ -407,11 +401,11 @@ def damage_by_truncation(path):
 def test_a_truncated_artefact_is_named_set_aside_and_rebuilt(lake, caplog, kind):
     recipe = Recipe("t", 1)
     artifact = publish(lake, kind, recipe)
-    damage_by_truncation(artifact.path)
+    damage_by_truncation(lake.local(artifact))
     assert lake.find(recipe) is None
-    aside = [path for path in artifact.path.parent.iterdir() if path.name.endswith(".damaged")]
-    assert len(aside) == 1 and not artifact.path.exists()
-    assert artifact.path.name in caplog.text and aside[0].name in caplog.text and "rebuilt" in caplog.text
+    aside = [path for path in lake.local(artifact).parent.iterdir() if path.name.endswith(".damaged")]
+    assert len(aside) == 1 and not lake.local(artifact).exists()
+    assert lake.local(artifact).name in caplog.text and aside[0].name in caplog.text and "rebuilt" in caplog.text
     assert list(lake.artifacts("t")) == []
     rebuilt = publish(lake, kind, recipe)
     assert rebuilt.content_hash == artifact.content_hash and lake.find(recipe) == rebuilt
@@ -421,9 +415,9 @@ def test_a_truncated_artefact_is_named_set_aside_and_rebuilt(lake, caplog, kind)
 def test_a_folder_that_lost_something_is_rebuilt(lake, loss):
     recipe = Recipe("t", 1)
     artifact = publish(lake, "folder", recipe)
-    sidecar = artifact.path / lake_module.SIDECAR
+    sidecar = lake.local(artifact) / SIDECAR
     if loss == "a file":
-        (artifact.path / "names.txt").unlink()
+        (lake.local(artifact) / "names.txt").unlink()
     elif loss == "the sidecar":
         sidecar.unlink()
     else:
@@ -437,11 +431,11 @@ def test_a_file_of_something_else_is_not_taken_for_an_artefact(lake, kind):
     recipe = Recipe("t", 1)
     artifact = publish(lake, kind, recipe)
     if kind == "table":
-        pq.write_table(pa.table({"a": [1]}), artifact.path)
+        pq.write_table(pa.table({"a": [1]}), lake.local(artifact))
     else:
         from safetensors.torch import save_file
 
-        save_file({"a": torch.ones(1)}, artifact.path)
+        save_file({"a": torch.ones(1)}, lake.local(artifact))
     assert lake.find(recipe) is None
 
 
@@ -457,26 +451,26 @@ def test_one_flipped_bit_is_named_when_it_is_read_and_the_artefact_counts_as_not
 
     read = lake.read_table if kind == "table" else lake.read_tensors
     artifact = lake.point(publish_values(), "p")
-    whole = artifact.path.read_bytes()
+    whole = lake.local(artifact).read_bytes()
     content = bytearray(whole)
     content[20_000] ^= 1  # the header and the size stay as they were
-    artifact.path.write_bytes(content)
-    with pytest.raises(DamagedArtifact, match=rf"{artifact.path.name} \(t\[p\]\) is damaged .* will be rebuilt.*prism run"):
+    lake.local(artifact).write_bytes(content)
+    with pytest.raises(DamagedArtifact, match=rf"{lake.local(artifact).name} \(t\[p\]\) is damaged .* will be rebuilt.*prism run"):
         read(artifact)
     assert lake.find(recipe) is None and lake.head("t", "p") is None
-    (aside,) = artifact.path.parent.glob("*.damaged")
+    (aside,) = lake.local(artifact).parent.glob("*.damaged")
     assert aside.read_bytes() == content
     rebuilt = publish_values()
-    assert rebuilt.content_hash == artifact.content_hash and rebuilt.path == artifact.path
+    assert rebuilt.content_hash == artifact.content_hash and rebuilt.key == artifact.key
     read(rebuilt)
 
 
 def test_a_table_that_cannot_be_reached_is_not_called_damaged(lake):
     artifact = publish(lake, "table", Recipe("t", 1))
-    artifact.path.rename(artifact.path.with_suffix(".elsewhere"))
+    lake.local(artifact).rename(lake.local(artifact, suffix=".elsewhere"))
     with pytest.raises(LakeError, match="cannot be read") as failure:
         lake.read_table(artifact)
-    assert not isinstance(failure.value, DamagedArtifact) and not list(artifact.path.parent.glob("*.damaged"))
+    assert not isinstance(failure.value, DamagedArtifact) and not list(lake.local(artifact).parent.glob("*.damaged"))
 
 
 # -- heads -------------------------------------------------------------------------------------------------------
@@ -506,7 +500,7 @@ def test_a_partition_without_artefact_is_asked_for_with_advice(lake):
 
 def test_a_head_whose_artefact_is_damaged_counts_as_absent(lake):
     artifact = lake.point(publish(lake, "table", Recipe("t", 1)), "p")
-    damage_by_truncation(artifact.path)
+    damage_by_truncation(lake.local(artifact))
     assert lake.head("t", "p") is None
 
 
@@ -546,7 +540,7 @@ def test_views_show_what_pyarrow_reads(tmp_path, folder):
                 params=[partition, "v1"],
             )
             assert found.to_arrow_table().to_pylist() == pq.read_table(
-                lake.head("my rows", partition, "v1").path
+                lake.local(lake.head("my rows", partition, "v1"))
             ).sort_by("id").to_pylist()
         assert connection.execute('SELECT count(*) FROM "my rows"').fetchone() == (12,)
         assert connection.execute("SELECT count(*) FROM artifacts").fetchone() == (3,)
@@ -561,14 +555,14 @@ def test_lineage_can_be_asked_for_in_sql(lake):
         settings = connection.execute("SELECT settings->>'k', file FROM artifacts WHERE table_name = 'middle'").fetchone()
     reference = ("source", source.fingerprint, source.content_hash)
     assert edges == [("middle", "pool", *reference, False), ("middle", "rows", *reference, True)]
-    assert heads == [("source", "v", "p", "run 1", str(source.path.resolve()))]
-    assert settings == ("2", str(tensors.path.resolve()))
+    assert heads == [("source", "v", "p", "run 1", str(lake.local(source).resolve()))]
+    assert settings == ("2", str(lake.local(tensors).resolve()))
 
 
 def test_the_header_is_readable_by_duckdb_alone(lake):
     artifact = publish(lake, "table", Recipe("t", 4, {"rate": 0.5}, partition="it's"))
     (text,) = duckdb.execute(
-        "SELECT decode(value) FROM parquet_kv_metadata(?) WHERE decode(key) = 'prism'", [str(artifact.path)]
+        "SELECT decode(value) FROM parquet_kv_metadata(?) WHERE decode(key) = 'prism'", [str(lake.local(artifact))]
     ).fetchone()
     assert json.loads(text) == dict(artifact.header)
 
@@ -613,6 +607,6 @@ def test_the_catalogue_of_an_empty_lake_has_its_tables(lake):
 
 def test_the_catalogue_leaves_damaged_files_out(lake):
     lake.point(publish(lake, "table", Recipe("t", 1)), "a")
-    damage_by_truncation(lake.point(publish(lake, "table", Recipe("t", 2)), "b").path)
+    damage_by_truncation(lake.local(lake.point(publish(lake, "table", Recipe("t", 2)), "b")))
     with lake.connect() as connection:
         assert connection.execute("SELECT DISTINCT partition FROM t").fetchall() == [("a",)]

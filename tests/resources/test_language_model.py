@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from prism_assets.training.sft import save_adapter
-from resources.language_model import LanguageModel, ModelError
+from prism_assets.errors import ModelError
+from prism_assets.resources.model.language_model import LanguageModel
+from prism_assets.sft.adapter_files import save_adapter
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": "all-linear"}
 
@@ -87,6 +88,8 @@ def test_identity_depends_on_weights_tokenizer_and_adapter(folder, adapter):
 
 
 def test_hashes_are_remembered_and_renewed_when_a_file_changes(folder, tmp_path):
+    for file in folder.iterdir():
+        os.utime(file, (1, 1))  # a file that was changed a moment ago is not remembered
     cached = of(folder, cache=str(tmp_path / "cache"))
     first = cached.identify()
     assert first == of(folder).identify() == cached.identify()
@@ -98,6 +101,22 @@ def test_hashes_are_remembered_and_renewed_when_a_file_changes(folder, tmp_path)
     assert cached.identify() == of(folder).identify() != first
     (tmp_path / "cache" / "model-files.json").write_text("{half")
     assert cached.identify() == of(folder).identify()
+
+
+def test_what_was_remembered_is_not_read_again_through_links_either(folder, tmp_path, monkeypatch):
+    """A project's cache of before: {path: [size, modification time in ns, SHA-256]}, by the files that links lead to."""
+    found = {file: file.stat() for file in folder.iterdir()}
+    entries = {str(file): [status.st_size, status.st_mtime_ns, "ab" * 32] for file, status in found.items()}
+    (tmp_path / "model-files.json").write_text(json.dumps(entries))
+    links = tmp_path / "links"
+    links.mkdir()
+    for file in folder.iterdir():
+        (links / file.name).symlink_to(file)
+    monkeypatch.setattr("hashlib.file_digest", None)
+    assert (
+        of(links, cache=str(tmp_path)).identify().fingerprint == of(folder, cache=str(tmp_path)).identify().fingerprint
+    )
+    assert json.loads((tmp_path / "model-files.json").read_text()) == entries
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------
@@ -226,8 +245,9 @@ def test_the_base_model_comes_back_unchanged_after_an_error(folder, adapter, tmp
         raise ZeroDivisionError
     assert torch.equal(logits(model.base()), before) and list(model.base().state_dict()) == names
 
-    with pytest.raises(ModelError, match="LoRA cannot be put on .*no_such_layer"), model.adapted(
-        rank=2, alpha=4, target_modules=("no_such_layer",)
+    with (
+        pytest.raises(ModelError, match="LoRA cannot be put on .*no_such_layer"),
+        model.adapted(rank=2, alpha=4, target_modules=("no_such_layer",)),
     ):
         pass
     assert torch.equal(logits(model.base()), before) and list(model.base().state_dict()) == names
@@ -259,9 +279,7 @@ def test_a_fresh_adapter_is_seeded_starts_at_zero_and_leaves_the_random_state_al
 def test_a_state_is_laid_over_the_fresh_adapter(folder):
     model = of(folder)
     with model.adapted(**LORA, seed=0) as peft_model:
-        state = {
-            name: torch.randn(value.shape) for name, value in get_peft_model_state_dict(peft_model).items()
-        }
+        state = {name: torch.randn(value.shape) for name, value in get_peft_model_state_dict(peft_model).items()}
     with model.adapted(**LORA, seed=1, state=state) as peft_model:
         found = get_peft_model_state_dict(peft_model)
         assert found.keys() == state.keys()

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prism_assets.features.gradients import GradientEngine
-from prism_assets.features.sketch import ExactFeatures
+from prism_assets.gradients.engine import GradientEngine
+from prism_assets.gradients.sketch import ExactFeatures
 from prism_assets.selection.direction import (
     TargetSet,
     first_order_gain,
@@ -258,14 +258,14 @@ def test_learning_rates_of_zero_count_alike():
 def test_without_a_usable_sample_row_a_correction_says_what_to_do():
     import pyarrow as pa
 
-    from prism_assets.selection.target_direction import _corrected
-    from prism_assets.settings import SettingsError
+    from prism_assets.errors import SettingsError
+    from prism_assets.selection.direction_artifacts import _corrected
 
     sample = pa.table({"refused": ["the gradient vanishes", "the gradient is not finite"]})
     lake = SimpleNamespace(read_table=lambda artifact: sample)
-    work = SimpleNamespace(checkpoints=[None], at=lambda checkpoint: None)
+    work = SimpleNamespace(stage=SimpleNamespace(lake=lake), checkpoints=[None], at=lambda checkpoint: None)
     with pytest.raises(SettingsError, match="fisher_damping: .* 2 rows and none .*vanishes.* warmup.share"):
-        _corrected(None, lake, work, 0, {}, None)
+        _corrected(work, 0, {}, None)
 
 
 def test_agreement_of_weights_is_the_worst_rank_correlation_with_ties_shared():

@@ -7,12 +7,13 @@ import pytest
 from conftest import make_rows
 from typer.testing import CliRunner
 
-from prism_assets.explanation import CannotExplain, Explainer
-from prism_assets.features.assets import read_blocks, vectors_of
-from prism_assets.housekeeping import feature_versions
-from prism_assets.pipeline import STEPS, run_pipeline
-from prism_assets.selection.explain import rank_of, target_contributions
-from resources.lake import LakeError
+from prism_assets.errors import CannotExplain
+from prism_assets.explanation.explainer import Explainer
+from prism_assets.features.blocks import read_blocks, vectors_of
+from prism_assets.ops.gc import feature_versions
+from prism_assets.ops.pipeline import STEPS, run_pipeline
+from prism_assets.explanation.parts import rank_of, target_contributions
+from prism_assets.errors import LakeError
 
 # -- the formulas ------------------------------------------------------------------------------------------------
 
@@ -71,8 +72,7 @@ def explainer(two_versions):
 
 
 def open_explainer(project, **options):
-    store = project.definitions.resources["vector_store"]
-    return Explainer(project.settings, project.lake, project.model, store, **{"target": "plain", **options})
+    return Explainer(project.stage, **{"target": "plain", **options})
 
 
 def direction_of(lake, version, target, strategy):
@@ -142,7 +142,7 @@ def test_the_weights_are_the_published_ones(two_versions, explainer):
     features = lake.read_table(lake.head("target_features", "plain", version)).to_pylist()
     # Two checkpoints: softmax of the scores at each, mixed by the learning rates that led there.
     warmup = next(iter(lake.artifacts("warmup_checkpoints")))
-    rates = [one["mean_learning_rate"] for one in json.loads((warmup.path / "checkpoints.json").read_text())]
+    rates = [one["mean_learning_rate"] for one in json.loads(lake.local(warmup, "checkpoints.json").read_text())]
     weights = np.exp(np.array([row["score"] for row in features]))
     weights = (weights / weights.sum(axis=0)) @ (np.array(rates) / sum(rates))
     found = {part.id: part.weight for part in explainer().explain("it's-0").parts}
@@ -210,8 +210,8 @@ def test_a_copy_counts_once_and_says_where_the_other_is(explainer, monkeypatch):
         assert found.shard.startswith("shard0-") and found.row == 3
         assert len(found.notes) == 1 and "shard1-" in found.notes[0]
     # Named by what only the copy is called.
-    named = [p._replace(record_id="copy") if p.excluded == "duplicate" else p for p in explainer().places]
-    monkeypatch.setattr(explainer(), "places", named)
+    named = [p._replace(record_id="copy") if p.excluded == "duplicate" else p for p in explainer().places.all]
+    monkeypatch.setattr(explainer().places, "all", named)
     assert explainer().explain("copy").shard.startswith("shard0-")
 
 
@@ -234,8 +234,8 @@ def test_an_unknown_candidate_is_refused_with_near_ones(explainer):
 
 def test_a_record_id_of_two_candidates_is_ambiguous(explainer, monkeypatch):
     instance = explainer()
-    twins = [place._replace(record_id="twin") for place in instance.places[:2]]
-    monkeypatch.setattr(instance, "places", [*twins, *instance.places[2:]])
+    twins = [place._replace(record_id="twin") for place in instance.places.all[:2]]
+    monkeypatch.setattr(instance.places, "all", [*twins, *instance.places.all[2:]])
     with pytest.raises(CannotExplain, match="any of these 2") as error:
         instance.explain("twin")
     assert all(place.id in str(error.value) for place in twins)
@@ -263,7 +263,7 @@ def test_without_the_model_the_sketched_score_is_explained(two_versions, tmp_pat
         found = explainer.explain("it's-7")
     assert found.exact_score is None and "model" in found.why_not_exact
     assert found.score_rows()[-1] == ("score", None, None, found.score)
-    from resources.language_model import ModelError
+    from prism_assets.errors import ModelError
 
     with pytest.raises(ModelError):
         open_explainer(project, exact=True)
@@ -274,22 +274,22 @@ def test_the_exact_score_holds_for_every_preconditioner(make_project, tmp_path, 
     # Without a sketch what is stored is exact but for half precision.
     features = {"sketch_dim": "exact", "optimizer": optimizer}
     project = make_project(tmp_path / "project", features=features, strategies=["prism"], warmup={"checkpoints": 2})
-    run_pipeline(project.settings, project.definitions, project.instance, steps=STEPS[:7])
+    project.run_steps(STEPS[:7])
     with open_explainer(project) as explainer:
-        for name in [place.id for place in explainer.places if place.excluded is None][::15]:
+        for name in [place.id for place in explainer.places.all if place.excluded is None][::15]:
             found = explainer.explain(name)
             assert found.exact_score == pytest.approx(found.score, abs=2e-3)
 
 
 def test_in_a_selection_that_was_ranked_again_the_exact_rank_is_shown(make_project, tmp_path):
     project = make_project(tmp_path / "project", strategies=["prism", "random"], selection={"rerank": 2.0})
-    run_pipeline(project.settings, project.definitions, project.instance, steps=STEPS[:7])
+    project.run_steps(STEPS[:7])
     selection = next(step for step in STEPS if "selection" in step.assets)._replace(assets=("selection",))
-    run_pipeline(project.settings, project.definitions, project.instance, steps=[selection])
+    project.run_steps([selection])
     rows = {row["id"]: row for row in project.selected("prism")}
     by_sketch = {}
     with open_explainer(project) as explainer:
-        for name in [place.id for place in explainer.places if place.excluded is None]:
+        for name in [place.id for place in explainer.places.all if place.excluded is None]:
             found = explainer.explain(name)
             shown = next(one for one in found.ranks if one.strategy == "prism")
             assert found.reranked and shown.selected == (name in rows)
@@ -316,11 +316,11 @@ def test_a_candidate_of_a_shard_outside_the_pool_is_named(two_versions, tmp_path
     project = two_versions.copy(tmp_path / "copy")
     lake = project.lake
     with open_explainer(project, exact=False) as explainer:
-        rows = explainer.places
+        rows = explainer.places.all
         head = next(h for h in lake.heads("candidates") if h["partition"].startswith("shard1"))
         lake.point(lake.get("candidates", head["fingerprint"]), "shard9-000000000000", head["scope"])
         name = next(p.id for p in rows if p.shard.startswith("shard1") and p.excluded is None)
-        explainer.places = [place for place in rows if place.shard != head["partition"]]
+        explainer.places.all = [place for place in rows if place.shard != head["partition"]]
         with pytest.raises(CannotExplain, match="shard9-000000000000.*not in the live pool"):
             explainer.explain(name)
 

@@ -4,21 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from prism_assets.features.sketch import DirectionProducts
+from prism_assets.gradients.sketch import DirectionProducts
 from prism_assets.selection.direction import curvature_coefficients
 
 
 @pytest.fixture(autouse=True)
 def blank_plots(monkeypatch):
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
-    monkeypatch.setattr(plots, "_png", lambda figure: b"no picture")
+    monkeypatch.setattr(canvas, "png", lambda figure: b"no picture")
 
 
 @pytest.fixture(scope="module")
 def project(make_project, tmp_path_factory):
     """Re-ranked selections from a sketch of 64 dimensions, two checkpoints. Copy it before changing it."""
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
     made = make_project(
         tmp_path_factory.mktemp("rerank") / "project",
@@ -28,22 +28,20 @@ def project(make_project, tmp_path_factory):
         seeds=[0],
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_png", lambda figure: b"no picture")
+        patch.setattr(canvas, "png", lambda figure: b"no picture")
         made.run()
     return made
 
 
 def explicit_rows(project):
     """Preconditioned per-example gradients of every candidate, by checkpoint: id -> vector [P], and mean rates [C]."""
-    from prism_assets.corpus.tokenization import from_table
-    from prism_assets.features.assets import gradient_pass
-    from prism_assets.reference.assets import warmup_scope
+    from prism_assets.corpus.token_tables import from_table
+    from prism_assets.features.gradient_pass import gradient_pass
 
-    lake, model, settings = project.lake, project.model, project.settings
-    warmup = lake.require("warmup_checkpoints", None, warmup_scope(settings, model))
+    lake = project.lake
     tables = [lake.get("candidates", head["fingerprint"]) for head in lake.heads("candidates")]
     found, rates = [], []
-    with gradient_pass(settings, model, warmup) as work:
+    with gradient_pass(project.stage) as work:
         for checkpoint in work.checkpoints:
             engine, preconditioner = work.at(checkpoint), work.preconditioner(checkpoint)
             rows = {}
@@ -67,7 +65,8 @@ def inner(left, right):
 
 @pytest.mark.parametrize("strategy", ["prism", "uniform"])
 def test_selected_scores_are_exact_and_in_order(project, strategy):
-    from prism_assets.selection.assets import load_direction, query_index
+    from prism_assets.selection.direction_artifacts import load_direction
+    from prism_assets.selection.selection import query_index
 
     rows, rates = explicit_rows(project)
     direction = project.lake.get(
@@ -87,8 +86,7 @@ def test_selected_scores_are_exact_and_in_order(project, strategy):
     np.testing.assert_allclose(scores, [exact(row["id"]) for row in selected], atol=2e-6)
     assert scores == sorted(scores, reverse=True)
     # They are the best of the 24 that the sketch puts first.
-    engines = [project.definitions.resources[name] for name in ("lake", "language_model", "vector_store")]
-    shortlist = query_index(project.settings, *engines, target="plain", strategy=strategy, k=24)
+    shortlist = query_index(project.stage, target="plain", strategy=strategy, k=24)
     best = sorted((row["id"] for row in shortlist), key=exact, reverse=True)[:8]
     assert [row["id"] for row in selected] == best
 
@@ -128,7 +126,7 @@ def test_an_exact_score_is_computed_once(project, tmp_path, monkeypatch):
 
     copy = project.copy(tmp_path / "copy").configure(selection={"budget": 6})
     asked = []
-    monkeypatch.setattr(rerank, "_compute", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(rerank, "gradient_pass", lambda *arguments: asked.append(arguments))
     copy.run()
     assert not asked and len(copy.selected("prism")) == 6
 
@@ -165,8 +163,7 @@ def test_coefficients_give_the_damped_inverse(damping):
 
 
 def test_a_corrected_direction_is_the_damped_inverse_of_explicit_gradients(project, tmp_path):
-    from prism_assets.reference.assets import warmup_scope
-    from prism_assets.selection.assets import load_direction
+    from prism_assets.selection.direction_artifacts import load_direction
 
     copy = project.copy(tmp_path / "fisher").configure(
         features={"sketch_dim": "exact"}, preference={"fisher_damping": 0.002}, selection={"rerank": 0}
@@ -175,8 +172,7 @@ def test_a_corrected_direction_is_the_damped_inverse_of_explicit_gradients(proje
     plain = project.copy(tmp_path / "plain").configure(features={"sketch_dim": "exact"}, selection={"rerank": 0})
     plain.run()
     rows, _ = explicit_rows(copy)
-    scope = warmup_scope(copy.settings, copy.model)
-    sample = copy.lake.read_table(copy.lake.require("warmup_sample", None, scope))["id"].to_pylist()
+    sample = copy.lake.read_table(copy.stage.shown("warmup_sample"))["id"].to_pylist()
 
     def direction(one):
         inputs = one.selection("prism").header["inputs"]["direction"]
@@ -194,7 +190,7 @@ def test_a_corrected_direction_is_the_damped_inverse_of_explicit_gradients(proje
 
 
 def test_a_correction_for_an_optimiser_without_a_diagonal_is_refused(project, tmp_path):
-    from prism_assets.settings import SettingsError
+    from prism_assets.errors import SettingsError
 
     copy = project.copy(tmp_path / "copy").configure(
         features={"optimizer": "adam_step"}, preference={"fisher_damping": 0.1}
@@ -220,14 +216,13 @@ def test_summed_scores_weigh_targets_by_their_whole_probability(project, tmp_pat
 
 
 def test_an_explanation_of_a_corrected_or_summed_score_still_adds_up(project, tmp_path):
-    from prism_assets.explanation import Explainer
+    from prism_assets.explanation.explainer import Explainer
 
     for number, preference in enumerate(({"fisher_damping": 0.002}, {"score": "sum", "temperature": 5.0})):
         copy = project.copy(tmp_path / str(number)).configure(preference=preference, selection={"rerank": 0})
         copy.run()
         top = copy.selected("prism")[0]
-        engines = [copy.definitions.resources[name] for name in ("lake", "language_model", "vector_store")]
-        with Explainer(copy.settings, *engines, target="plain") as explainer:
+        with Explainer(copy.stage, target="plain") as explainer:
             found = explainer.explain(top["id"])
         assert found.score == pytest.approx(top["score"], abs=1e-6)
         assert (found.curvature is not None) == ("fisher_damping" in preference) and abs(found.rounding) < 1e-5

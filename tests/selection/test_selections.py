@@ -9,11 +9,11 @@ import torch
 from conftest import make_rows, save_tiny_model
 from test_baselines import slow_mmr, slow_turns
 
-from prism_assets.housekeeping import plan
-from prism_assets.pipeline import STEPS, Step, run_pipeline
-from prism_assets.selection.assets import query_index, selection_inputs
+from prism_assets.ops.gc import plan
+from prism_assets.ops.pipeline import STEPS, Step, run_pipeline
+from prism_assets.selection.selection import query_index, selection_inputs
 from prism_assets.selection.strategies import STRATEGIES
-from resources.lake import LakeError
+from prism_assets.errors import LakeError
 
 NEW = ("perplexity", "bm25", "rds", "prism-mmr")
 UP_TO_SELECTION = (*STEPS[:-2], Step("Selection", ("selection",), "target_strategy"))
@@ -21,16 +21,16 @@ UP_TO_SELECTION = (*STEPS[:-2], Step("Selection", ("selection",), "target_strate
 
 def select(project):
     """Everything up to the selections: how many artefacts each step made."""
-    results = run_pipeline(project.settings, project.definitions, project.instance, steps=UP_TO_SELECTION)
+    results = project.run_steps(UP_TO_SELECTION)
     return {result.step.title: result.computed for result in results}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def blank_plots():
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_png", lambda figure: b"no picture")
+        patch.setattr(canvas, "png", lambda figure: b"no picture")
         yield
 
 
@@ -94,12 +94,12 @@ def test_the_order_of_arrival_changes_no_selection(selected, tmp_path):
 
 
 def test_nothing_is_made_twice(selected, tmp_path, monkeypatch):
-    from prism_assets.selection import representations
+    from prism_assets.stage import Stage
 
     project = selected.copy(tmp_path / "project")
     assert set(select(project).values()) == {0}
     # The hidden states are there: another budget loads no model for them.
-    monkeypatch.setattr(representations, "adapted", None)
+    monkeypatch.setattr(Stage, "adapted", None)
     project.configure(strategies=["rds"], selection={"budget": 5})
     assert select(project)["Selection"] == 1 and len(ids_of(project, "rds")) == 5
 
@@ -125,7 +125,7 @@ def test_mmr_is_that_of_the_formula_with_mean_cosines_over_checkpoints(selected)
     ids = sorted(features)
     scores = {row["id"]: row["score"] for row in everything(selected, "prism")}
     warmup = next(iter(selected.lake.artifacts("warmup_checkpoints")))
-    rates = np.array([one["mean_learning_rate"] for one in json.loads((warmup.path / "checkpoints.json").read_text())])
+    rates = np.array([one["mean_learning_rate"] for one in json.loads(selected.lake.local(warmup, "checkpoints.json").read_text())])
     blocks = np.array([features[one]["vector"] for one in ids]).reshape(len(ids), 2, -1)
     vectors = np.concatenate([np.sqrt(rates[k] / rates.sum()) * blocks[:, k] for k in range(2)], axis=1)
     order = slow_mmr([scores[one] for one in ids], vectors, ids, 8)
@@ -137,9 +137,7 @@ def test_mmr_is_that_of_the_formula_with_mean_cosines_over_checkpoints(selected)
 
 def everything(project, strategy):
     """The whole pool in a strategy's order."""
-    definitions = project.definitions
-    store, model = definitions.resources["vector_store"], project.model
-    return query_index(project.settings, project.lake, model, store, target="plain", strategy=strategy, k=10**6)
+    return query_index(project.stage, target="plain", strategy=strategy, k=10**6)
 
 
 def test_rds_is_that_of_the_definition(selected):
@@ -183,7 +181,7 @@ def test_hidden_states_belong_to_a_model(selected, tmp_path):
     project = selected.copy(tmp_path / "project")
     save_tiny_model(project.folder / "model", seed=5)
     with pytest.raises(LakeError, match="does not know today's model"):
-        selection_inputs(project.settings, project.lake, project.model, "plain", STRATEGIES["rds"])
+        selection_inputs(project.stage, "plain", STRATEGIES["rds"])
     project.configure(strategies=["rds"])
     select(project)
     assert len(list(project.lake.artifacts("hidden_states"))) == 6

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prism_assets.features.gradients import GradientEngine
-from prism_assets.features.preconditioner import Moments, Preconditioner
+from prism_assets.gradients.engine import GradientEngine
+from prism_assets.gradients.preconditioner import Moments, Preconditioner
 from prism_assets.selection.direction import TargetSet, target_vector
 from prism_assets.trust.measures import (
     Probe,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from prism_assets.pipeline import TRUST, run_pipeline
+from prism_assets.ops.pipeline import TRUST, run_pipeline
 from prism_assets.trust.verdict import CHECKS
 
 OPTIONS = {"candidates": 16, "random_steps": 2, "held_out": 4, "datamodel_subsets": 8, "datamodel_rows": 16}
@@ -13,10 +13,10 @@ OPTIONS = {"candidates": 16, "random_steps": 2, "held_out": 4, "datamodel_subset
 
 @pytest.fixture(scope="module", autouse=True)
 def blank_plots():
-    from prism_assets.evaluation import plots
+    from prism_assets.plots import canvas
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_png", lambda figure: b"no picture")
+        patch.setattr(canvas, "png", lambda figure: b"no picture")
         yield
 
 
@@ -39,19 +39,17 @@ def measured(finished, tmp_path_factory):
 
 
 def measure(project):
-    return run_pipeline(project.settings, project.definitions, project.instance, steps=[TRUST])
+    return project.run_steps([TRUST])
 
 
 def notes_of(project):
-    from prism_assets.trust.assets import trust_of
+    from prism_assets.trust.trust import trust_of
 
-    return trust_of(project.settings, project.lake, project.model, "plain")
+    return trust_of(project.stage, "plain")
 
 
 def version_of(project):
-    from prism_assets.features.assets import feature_version
-
-    return feature_version(project.settings, project.lake, project.model)
+    return project.stage.feature_version
 
 
 def checks_of(project, result):
@@ -88,11 +86,9 @@ def test_every_question_has_a_check_and_every_number_its_rows(measured):
 
 
 def direction(project):
-    from prism_assets.features.assets import feature_version
-    from prism_assets.selection.assets import direction_scope, load_direction
+    from prism_assets.selection.direction_artifacts import load_direction
 
-    version = feature_version(project.settings, project.lake, project.model)
-    return load_direction(project.lake, project.lake.require("target_directions", "plain", direction_scope(version, "prism")))[1][-1]
+    return load_direction(project.lake, project.stage.shown("target_directions", "plain", "prism"))[1][-1]
 
 
 def test_the_correlations_in_the_notes_are_those_of_the_published_rows(measured):
@@ -126,9 +122,9 @@ def test_the_report_shows_what_was_measured_for_todays_direction_only(measured, 
 
 
 def test_shuffled_scores_fail_the_checks(finished, tmp_path, monkeypatch):
-    from prism_assets.trust import assets
+    from prism_assets.trust import trust
 
-    real = assets._samples
+    real = trust.tried_candidates
 
     def shuffled(*arguments):
         rng = np.random.default_rng(1)
@@ -140,7 +136,7 @@ def test_shuffled_scores_fail_the_checks(finished, tmp_path, monkeypatch):
             tables.append(table)
         return tuple(tables)
 
-    monkeypatch.setattr(assets, "_samples", shuffled)
+    monkeypatch.setattr(trust, "tried_candidates", shuffled)
     project = finished.copy(tmp_path / "shuffled")
     passed = checks_of(project, measure(project)[0])
     assert passed["single_steps_agree"] is False and passed["subsets_predicted"] is False

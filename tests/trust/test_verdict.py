@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from prism_assets.rank_statistics import rank_correlation
+from prism_assets.stats.ranks import rank_correlation
 from prism_assets.trust.verdict import CHECKS, findings, reach
 
 

@@ -1,0 +1,1 @@
+"""The catalogue: lineage, and SQL views over what a lake holds."""

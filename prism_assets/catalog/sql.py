@@ -1,0 +1,57 @@
+"""SQL over the lake: one reading statement, confined to the lake."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from prism_assets.resources.lake.lake import Lake
+from prism_assets.catalog.views import additions
+from typing import TYPE_CHECKING
+from prism_assets.errors import QueryRefused
+
+if TYPE_CHECKING:
+    import duckdb
+
+class Rows(NamedTuple):
+    """An answer."""
+
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+    more: bool  # whether rows beyond the limit were left out
+
+
+def refresh(lake: Lake) -> Path:
+    """Write the catalogue file anew; returns its path."""
+    return lake.rebuild_catalog(additions())
+
+
+def connect(lake: Lake) -> "duckdb.DuckDBPyConnection":
+    """The views of today's lake on a connection of its own, in memory; it locks nothing."""
+    return lake.connect(additions())
+
+
+def ask(
+    connection: "duckdb.DuckDBPyConnection", query: str, limit: int = 0, parameters: Mapping[str, Any] | None = None
+) -> Rows:
+    """Answer one SELECT (or SHOW, DESCRIBE, SUMMARIZE), at most `limit` rows of it; 0 means all.
+
+    `$name` in the query stands for a value of `parameters`, whatever quotes it holds.
+    Raises QueryRefused for anything that is not one reading statement, and for what DuckDB cannot answer.
+    """
+    import duckdb
+
+    try:
+        statements = connection.extract_statements(query)
+        if len(statements) != 1:
+            raise QueryRefused(f"One statement at a time: this text holds {len(statements)}.")
+        if statements[0].type != duckdb.StatementType.SELECT:
+            raise QueryRefused(
+                f"Only reading is possible here, and this is a statement of type {statements[0].type.name}: artefacts "
+                "are never changed. Write a SELECT, or DESCRIBE a view; `SHOW ALL TABLES` lists them."
+            )
+        answer = connection.execute(statements[0], dict(parameters) if parameters else None)
+        columns = [column[0] for column in answer.description]
+        rows = answer.fetchmany(limit + 1) if limit else answer.fetchall()
+    except duckdb.Error as error:
+        raise QueryRefused(f"DuckDB: {error}") from error
+    shown = rows[:limit] if limit else rows
+    return Rows(columns, shown, len(rows) > len(shown))

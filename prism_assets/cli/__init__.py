@@ -1,0 +1,23 @@
+"""`prism`: a thin door to the same definitions that Dagster loads. One module a command.
+
+Exit status: 0 done, 1 the work failed, 2 the user must change something (`errors` says which is which). Heavy imports
+live inside the commands: `prism --help` needs neither dagster nor torch.
+"""
+
+from importlib import import_module
+
+from prism_assets.cli.common import app
+
+# In the order of `prism --help`.
+for _command in (
+    *("init", "run", "experiment", "demo", "trust", "query", "ui", "doctor", "explain", "export", "lineage", "sql", "gc"),
+):
+    import_module(f"prism_assets.cli.{_command}")
+
+
+def main() -> None:
+    """The console script. Every expected failure leaves one clear message and an exit status."""
+    app()
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,177 @@
+"""What all commands share: options, expected failures, tables and JSON."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from prism_assets.errors import PrismError
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+    from prism_assets.ops.pipeline import Step, StepResult
+    from prism_assets.project import Project
+    from prism_assets.settings import Settings
+    from prism_assets.stage import Stage
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pick the SFT data worth fine-tuning on, with influence functions weighted by the model's preference.",
+)
+
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The prism.yaml to use (else PRISM_CONFIG, else ./prism.yaml).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Targets = Annotated[list[str] | None, typer.Option("--target", "-t", help="Only this target (repeatable).")]
+_CHECK_WIDTH = 240
+
+
+def fail(message: str, status: int) -> typer.Exit:
+    """Say what went wrong, in red; raise what is returned."""
+    typer.secho(str(message), fg="red", err=True)
+    return typer.Exit(status)
+
+
+@contextmanager
+def expected_failures() -> Iterator[None]:
+    """Turn what users can mend, or what a step says of itself, into a message and a status."""
+    try:
+        yield
+    except PrismError as error:
+        raise fail(str(error), error.exit_status) from error
+    except KeyboardInterrupt as error:
+        raise fail("Interrupted. What was finished is kept; run again to go on.", 1) from error
+
+
+# -- the project --------------------------------------------------------------------------------------------------
+
+
+def read_settings(config: Path | None) -> "Settings":
+    """The settings of a command. Raises SettingsError."""
+    from prism_assets.settings import config_path, load_settings
+
+    settings = load_settings(config)
+    # Everything started from here (Dagster's own processes too) reads the same file.
+    os.environ["PRISM_CONFIG"] = str(config_path(config))
+    return settings
+
+
+def known_targets(settings: "Settings", targets: Sequence[str] | None, option: str = "--target ") -> None:
+    """End with status 2 where one of them is no target of prism.yaml."""
+    unknown = [name for name in targets or () if name not in settings.targets]
+    if unknown:
+        raise fail(f"{option}{unknown[0]}: prism.yaml names the targets {', '.join(settings.targets)}.", 2)
+
+
+class Loaded(NamedTuple):
+    """A project with its definitions, and a Stage for what is done outside of runs."""
+
+    project: "Project"
+    definitions: "dg.Definitions"
+    stage: "Stage"
+
+
+def load_project(settings: "Settings") -> Loaded:
+    """The code location itself, as Dagster loads it."""
+    from prism_assets.definitions import build_definitions
+    from prism_assets.project import Project
+    from prism_assets.work import stage_without_run
+
+    project = Project.of(settings)
+    definitions = build_definitions(settings)
+    return Loaded(project, definitions, stage_without_run(project, definitions))
+
+
+def walk(
+    settings: "Settings", targets: Sequence[str] | None, steps: "Sequence[Step] | None" = None, quiet: bool = False
+) -> "tuple[Loaded, list[StepResult]]":
+    """Run the steps (by default all of `prism run`) and say what each came to."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from prism_assets.compat import interrupts_at_safe_points
+    from prism_assets.ops.home import dagster_home, instance_of
+    from prism_assets.ops.pipeline import Listener, run_pipeline
+
+    console = Console(stderr=True)
+    os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
+    loaded = load_project(settings)
+
+    def on_step(step: "Step") -> None:
+        if console.is_terminal:
+            console.print(f"[dim]… {step.title}[/]", highlight=False)
+
+    def on_result(result: "StepResult") -> None:
+        done = f"{result.computed} computed" if result.computed else "up to date"
+        console.print(f"[green]✓[/] {result.step.title:<40} {done:>14}  {result.seconds:6.1f} s", highlight=False)
+        for check in result.failed_checks:
+            text = check if len(check) <= _CHECK_WIDTH else check[: _CHECK_WIDTH - 1] + "…"
+            console.print(f"  [yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    def on_wait(holders: str) -> None:
+        console.print(f"[yellow]waiting for the model: {escape(holders)}[/]", highlight=False)
+
+    listener = Listener() if quiet else Listener(on_step, on_result, on_wait)
+    with interrupts_at_safe_points(), instance_of(settings) as instance:
+        results = run_pipeline(
+            loaded.project,
+            loaded.definitions,
+            instance,
+            targets=targets,
+            steps=steps,
+            listener=listener,
+        )
+    return loaded, results
+
+
+# -- printing -----------------------------------------------------------------------------------------------------
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
+    """A table on the terminal; numbers with four digits."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def shown(cell: Any) -> Text:
+        if isinstance(cell, Text):
+            return cell
+        # Text, not str: brackets in data are no markup.
+        return Text("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell))
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(shown, row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def short(value: Any, width: int = 48) -> Any:
+    """A text on one line, shortened; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    text = " ".join(value.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def print_json(value: Any) -> None:
+    """Strict JSON: what it has no form for becomes text, and numbers that are not finite become null."""
+    print(json.dumps(_jsonable(value), ensure_ascii=False))
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(one) for one in value]
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    return value if isinstance(value, str | int | None) else str(value)

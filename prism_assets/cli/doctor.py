@@ -1,0 +1,25 @@
+"""`prism doctor`: what this installation has, and what is stale."""
+
+import typer
+
+from prism_assets.cli.common import app, Config, AsJson, expected_failures, read_settings, load_project, print_table, print_json
+
+
+@app.command()
+def doctor(config: Config = None, as_json: AsJson = False) -> None:
+    """What this installation has: versions, device, model, inbox, and what is stale."""
+    with expected_failures():
+        settings = read_settings(config)
+        from prism_assets.ops.doctor import examine
+
+        stage = load_project(settings).stage
+        findings = examine(stage)
+        if as_json:
+            print_json([finding._asdict() for finding in findings])
+        else:
+            from rich.text import Text
+
+            marks = {"ok": Text("✓", "green"), "note": Text("•", "yellow"), "problem": Text("✗", "red")}
+            print_table(["", "what", "found"], [[marks[f.state], f.what, f.found] for f in findings])
+        if any(finding.state == "problem" for finding in findings):
+            raise typer.Exit(2)

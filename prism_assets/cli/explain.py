@@ -1,0 +1,59 @@
+"""`prism explain`: why a candidate stands where it stands."""
+
+from typing import Annotated, Any
+
+import typer
+
+from prism_assets.cli.common import app, Config, AsJson, expected_failures, read_settings, known_targets, load_project, print_table, print_json, short
+
+
+@app.command()
+def explain(
+    example: Annotated[str, typer.Argument(help="A candidate: its id (4 digits or more of it) or its record id.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="A target of prism.yaml.")],
+    strategy: Annotated[str, typer.Option(help="prism, uniform or less.")] = "prism",
+    exact: Annotated[
+        bool | None, typer.Option("--exact/--no-exact", help="Measure the sketch's error; needs the model.")
+    ] = None,
+    neighbours: Annotated[int, typer.Option(min=0, help="How many nearest neighbours.")] = 5,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Why a candidate stands where it stands: its score by targets, its ranks, its neighbours, earlier versions."""
+    with expected_failures():
+        settings = read_settings(config)
+        known_targets(settings, [target])
+        stage = load_project(settings).stage
+        from prism_assets.explanation.explainer import Explainer
+
+        with Explainer(stage, target=target, strategy=strategy, exact=exact) as explainer:
+            found = explainer.explain(example, neighbours)
+        if as_json:
+            print_json(found.as_dict())
+            return
+        _print_explanation(found)
+
+
+def _print_explanation(found: Any) -> None:
+    typer.echo(f"{found.id}: {short(found.prompt, 60)} → {short(found.completion, 60)}")
+    typer.echo(f"{found.shard}, row {found.row} (line {found.line} of its file); feature version {found.version}")
+    for note in found.notes:
+        typer.echo(note)
+    exact = f"exact score {found.exact_score:.4g}" if found.exact_score is not None else f"no exact score: {found.why_not_exact}"
+    role = "makes the shortlist that exact scores rank" if found.reranked else "ranks"
+    typer.echo(f"score {found.score:.4g}, from the sketch, which {role}; {exact}")
+    print_table(
+        ["target", "weight", "influence", "contribution"],
+        [[short(what, 72), *numbers] for what, *numbers in found.score_rows(limit=20)],
+        title=f"{'Score' if found.exact_score is None else 'Exact score'} for {found.target} under {found.strategy}, by targets",
+    )
+    marks = {True: "yes", False: "no", None: None}
+    ranks = [[one.strategy, one.rank, one.of, one.score, one.by, marks[one.selected]] for one in found.ranks]
+    print_table(["strategy", "rank", "of", "score", "by", "selected"], ranks, title="Rank under each strategy")
+    columns = ["similarity", "source", "prompt", "completion", "id"]
+    near = [[short(getattr(one, name)) for name in columns] for one in found.neighbours]
+    print_table(columns, near, title="Nearest in gradient space")
+    if found.earlier:
+        columns = ["version", "used", "rank", "of", "score", "note"]
+        earlier = [[getattr(one, name) for name in columns] for one in found.earlier]
+        print_table(columns, earlier, title="In other feature versions")

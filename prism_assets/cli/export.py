@@ -1,0 +1,30 @@
+"""`prism export`: an adapter and its data, to hand on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prism_assets.cli.common import app, Config, fail, expected_failures, load_project, read_settings
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(help="A target of prism.yaml.")],
+    to: Annotated[Path, typer.Option("--to", help="A folder; adapter/ and data/ are written into it.")],
+    strategy: Annotated[str, typer.Option(help="A strategy of prism.yaml.")] = "prism",
+    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier export wrote there.")] = False,
+    config: Config = None,
+) -> None:
+    """Write the first seed's adapter and the data it was trained on, each with a card, to hand on."""
+    with expected_failures():
+        settings = read_settings(config)
+        for name, known in ((target, settings.targets), (strategy, settings.strategies)):
+            if name not in known:
+                raise fail(f"{name}: prism.yaml names {', '.join(known)}.", 2)
+        stage = load_project(settings).stage
+        from prism_assets.export.export import export as write_export
+
+        adapter, data = write_export(stage, target, strategy, to, force=force)
+        typer.echo(f"Adapter: {adapter}  (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))")
+        typer.echo(f"Data:    {data}  (datasets: load_dataset({str(data)!r}, split='train'))")

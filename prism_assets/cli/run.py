@@ -1,0 +1,58 @@
+"""`prism run`: from the files in the inbox to the report."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prism_assets.cli.common import app, Config, AsJson, Targets, expected_failures, read_settings, known_targets, walk, print_table, print_json
+
+if TYPE_CHECKING:
+    from prism_assets.settings import Settings
+
+
+@app.command()
+def run(
+    config: Config = None,
+    target: Targets = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorboard, mlflow or wandb (repeatable): gets the losses of what is trained in this run."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring everything up to date: from the files in the inbox to the report. What exists is not computed again."""
+    with expected_failures():
+        if report_to:
+            # An override like any other: definitions.py reads the same settings.
+            os.environ["PRISM_TRAINING__REPORT_TO"] = json.dumps(report_to)
+        settings = read_settings(config)
+        known_targets(settings, target)
+        run_everything(settings, target, as_json)
+
+
+def run_everything(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
+    """Walk all steps and show what they came to."""
+    _, results = walk(settings, targets)
+    report = settings.storage.report / "report.json"
+    data = json.loads(report.read_text(encoding="utf-8"))
+    if as_json:
+        steps = [
+            {"step": one.step.title, "computed": one.computed, "seconds": one.seconds, "runs": one.run_ids}
+            for one in results
+        ]
+        print_json({"steps": steps, "report": str(report), "targets": data["targets"]})
+        return
+    from prism_assets.report.comparison import comparison_table
+
+    header, *rows = comparison_table(data)
+    print_table(header, rows, title="Held-out results (mean ± standard deviation over seeds)")
+    typer.echo("\nSelected data (JSON Lines, ready for training):")
+    for name, part in data["targets"].items():
+        for strategy, entry in part["strategies"].items():
+            typer.echo(f"  {name}/{strategy}: {entry['selected_jsonl']}")
+    config = os.environ["PRISM_CONFIG"]
+    typer.echo(f"\nReport:  {report.with_suffix('.html')}")
+    typer.echo(f"Browse the same history in the Dagster UI:  prism ui --config {config}")

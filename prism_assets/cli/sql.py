@@ -1,0 +1,39 @@
+"""`prism sql`: one SELECT over the lake."""
+
+from typing import Annotated
+
+import typer
+
+from prism_assets.cli.common import app, Config, AsJson, expected_failures, read_settings, print_table, print_json, short
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="One SELECT; `DESCRIBE candidates` and `SHOW ALL TABLES` work too.")],
+    limit: Annotated[int, typer.Option(min=0, help="Rows printed at most; 0 prints all.")] = 100,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--param", "-p", help="NAME=VALUE for $NAME in the query (repeatable).")
+    ] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the lake in SQL: candidates, rejects, features, weights, scores, selections, evaluations, artifacts, lineage."""
+    with expected_failures():
+        settings = read_settings(config)
+        values = dict(one.partition("=")[::2] for one in parameter or ())
+        import duckdb
+
+        from prism_assets.catalog.sql import ask, refresh
+        from prism_assets.resources.lake.lake import Lake
+
+        lake = Lake(root=str(settings.storage.root))
+        path = refresh(lake)
+        with duckdb.connect(str(path), read_only=True) as connection:
+            lake.confine(connection)
+            answer = ask(connection, query, limit, values)
+        if as_json:
+            print_json([dict(zip(answer.columns, row, strict=True)) for row in answer.rows])
+        else:
+            print_table(answer.columns, [[short(cell) for cell in row] for row in answer.rows])
+        if answer.more:
+            typer.secho(f"There are more than {limit} rows; --limit prints more.", fg="yellow", err=True)

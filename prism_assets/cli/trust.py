@@ -1,0 +1,35 @@
+"""`prism trust`: whether the scores of a target can be trusted."""
+
+from typing import Annotated
+
+import typer
+
+from prism_assets.cli.common import app, Config, AsJson, expected_failures, read_settings, known_targets, walk, print_table, print_json
+
+
+@app.command()
+def trust(
+    target: Annotated[str, typer.Argument(help="A target of prism.yaml.")],
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether a target's weights, direction and scores can be trusted: measured where it was not yet, and in words."""
+    with expected_failures():
+        settings = read_settings(config)
+        known_targets(settings, [target], "")
+        from prism_assets.ops.pipeline import TRUST
+
+        loaded, _ = walk(settings, [target], [TRUST], quiet=True)
+        from prism_assets.trust.trust import trust_of
+        from prism_assets.trust.verdict import findings
+
+        notes = trust_of(loaded.stage, target)
+        assert notes is not None, target  # the step has just made it
+        found = findings(notes)
+        if as_json:
+            print_json({"target": target, "findings": [one._asdict() for one in found], "measurements": notes})
+            return
+        marks = {True: "holds", False: "does not hold", None: "not measured"}
+        rows = [[one.question, marks[one.passed], one.sentence] for one in found]
+        print_table(["question", "", "what the measurements say"], rows, title=f"Trust in {target}")
+        typer.echo("The report shows this from the next `prism run` on.")

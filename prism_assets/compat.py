@@ -1,0 +1,190 @@
+"""Private names of other libraries: the one module that touches them, each with the reason and a guard.
+
+A guard raises `LibraryChanged` where the name is gone or no longer does what is relied on; `tests/test_compat.py` finds
+that out when a library is updated. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from prism_assets.errors import LibraryChanged
+
+if TYPE_CHECKING:
+    import dagster as dg
+    import faiss
+    from torch.utils.data import Sampler
+    from transformers import PreTrainedModel, TrainingArguments
+
+
+def use_one_device(arguments: TrainingArguments) -> None:
+    """Has the transformers Trainer use one GPU at most, and no DataParallel over all that it sees.
+
+    transformers 5.23: `TrainingArguments.n_gpu` counts the visible GPUs and has no setter; it reads `_n_gpu`. To hide
+    GPUs by CUDA_VISIBLE_DEVICES is too late once torch has looked.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    if arguments.n_gpu > 1:
+        raise LibraryChanged("transformers", "TrainingArguments._n_gpu")
+
+
+class TrainSampler:
+    """Beside `transformers.Trainer` as a base: `train_sampler` gives the order in which examples are trained on.
+
+    transformers 5.23: the Trainer asks `_get_train_sampler`, and has no argument for a sampler of one's own. Raises
+    LibraryChanged when such a class is made of a Trainer that does not ask: the order would be another one in silence.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(super(), "_get_train_sampler"):
+            raise LibraryChanged("transformers", "Trainer._get_train_sampler")
+
+    def train_sampler(self) -> Sampler[int]:
+        raise NotImplementedError
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.train_sampler()
+
+
+def forget_adapter(base: PreTrainedModel) -> None:
+    """What PEFT and transformers note in a model about its adapter goes once the adapter's layers are gone.
+
+    peft 0.18, the oldest allowed: `unload` leaves `peft_config` in the model, and the next adapter is warned of it
+    (newer ones take it out, peft's pull request 3067). transformers 5.23: `_hf_peft_config_loaded`, a class attribute
+    that an instance may override, says that `peft_config` can be read.
+    """
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        base.__dict__.pop(name, None)
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise LibraryChanged("transformers", "PreTrainedModel._hf_peft_config_loaded")
+
+
+def harness_yaml_loader() -> Callable[..., dict[str, Any]]:
+    """The function that reads a task file of lm-eval: `include` followed, `!function` resolved.
+
+    lm-eval 0.4.13: `load_yaml(path, *, resolve_func=True, recursive=True)`; its TaskManager takes names or contents
+    and gives no content back, which is needed to know what a result depends on.
+    """
+    try:
+        from lm_eval.tasks._yaml_loader import load_yaml
+    except ImportError as error:
+        if error.name not in (None, "lm_eval.tasks._yaml_loader"):
+            raise  # lm-eval itself, or something that it needs, is not installed
+        raise LibraryChanged("lm-eval", "lm_eval.tasks._yaml_loader.load_yaml") from error
+    return load_yaml
+
+
+def delete_scanner(scanner: faiss.InvertedListScanner) -> None:
+    """Frees a scanner that `select_InvertedListScanner` has made.
+
+    faiss 1.15: it is a new object that its Python wrapper does not own, so nobody else frees it; to set `thisown`
+    corrupts memory.
+    """
+    import faiss
+
+    if not scanner.thisown:  # a wrapper that owns it frees it by itself
+        faiss.InvertedListScanner.__swig_destroy__(scanner)
+
+
+@contextmanager
+def instance_without_captured_output(home: Path) -> Iterator[dg.DagsterInstance]:
+    """The Dagster instance of a DAGSTER_HOME, which leaves stdout and stderr of the steps to the terminal.
+
+    dagster 1.13: what captures them is set in dagster.yaml alone, which `dg dev` reads too and needs; `InstanceRef`
+    takes another setting over it, and its `from_dir` is private.
+    """
+    import dagster as dg
+
+    try:
+        from dagster._core.instance.ref import InstanceRef
+        from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
+    except ImportError as error:
+        raise LibraryChanged("dagster", "InstanceRef and NoOpComputeLogManager") from error
+    no_capture = {"module": NoOpComputeLogManager.__module__, "class": NoOpComputeLogManager.__name__}
+    reference = InstanceRef.from_dir(str(home), overrides={"compute_logs": no_capture})
+    with dg.DagsterInstance.from_ref(reference) as instance:
+        yield instance
+
+
+@contextmanager
+def sleeping_while_waiting() -> Iterator[None]:
+    """Within the context a run that waits for a slot sleeps until it may ask again.
+
+    dagster 1.13 takes the smaller of zero and the time that is left, so that it never sleeps: a waiting run would keep a
+    core busy, the one that the run which it waits for could use.
+    """
+    try:
+        from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
+
+        original = InstanceConcurrencyContext.interval_to_next_pending_claim_check
+    except (ImportError, AttributeError) as error:
+        raise LibraryChanged("dagster", "InstanceConcurrencyContext.interval_to_next_pending_claim_check") from error
+
+    def interval(self: Any) -> float:
+        left = [ready_at - time.time() for ready_at in self._pending_timeouts.values()]
+        return max(0.0, min(left, default=0.0))
+
+    InstanceConcurrencyContext.interval_to_next_pending_claim_check = interval  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        InstanceConcurrencyContext.interval_to_next_pending_claim_check = original  # type: ignore[method-assign]
+
+
+# Inside of these an interrupt would leave a connection half-used, and its clean-up would print a traceback.
+_UNSAFE = ("sqlalchemy", "sqlite3", "alembic", "dagster._core.storage", "dagster._core.instance")
+_ASK_AGAIN_SECONDS = 0.02
+
+
+@contextmanager
+def interrupts_at_safe_points() -> Iterator[None]:
+    """Within the context Ctrl-C waits until the main thread is outside of Dagster's storage and its database driver.
+
+    dagster 1.13 puts handlers of its own in place while a run executes (`dagster._utils.interrupts`), which raise wherever
+    the program is, in the clean-up of a database connection too; there is no public way to say when.
+    """
+    from dagster._utils import interrupts
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if not hasattr(interrupts, "_replace_interrupt_signal"):
+        raise LibraryChanged("dagster", "dagster._utils.interrupts._replace_interrupt_signal")
+    replace = interrupts._replace_interrupt_signal
+    before = signal.getsignal(signal.SIGINT)
+    interrupts._replace_interrupt_signal = lambda handler: replace(at_a_safe_point(handler))
+    signal.signal(signal.SIGINT, at_a_safe_point(before))
+    try:
+        yield
+    finally:
+        interrupts._replace_interrupt_signal = replace
+        signal.signal(signal.SIGINT, before)
+
+
+def at_a_safe_point(handler: Any) -> Any:
+    """A signal handler that calls `handler` where that is safe, and has the signal sent again a little later where not."""
+    if not callable(handler) or getattr(handler, "waits_for_a_safe_point", False):
+        return handler
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        at = frame
+        while at is not None:
+            if str(at.f_globals.get("__name__", "")).startswith(_UNSAFE):
+                again = threading.Timer(_ASK_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+                again.daemon = True
+                again.start()
+                return
+            at = at.f_back
+        handler(number, frame)
+
+    handle.waits_for_a_safe_point = True  # type: ignore[attr-defined]
+    return handle

@@ -1,0 +1,106 @@
+"""The asset `candidates`: every inbox file as rows, validated, de-duplicated and tokenised once."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from prism_assets.corpus.encoding import Source, encode_file
+from prism_assets.errors import StageError, UnreadableFile
+from prism_assets.metadata import preview
+from prism_assets.project import Check, Project
+from prism_assets.stage import Stage
+from prism_assets.work import Outcome, each_partition, stage_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from prism_assets.corpus.inbox import InboxFile
+    from prism_assets.corpus.records import Example, Reject
+    from prism_assets.resources.lake import Lake
+    from prism_assets.settings import Settings
+
+FILE_READABLE = Check("file_readable", "The inbox file can be read at all.", dg.AssetCheckSeverity.ERROR)
+ROWS_ACCEPTED = Check("rows_accepted", "No row of the file was rejected.")
+# The field of a reject that stands for a whole file.
+WHOLE_FILE = "file"
+
+
+def build(project: Project) -> dg.AssetsDefinition:
+    @project.asset(
+        "candidates", group="corpus", kinds={"parquet"}, deps=["base_model"], checks=[FILE_READABLE, ROWS_ACCEPTED]
+    )
+    def candidates(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        """Candidate examples of one inbox file, validated, de-duplicated within the file and tokenised once.
+
+        What is refused stands in the table `rejects` with line, field and reason. A file that cannot be read at all
+        yields no rows and fails the check `file_readable`; other files go on.
+        """
+        stage = stage_of(project, context)
+        files = inbox_files(stage.settings, stage.lake, at_rest_seconds=0)
+        return each_partition(context, stage, lambda shard: _ingest(stage, files, shard))
+
+    return candidates
+
+
+def inbox_files(settings: "Settings", lake: "Lake", at_rest_seconds: float | None = None) -> "Mapping[str, InboxFile]":
+    """The files of the inbox by shard key."""
+    from prism_assets.corpus.inbox import scan
+
+    rest = settings.candidates.at_rest_seconds if at_rest_seconds is None else at_rest_seconds
+    found = scan(settings.candidates.inbox, cache_path=lake.cache / "inbox.json", at_rest_seconds=rest)
+    return {file.key: file for file in found.files}
+
+
+def pending_candidates(stage: Stage, keys: Sequence[str]) -> list[str]:
+    """The shards among `keys` that are not ingested under today's tokenizer and settings, or whose rows got damaged."""
+    return [
+        key for key in keys if any(stage.shown_or_none(table, key) is None for table in ("candidates", "rejects"))
+    ]
+
+
+def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outcome:
+    from prism_assets.corpus.token_tables import CANDIDATE_SCHEMA
+
+    if shard not in files:
+        known = stage.shown_or_none("candidates", shard)
+        if known is None:
+            raise StageError(
+                f"Shard {shard} is no longer in the inbox {stage.settings.candidates.inbox}: its file was edited, renamed "
+                "or removed before it could be read. It will be retired at the next look at the inbox."
+            )
+        return Outcome([known], 0)
+    file = files[shard]
+    rows, rejects, computed = encode_file(
+        stage, Source(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, _read_or_refuse)
+    )
+    refused = stage.lake.read_table(rejects).to_pylist()
+    trouble = next((one["reason"] for one in refused if one["field"] == WHOLE_FILE), "")
+    shown = stage.lake.read_table(rows, ["line", "source", "prompt", "completion", "tokens"]).slice(0, 8)
+    return Outcome(
+        [rows],
+        computed,
+        {
+            "dagster/row_count": rows.notes["rows"],
+            "rejects": len(refused),
+            "completion_tokens": rows.notes["completion_tokens"],
+            "file": str(file.path),
+            "rows": preview(shown.to_pylist()),
+            "first_rejects": preview(refused),
+        },
+        [
+            FILE_READABLE(not trouble, reason=trouble or "the file was read"),
+            ROWS_ACCEPTED(not refused, rejected=len(refused), accepted=rows.notes["rows"]),
+        ],
+    )
+
+
+def _read_or_refuse(path: "Path") -> "tuple[list[Example], list[Reject]]":
+    """The examples of a file; of one that cannot be read none, and a reject that stands for the whole file."""
+    from prism_assets.corpus.files import read_examples
+    from prism_assets.corpus.records import Reject
+
+    try:
+        return read_examples(path, "candidate")
+    except UnreadableFile as error:
+        return [], [Reject(0, WHOLE_FILE, str(error), "")]

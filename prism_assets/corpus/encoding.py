@@ -1,0 +1,106 @@
+"""How files of records become tables of tokens and rejects: for candidates, targets and eval files alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from prism_assets.errors import ModelError, StageError
+from prism_assets.resources.lake import Artifact, Rows, hash_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from prism_assets.corpus.encoder import Encoder
+    from prism_assets.corpus.records import Example, Reject
+    from prism_assets.resources.model import LanguageModel
+    from prism_assets.settings import Settings
+    from prism_assets.stage import Stage
+
+
+def require_context(settings: "Settings", model: "LanguageModel") -> None:
+    """Raise ModelError where examples may be longer than the model's context."""
+    longest, context = settings.tokenization.max_length, model.identify().context_length
+    if context is not None and longest > context:
+        raise ModelError(
+            f"tokenization.max_length is {longest}, but the model's context has {context} tokens: "
+            f"set it to {context} or less."
+        )
+
+
+def encoder_of(settings: "Settings", model: "LanguageModel") -> "Encoder":
+    """The one way records become tokens. Raises ModelError as `require_context`."""
+    from prism_assets.corpus.encoder import Encoder
+
+    require_context(settings, model)
+    options = settings.tokenization
+    return Encoder(
+        model.tokenizer(), max_length=options.max_length, template=options.template, separator=options.separator
+    )
+
+
+class Source(NamedTuple):
+    """A file to be read into two tables."""
+
+    path: Path
+    sha256: str
+    table: str  # of the accepted rows
+    rejects: str  # table of the refused ones
+    partition: str
+    schema: "pa.Schema"
+    read: "Callable[[Path], tuple[list[Example], list[Reject]]]"
+
+
+class Encoded(NamedTuple):
+    """What a file became."""
+
+    rows: Artifact
+    rejects: Artifact
+    computed: int
+
+
+def encode_file(stage: "Stage", source: Source) -> Encoded:
+    """Read a file into accepted rows and rejects; both are found where they exist already.
+
+    Raises StageError where the file changes while it is read.
+    """
+    settings = stage.settings.tokenization.model_dump()
+    inputs = {"file": source.sha256, "tokenizer": stage.model_identity.tokenizer}
+    recipe = stage.recipe(source.table, settings, inputs, partition=source.partition)
+    refused_recipe = stage.recipe(
+        source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition
+    )
+    rows, rejects = stage.lake.find(recipe), stage.lake.find(refused_recipe)
+    computed = 0
+    if rows is None or rejects is None:
+        accepted, refused = _read(stage, source)
+        # The rejects first: whoever sees rows sees what was refused beside them.
+        rejects = stage.make(refused_recipe, lambda: refused).artifact
+        rows = stage.make(recipe, lambda: accepted).artifact
+        computed = 1
+    stage.show(rows, source.partition)
+    stage.show(rejects, source.partition)
+    return Encoded(rows, rejects, computed)
+
+
+def _read(stage: "Stage", source: Source) -> tuple[Rows, Rows]:
+    import pyarrow as pa
+
+    from prism_assets.corpus.token_tables import REJECTS_SCHEMA, column_sum, encode_all, to_table
+
+    examples, refused = source.read(source.path)
+    if hash_file(source.path) != source.sha256:
+        # Rows of one content must never stand under the fingerprint of another.
+        raise StageError(f"{source.path} was changed while it was read. The next run takes it as it is then.")
+    with stage.progress(f"tokenising {source.path.name}", len(examples)) as progress:
+        tokenized, untokenizable = encode_all(
+            examples, encoder_of(stage.settings, stage.model), lambda done, _: progress.update(done)
+        )
+    table = to_table(examples, tokenized, source.schema)
+    all_refused = sorted([*refused, *untokenizable], key=lambda reject: reject.line)
+    notes = {
+        "completion_tokens": column_sum(table, "completion_tokens"),
+        "tokens": column_sum(table, "tokens"),
+        "duplicates": sum("duplicate" in one.reason for one in all_refused),
+    }
+    return Rows(table, notes), Rows(pa.Table.from_pylist([one._asdict() for one in all_refused], REJECTS_SCHEMA))
+

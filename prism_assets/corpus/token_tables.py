@@ -1,0 +1,153 @@
+"""Tokenised examples as tables, and back: the one layout of tokens in the lake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from prism_assets.corpus.encoder import Encoder, TokenizedExample, TokenizedPair, last_run
+from prism_assets.corpus.records import Example, Reject, messages_to_json, shorten
+from prism_assets.corpus.template import Refused
+
+_TOKEN_FIELDS = [("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
+CANDIDATE_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("line", pa.int64()),
+        ("record_id", pa.string()),
+        ("source", pa.string()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("messages", pa.string()),
+        ("rejected", pa.string()),
+        ("group", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        *_TOKEN_FIELDS,
+        ("tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+    ]
+)
+
+# conversation_id is the id that a candidate of equal content has: the id of a pair covers ``rejected`` too.
+TARGET_SCHEMA = pa.schema(
+    [
+        *CANDIDATE_SCHEMA,
+        ("conversation_id", pa.string()),
+        *[(f"rejected_{name}", kind) for name, kind in _TOKEN_FIELDS],
+    ]
+)
+REJECTS_SCHEMA = pa.schema(
+    [("line", pa.int64()), ("field", pa.string()), ("reason", pa.string()), ("excerpt", pa.string())]
+)
+
+
+def completion_tokens(example: TokenizedExample | TokenizedPair) -> int:
+    """Number of supervised tokens, EOS included."""
+    return int(np.count_nonzero(example.loss_mask))
+
+
+def prompt_tokens(example: TokenizedExample | TokenizedPair) -> np.ndarray:
+    """int32 [T]: the tokens before the last completion, as a prompt for generation."""
+    supervised = example.loss_mask.tolist()
+    return example.input_ids[: len(supervised) - last_run(supervised)]
+
+
+def encode_all(
+    examples: Sequence[Example], encoder: Encoder, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[TokenizedExample | TokenizedPair | None], list[Reject]]:
+    """Tokenises each example; a refused one is None in the list and a reject. Pairs become `TokenizedPair`.
+
+    progress is called with (done, total) after each example.
+    """
+    tokenized: list[TokenizedExample | TokenizedPair | None] = []
+    rejects: list[Reject] = []
+    for done, example in enumerate(examples, start=1):
+        try:
+            if example.rejected is None:
+                tokenized.append(encoder.encode(example.messages))
+            else:
+                tokenized.append(encoder.encode_pair(example.messages, example.rejected))
+        except Refused as refused:
+            tokenized.append(None)
+            rejects.append(Reject(example.line, refused.field, refused.reason, shorten(example.prompt_text)))
+        if progress:
+            progress(done, len(examples))
+    return tokenized, rejects
+
+
+def to_table(
+    examples: Sequence[Example],
+    tokenized: Sequence[TokenizedExample | TokenizedPair | None],
+    schema: pa.Schema | None = None,
+) -> pa.Table:
+    """A row for each example that was tokenised (None is left out: it is among the rejects).
+
+    schema: `TARGET_SCHEMA` where there are pairs, else `CANDIDATE_SCHEMA`, unless given.
+    """
+    rows = zip(examples, tokenized, strict=True)
+    kept = [(example, tokens) for example, tokens in rows if tokens is not None]
+    if schema is None:
+        has_pairs = any(isinstance(tokens, TokenizedPair) for _, tokens in kept)
+        schema = TARGET_SCHEMA if has_pairs else CANDIDATE_SCHEMA
+    return pa.Table.from_pylist([_row(example, tokens) for example, tokens in kept], schema=schema)
+
+
+def _row(example: Example, tokens: TokenizedExample | TokenizedPair) -> dict[str, Any]:
+    row = {
+        "id": example.id,
+        "line": example.line,
+        "record_id": example.record_id,
+        "source": example.source,
+        "prompt": example.prompt_text,
+        "completion": example.completion_text,
+        "messages": messages_to_json(example.messages),
+        "rejected": example.rejected,
+        "group": example.group,
+        "answers": example.answers,
+        "input_ids": tokens.input_ids,
+        "loss_mask": tokens.loss_mask,
+        "tokens": len(tokens.input_ids),
+        "completion_tokens": completion_tokens(tokens),
+        "conversation_id": example.conversation_id,
+    }
+    if isinstance(tokens, TokenizedPair):
+        row["rejected_input_ids"], row["rejected_loss_mask"] = tokens.rejected
+    return row
+
+
+def from_table(table: pa.Table) -> list[TokenizedExample]:
+    """The tokens of each row, from the columns input_ids and loss_mask."""
+    return _examples(table, "input_ids", "loss_mask")
+
+
+def rejected_from_table(table: pa.Table) -> list[TokenizedExample]:
+    """The rejected completion's tokens of each row; ValueError where a row is a plain target."""
+    if "rejected_input_ids" not in table.column_names or table["rejected_input_ids"].null_count:
+        raise ValueError("these are plain targets: they have no rejected completions")
+    return _examples(table, "rejected_input_ids", "rejected_loss_mask")
+
+
+def _examples(table: pa.Table, ids_column: str, mask_column: str) -> list[TokenizedExample]:
+    ids, masks = _arrays(table[ids_column], np.int32), _arrays(table[mask_column], bool)
+    return [TokenizedExample(*tokens) for tokens in zip(ids, masks, strict=True)]
+
+
+def _arrays(column: pa.ChunkedArray, dtype: type) -> list[np.ndarray]:
+    """A list column as one array a row, without a Python object for each token."""
+    arrays: list[np.ndarray] = []
+    for chunk in column.chunks:
+        values = chunk.flatten().to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+        ends = np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False))[:-1]
+        arrays += np.split(values, ends) if len(chunk) else []
+    return arrays
+
+
+def column_sum(table: pa.Table, column: str) -> int:
+    """The sum of a column, 0 of an empty one."""
+    import pyarrow.compute as pc
+
+    total: Any = pc.sum(table[column]).as_py()
+    return total or 0

@@ -1,0 +1,89 @@
+"""Scores of held-out records under one adapter, as artefacts."""
+
+from typing import TYPE_CHECKING, Any
+
+from prism_assets.corpus.encoding import encoder_of
+from prism_assets.corpus.target_set import target_set
+from prism_assets.identity import base_key, split_key
+from prism_assets.resources.lake import Artifact, Rows
+from prism_assets.stage import Made, Stage
+from prism_assets.training.adapter import adapter_state
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from peft import PeftModel
+
+METRICS = ("target_preference", "mean_log_prob", "exact_match")
+
+
+def make_scores(stage: Stage, records: Artifact, adapter: Artifact | None, key: str) -> Made:
+    """One row per held-out record under one adapter (None: where fine-tuning starts), and the means in the notes."""
+    recipe = stage.recipe(
+        "evaluations",
+        {
+            "max_new_tokens": stage.settings.evaluation.max_new_tokens,
+            "lora": stage.lora_identity,
+            "dtype": stage.dtype,
+        },
+        {"model": stage.model_identity.fingerprint, "records": records, "adapter": adapter or "none"},
+        partition=key if adapter else base_key(split_key(key)[0]),
+    )
+    return stage.make(recipe, lambda: _score(stage, stage.lake.read_table(records), adapter))
+
+
+def seed_note(adapter: Artifact | None) -> dict[str, Any]:
+    """What is noted of whose adapter was judged."""
+    return {"seed": adapter.notes["seed"]} if adapter else {}
+
+
+def _score(stage: Stage, records: "pa.Table", adapter: Artifact | None) -> Rows:
+    import pyarrow as pa
+
+    with stage.adapted(state=adapter_state(stage.lake, adapter) if adapter else None) as peft_model:
+        columns, means = score_records(stage, peft_model, records)
+    return Rows(pa.table({"id": records["id"], **columns}), {**means, **seed_note(adapter)})
+
+
+def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Columns [n] and means of the metrics over held-out records; exact match is None where no record has an answer."""
+    import numpy as np
+    import pyarrow as pa
+
+    from prism_assets.corpus.token_tables import prompt_tokens
+    from prism_assets.evaluation.answers import exact_match
+    from prism_assets.evaluation.generation import generate
+    from prism_assets.evaluation.metrics import held_out
+    from prism_assets.gradients.engine import GradientEngine
+    from prism_assets.sft.trainer import pad_token_id
+
+    settings, tokenizer = stage.settings, stage.model.tokenizer()
+    records = target_set(table)
+    engine = GradientEngine(peft_model, token_budget=settings.features.token_budget)
+    log_probs = engine.mean_log_probs(records.examples)
+    chosen = log_probs[: records.size]
+    margins = records.scores(log_probs) if records.pairs else None
+    means: dict[str, Any] = {**held_out(chosen, margins), "exact_match": None, "records": records.size}
+    predictions: list[str | None] = [None] * records.size
+    matches: list[bool | None] = [None] * records.size
+    answers = table["answers"].to_pylist()
+    asked = [position for position, one in enumerate(answers) if one]
+    if asked:
+        generated = generate(
+            peft_model,
+            [prompt_tokens(records.examples[position]) for position in asked],
+            pad_token_id=pad_token_id(tokenizer),
+            eos_token_id=list(encoder_of(settings, stage.model).stop_token_ids),
+            max_new_tokens=settings.evaluation.max_new_tokens,
+            batch_size=settings.evaluation.batch_size,
+        )
+        for position, tokens in zip(asked, generated, strict=True):
+            prediction = tokenizer.decode(tokens, skip_special_tokens=True)
+            predictions[position], matches[position] = prediction, exact_match(prediction, answers[position])
+        means["exact_match"] = float(np.mean([matches[position] for position in asked]))
+    columns = {
+        "mean_log_prob": pa.array(chosen, pa.float64()),
+        "margin": pa.array(margins, pa.float64()) if margins is not None else pa.nulls(records.size, pa.float64()),
+        "prediction": pa.array(predictions, pa.string()),
+        "exact_match": pa.array(matches, pa.bool_()),
+    }
+    return columns, means

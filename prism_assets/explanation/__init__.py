@@ -1,0 +1,1 @@
+"""Explanation: why a candidate stands where it stands."""

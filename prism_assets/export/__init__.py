@@ -1,0 +1,1 @@
+"""Export: adapters and data, each with a card, as folders to hand on."""

@@ -1,0 +1,104 @@
+"""The gradient pass of a run: model, checkpoints and sketch, loaded on first use and once for all partitions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from prism_assets.progress import uncounted
+from prism_assets.reference.checkpoints import WarmupCheckpoint, read_checkpoints
+from prism_assets.stage import Stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from prism_assets.gradients.engine import FeatureRows, GradientEngine
+    from prism_assets.gradients.preconditioner import Preconditioner
+    from prism_assets.gradients.sketch import Projection
+
+
+class GradientPass:
+    """Gradients at the warm-up's checkpoints. Loads model, checkpoints and sketch on first use; `gradient_pass` opens one."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.checkpoints: list[WarmupCheckpoint] = read_checkpoints(stage.lake.local(stage.warmup))
+        self._stack = ExitStack()
+        self._engine: GradientEngine | None = None
+        self._start: dict[str, torch.Tensor] = {}
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def at(self, checkpoint: WarmupCheckpoint | None) -> "GradientEngine":
+        """The gradient engine with its parameters at a checkpoint, or (None) where fine-tuning starts."""
+        if self._engine is None:
+            with uncounted():  # whoever comes first would pay for the others
+                self._engine = self._build()
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self._engine.model, checkpoint.lora if checkpoint else self._start)
+        return self._engine
+
+    def _build(self) -> "GradientEngine":
+        from peft import get_peft_model_state_dict
+
+        from prism_assets.gradients.engine import GradientEngine
+
+        peft_model = self._stack.enter_context(self.stage.adapted())
+        self._start = {name: value.clone() for name, value in get_peft_model_state_dict(peft_model).items()}
+        return GradientEngine(peft_model, token_budget=self.stage.settings.features.token_budget)
+
+    def projection(self, engine: "GradientEngine") -> "Projection":
+        """The sketch of the settings, or exact features."""
+        from prism_assets.gradients.sketch import ExactFeatures, Sketch
+
+        features = self.stage.settings.features
+        if features.sketch_dim == "exact":
+            return ExactFeatures(engine.parameter_shapes)
+        return Sketch(features.sketch_dim, features.seed)
+
+    def preconditioner(self, checkpoint: WarmupCheckpoint) -> "Preconditioner":
+        """The frozen optimiser state of a checkpoint in the form that the settings name."""
+        from prism_assets.gradients.preconditioner import Moments, Preconditioner
+
+        moments = {
+            name: Moments(checkpoint.exp_avg[name], checkpoint.exp_avg_sq[name]) for name in checkpoint.exp_avg
+        }
+        return Preconditioner.build(
+            self.stage.settings.features.optimizer,
+            moments,
+            step=checkpoint.optimizer_step,
+            betas=checkpoint.betas,
+            eps=checkpoint.eps,
+        )
+
+    def candidate_rows(
+        self, examples: Sequence[Any], progress: Callable[[int], None] | None = None
+    ) -> "list[FeatureRows]":
+        """The preconditioned, sketched rows of examples at each checkpoint. `progress` hears how many of the examples of
+        all passes are done."""
+        passes: list[FeatureRows] = []
+        for position, checkpoint in enumerate(self.checkpoints):
+            engine = self.at(checkpoint)
+            before = position * len(examples)
+            passes.append(
+                engine.feature_rows(
+                    examples,
+                    sketch=self.projection(engine),
+                    preconditioner=self.preconditioner(checkpoint),
+                    progress=None if progress is None else (lambda done, _, b=before: progress(b + done)),
+                )
+            )
+            if progress is not None:
+                progress(before + len(examples))
+        return passes
+
+
+@contextmanager
+def gradient_pass(stage: Stage) -> Iterator[GradientPass]:
+    """A `GradientPass` that gives the model back at the end."""
+    work = GradientPass(stage)
+    try:
+        yield work
+    finally:
+        work.close()

@@ -1,0 +1,382 @@
+"""Per-example gradients of the mean log-probability by the LoRA parameters, for less than a training step.
+
+For an example with supervised tokens t in C (the completion, EOS included), n of them,
+
+    s = (1/n) sum_{t in C} log p(x_t | x_<t)          g = grad s, with respect to every LoRA A and B
+
+One backward pass of the sum over a batch gives every example's g separately (see `lora`). It does less than a
+training pass over the same batch: logits and loss exist at supervised positions only (`head`), no weight
+gradient is asked of autograd, nothing below the lowest adapted layer is recorded, and each layer's gradients
+go through preconditioner and sketch while the backward pass is at that layer, so that no two layers'
+gradients are ever held together.
+
+Behind its attention, the last decoder layer too sees supervised positions only, where it is of a kind known
+to allow it (`last_layer`).
+
+Gradients are formed in float32 whatever the model's precision (float64 for a float64 model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from prism_assets.gradients.batching import (
+    Batch,
+    Example,
+    Progress,
+    build_batch,
+    check_examples,
+    context_length,
+    default_token_budget,
+    plan_batches,
+)
+from prism_assets.gradients.collectors import Collector, SketchingCollector, StackingCollector, SummingCollector
+from prism_assets.gradients.head import log_probs_of_logits, token_log_probs
+from prism_assets.gradients.last_layer import gather, replaced_forward
+from prism_assets.gradients.lora import find_adapted_layers, tapped
+from prism_assets.gradients.memory import checkpointed, halves, is_out_of_memory, release_memory
+from prism_assets.gradients.preconditioner import Preconditioner
+from prism_assets.gradients.probe import OutputEmbeddings, find_last_layer, probe
+from prism_assets.gradients.sketch import Projection
+from prism_assets.gradients.transfer import HostCopy, Result, a_batch_late, to_device
+from prism_assets.gradients.vectors import norm
+
+# Below this norm a gradient is rounding noise of float32 log-probabilities; its direction means nothing.
+NORM_FLOOR = 1e-7
+
+
+class FeatureRows(NamedTuple):
+    """What a gradient pass leaves of n examples, in the order given. Gamma is the preconditioned gradient."""
+
+    rows: np.ndarray  # float32 [n, K] sketched Gamma, not normalised; zeros where refused
+    norms: np.ndarray  # float64 [n] the norm of Gamma before the sketch
+    mean_log_probs: np.ndarray  # float64 [n] s
+    gradient_norms: np.ndarray  # float64 [n] the norm of g
+    refused: list[str | None]  # [n] why a row must not be used, None where it may be
+
+
+class WeightedGradient(NamedTuple):
+    """The gradient of sum_j w_j s_j, and the s_j."""
+
+    gradient: dict[str, Tensor]  # parameter name -> float32 (float64) of the parameter's shape
+    mean_log_probs: np.ndarray  # float64 [n]
+
+
+class GradientEngine:
+    """Runs gradient passes of a causal language model with one LoRA adapter. The model is used, not changed.
+
+    token_budget: padded tokens in a batch; by default a figure for the kind of device. A batch that does not
+    fit the memory is halved until it does, and later batches keep to the size that fitted.
+    gradient_checkpointing: recompute each decoder layer in the backward pass instead of keeping its
+    activations.
+
+    Raises UnsupportedModelError, naming the module, for what it cannot do: DoRA and other variants, adapted
+    embeddings, convolutions or stacked experts, routed experts, modules_to_save, trained biases, quantised or
+    offloaded weights, several active adapters.
+    """
+
+    def __init__(
+        self, model: PeftModel, *, token_budget: int | None = None, gradient_checkpointing: bool = False
+    ) -> None:
+        self.model = model
+        self.layers = find_adapted_layers(model)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for layer in self.layers:
+            self.parameters[layer.name_a] = layer.factor_a
+            self.parameters[layer.name_b] = layer.factor_b
+        self.parameter_names = list(self.parameters)
+        self.parameter_shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
+        self.num_parameters = sum(value.numel() for value in self.parameters.values())
+        self.device = self.layers[0].weight.device
+        self.token_budget = default_token_budget(self.device) if token_budget is None else int(token_budget)
+        if self.token_budget < 1:
+            raise ValueError(f"token_budget must be positive, not {token_budget}")
+        self.gradient_checkpointing = gradient_checkpointing
+        self._modules, self._all_parameters = list(model.modules()), list(model.parameters())
+        self._config = model.config.get_text_config()
+        self._head = OutputEmbeddings(model, self.layers)
+        self._fits_tokens: int | None = None  # lowered by running out of memory
+        with self._prepared():
+            self._transform = probe(model, self.layers, self._head)
+            self._last_layer = find_last_layer(model, self._head)
+        per_token = self._last_layer.per_token if self._last_layer else set()
+        self._at_supervised = {layer for layer in self.layers if layer is self._head.layer or layer.module in per_token}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of gradients and rows: float32, or float64 for a float64 model."""
+        return torch.float64 if self.layers[0].weight.dtype == torch.float64 else torch.float32
+
+    def mean_log_probs(self, examples: Sequence[Example]) -> np.ndarray:
+        """s of each example, float64 [n], by forward passes alone."""
+        self._check(examples)
+        result = np.empty(len(examples))
+        for batch, copy in self._run(examples, lambda batch: HostCopy(self._log_prob_sums(batch) / batch.counts)):
+            (result[batch.positions],) = copy.arrays()
+        return result
+
+    def feature_rows(
+        self,
+        examples: Sequence[Example],
+        *,
+        sketch: Projection,
+        preconditioner: Preconditioner | None = None,
+        progress: Progress | None = None,
+    ) -> FeatureRows:
+        """Sketched, preconditioned per-example gradients with their exact norms.
+
+        Rows that are not finite, or whose ‖g‖ or ‖Gamma‖ is below `NORM_FLOOR`, are set to zero and given a
+        reason in `refused`. Raises ValueError where the sketch has more dimensions than the adapter has
+        parameters, or the preconditioner lacks moments.
+        """
+        preconditioner = preconditioner or Preconditioner.build("sgd")
+        preconditioner.check(self.parameter_shapes)
+        if sketch.dim > self.num_parameters:
+            raise ValueError(
+                f"a sketch of {sketch.dim} dimensions is larger than the adapter's {self.num_parameters} "
+                "parameters: lower sketch_dim, or use exact features"
+            )
+        self._check(examples)
+
+        def run_batch(batch: Batch) -> HostCopy:
+            collector = SketchingCollector(batch, self.dtype, self._at_supervised, sketch, preconditioner)
+            sums = self._backward(batch, collector)
+            norms, gradient_norms = collector.squared_norms.sqrt(), collector.squared_gradient_norms.sqrt()
+            return HostCopy(collector.rows.float(), torch.stack([norms, sums / batch.counts, gradient_norms], dim=1))
+
+        count = len(examples)
+        rows = np.empty((count, sketch.dim), dtype=np.float32)
+        figures = np.empty((count, 3))
+        done = 0
+        for batch, copy in self._run(examples, run_batch):
+            rows[batch.positions], figures[batch.positions] = copy.arrays()
+            done += len(batch.positions)
+            if progress is not None:
+                progress(done, count)
+        norms, log_probs, gradient_norms = figures.T.copy()
+        finite = np.isfinite(rows).all(axis=1)
+        refused = [_refusal(*figures[i], finite[i]) for i in range(count)]
+        rows[[reason is not None for reason in refused]] = 0
+        return FeatureRows(rows, norms, log_probs, gradient_norms, refused)
+
+    def per_example_gradients(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Yields, batch by batch, the examples' positions [b] and g as parameter name -> [b, *shape].
+
+        Holds a whole batch's gradients: for small numbers of examples.
+        """
+        self._check(examples)
+
+        def run_batch(batch: Batch) -> dict[str, Tensor]:
+            collector = StackingCollector(batch, self.dtype, self._at_supervised)
+            self._backward(batch, collector)
+            return {name: collector.gradients[name] for name in self.parameter_names}
+
+        for batch, gradients in self._run(examples, run_batch):
+            yield batch.positions, gradients
+
+    def weighted_gradient(self, examples: Sequence[Example], weights: Sequence[float]) -> WeightedGradient:
+        """The gradient of sum_j w_j s_j, summed over the examples inside the matrix products of the backward
+        pass."""
+        weights = np.asarray(weights, dtype=np.float64)
+        if weights.shape != (len(examples),) or not np.isfinite(weights).all():
+            raise ValueError(f"{len(examples)} examples need as many finite weights, not {weights.shape}")
+        self._check(examples)
+        # Tiny weights would underflow in a half-precision backward pass: the largest is scaled to one.
+        scale = float(np.abs(weights).max(initial=0.0)) or 1.0
+        total = {
+            name: torch.zeros(shape, dtype=self.dtype, device=self.device)
+            for name, shape in self.parameter_shapes.items()
+        }
+
+        def run_batch(batch: Batch) -> tuple[HostCopy, dict[str, Tensor]]:
+            collector = SummingCollector(batch, self.dtype, self._at_supervised)
+            token_weights = to_device(weights[batch.positions] / scale, self.device) / batch.counts
+            sums = self._backward(batch, collector, token_weights)
+            return HostCopy(sums / batch.counts), collector.gradients
+
+        mean_log_probs = np.empty(len(examples))
+        for batch, (copy, gradients) in self._run(examples, run_batch):
+            (mean_log_probs[batch.positions],) = copy.arrays()
+            for name, gradient in gradients.items():
+                total[name] += gradient
+        return WeightedGradient({name: value * scale for name, value in total.items()}, mean_log_probs)
+
+    def directional_derivatives(
+        self, examples: Sequence[Example], direction: Mapping[str, Tensor], epsilon: float = 1e-2
+    ) -> np.ndarray:
+        """The derivative of each s along the *given* direction d (not its unit vector): <g, d>, float64 [n].
+
+        By a central difference of two forward passes at theta ± epsilon u, u = d / ‖d‖, times ‖d‖; the error
+        is O(epsilon²). The passes run in float32 (a half-precision model is widened meanwhile, and narrowed
+        back to the same bits). `direction` maps parameter names to tensors; a missing parameter counts as
+        zero.
+        """
+        length = norm(direction)
+        if not np.isfinite(length) or length == 0:
+            raise ValueError(f"the direction must be finite and not zero; its norm is {length}")
+        with self.single_precision():
+            with self.step(direction, epsilon / length):
+                above = self.mean_log_probs(examples)
+            with self.step(direction, -epsilon / length):
+                below = self.mean_log_probs(examples)
+        return (above - below) / (2 * epsilon) * length
+
+    @contextmanager
+    def step(self, direction: Mapping[str, Tensor], size: float) -> Iterator[None]:
+        """Within the context the LoRA parameters are theta + size * direction; on exit they have their former
+        bits."""
+        if unknown := sorted(set(direction) - set(self.parameters)):
+            raise ValueError(f"the direction names {unknown[0]}, which is no LoRA parameter of this model")
+        saved = {name: self.parameters[name].detach().clone() for name in direction}
+        try:
+            with torch.no_grad():
+                for name, change in direction.items():
+                    parameter = self.parameters[name]
+                    exact = parameter.double() + size * change.to(parameter.device).double()
+                    parameter.copy_(exact)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in saved.items():
+                    self.parameters[name].copy_(value)
+
+    # One batch
+
+    def _log_prob_sums(self, batch: Batch) -> Tensor:
+        """n * s of each example of the batch, float64 [b]."""
+        with torch.no_grad():
+            return _sum_by_example(self._token_log_probs(batch), batch)
+
+    def _backward(self, batch: Batch, collector: Collector, weights: Tensor | None = None) -> Tensor:
+        """Runs the batch forward and backward with weight w_b on each token log-probability of example b.
+
+        weights: float64 [b], ones by default (the gradient is then n_b times g_b, which keeps half-precision
+        gradients far from underflow). Returns n * s, float64 [b].
+        """
+        for layer in self.layers:
+            layer.collector = collector
+        with torch.enable_grad():
+            log_probs = self._token_log_probs(batch)
+        values = log_probs.detach()
+        upstream = torch.ones_like(values) if weights is None else weights[batch.rows].to(values.dtype)
+        torch.autograd.backward(log_probs, upstream)
+        return _sum_by_example(values, batch)
+
+    def _token_log_probs(self, batch: Batch) -> Tensor:
+        """log p of every supervised token, float32 [N] (float64 of a float64 model)."""
+        gathered: list[Tensor] = []
+
+        def take(hidden: Tensor) -> Tensor:
+            # [b, T, H] -> [1, N, H]: the head sees supervised positions only.
+            gathered.append(hidden if self._last_layer else gather(hidden, batch.source))
+            if self._transform is not None:
+                # The log-probabilities come from `token_log_probs`; the rest of the forward gets a stand-in.
+                return hidden.new_zeros(1, 1, 1)
+            return head_forward(gathered[0])  # [1, N, V], then the model's own steps
+
+        head_forward = self._head.module.forward
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forward(self._head.module, take))
+            if self._last_layer:
+                stack.enter_context(self._last_layer.at(batch.source))
+            logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
+        if self._transform is not None:
+            return token_log_probs(gathered[0][0], batch.targets, self._head.module, self._transform)
+        return log_probs_of_logits(logits[0], batch.targets)
+
+    # Many batches
+
+    def _check(self, examples: Sequence[Example]) -> None:
+        longest = getattr(self._config, "max_position_embeddings", None)
+        check_examples(examples, self.model.get_input_embeddings().num_embeddings, longest)
+
+    def _run(self, examples: Sequence[Example], run_batch: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
+        """Plans the batches and runs them, one ahead of what is yielded."""
+        return a_batch_late(self._run_batches(examples, run_batch))
+
+    def _run_batches(
+        self, examples: Sequence[Example], run_batch: Callable[[Batch], Result]
+    ) -> Iterator[tuple[Batch, Result]]:
+        pending = list(reversed(plan_batches([context_length(example) for example in examples], self.token_budget)))
+        while pending:
+            positions = pending.pop()
+            width = context_length(examples[positions[0]])
+            if self._fits_tokens is not None and len(positions) > 1 and len(positions) * width > self._fits_tokens:
+                pending += halves(positions)
+                continue
+            batch = build_batch(examples, positions, self.device)
+            try:
+                with self._prepared():  # a batch at a time: between batches the model is the caller's
+                    result = run_batch(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                result = None
+            if result is None:
+                if len(positions) == 1:
+                    raise MemoryError(
+                        f"example {positions[0]} alone ({width} tokens) does not fit the memory of "
+                        f"{self.device}: turn gradient checkpointing on, or lower the maximal length"
+                    )
+                self._fits_tokens = len(positions) * width // 2
+                pending += halves(positions)
+                release_memory(self.device)
+                continue
+            yield batch, result
+
+    # The model's state
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Evaluation mode, no parameter requires grad, adapted layers tapped; all as before on exit."""
+        training = [module for module in self._modules if module.training]
+        trainable = [parameter for parameter in self._all_parameters if parameter.requires_grad]
+        with ExitStack() as stack:
+            stack.callback(lambda: [setattr(module, "training", True) for module in training])
+            stack.callback(lambda: [parameter.requires_grad_(True) for parameter in trainable])
+            for module in training:  # not model.eval(), which costs more than a small model's batch
+                module.training = False
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            stack.enter_context(tapped(self.layers))
+            if self.gradient_checkpointing:
+                stack.enter_context(checkpointed(self._modules))
+            yield
+
+    @contextmanager
+    def single_precision(self) -> Iterator[None]:
+        """Half-precision parameters and buffers as float32 for a while; the way there and back keeps every
+        bit."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        narrow = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
+        for tensor, _ in narrow:
+            tensor.data = tensor.data.float()
+        try:
+            yield
+        finally:
+            for tensor, dtype in narrow:
+                tensor.data = tensor.data.to(dtype)
+
+
+def _sum_by_example(log_probs: Tensor, batch: Batch) -> Tensor:
+    """[N] -> float64 [b], in a fixed order on every device."""
+    padded = torch.zeros(len(batch.positions), batch.input_ids.shape[1], dtype=torch.float64, device=log_probs.device)
+    padded[batch.rows, batch.columns] = log_probs.double()
+    return padded.sum(1)
+
+
+def _refusal(feature_norm: float, mean_log_prob: float, gradient_norm: float, finite_row: bool) -> str | None:
+    if not np.isfinite(mean_log_prob):
+        return "log-probability is not finite"
+    if not (np.isfinite(gradient_norm) and np.isfinite(feature_norm) and finite_row):
+        return "gradient is not finite"
+    if gradient_norm < NORM_FLOOR or feature_norm < NORM_FLOOR:
+        return f"gradient norm is below {NORM_FLOOR:g}"
+    return None

@@ -1,0 +1,217 @@
+"""`prism doctor`: what an installation has, and what of its results is stale."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from prism_assets.errors import LakeError, ModelError, SettingsError
+from prism_assets.identity import join_key
+from prism_assets.resources.lake import Artifact, Lake, Recipe
+from prism_assets.resources.model.language_model import LanguageModel
+from prism_assets.settings import Settings
+from prism_assets.stage import Stage
+
+if TYPE_CHECKING:
+    from prism_assets.selection.strategies import Strategy
+
+PACKAGES = ("dagster", "torch", "transformers", "peft", "faiss", "duckdb", "pyarrow")
+
+
+class Finding(NamedTuple):
+    """One thing looked at."""
+
+    state: Literal["ok", "note", "problem"]
+    what: str
+    found: str
+
+
+def examine(stage: Stage) -> list[Finding]:
+    """Versions, device, model, inbox, target files, and stages that do not show today's inputs."""
+    return [
+        *_versions(),
+        *_device(stage.model),
+        *_model(stage.settings, stage.model),
+        *_files(stage.settings, stage.lake),
+        *_stale(stage),
+    ]
+
+
+def _versions() -> list[Finding]:
+    found = [Finding("ok", "python", platform.python_version())]
+    for package in PACKAGES:
+        names = ("faiss-cpu", "faiss-gpu") if package == "faiss" else (package,)
+        installed = [(name, _installed(name)) for name in names if _installed(name)]
+        if len(installed) == 1:
+            found.append(Finding("ok", package, " ".join(installed[0])))
+        elif installed:
+            found.append(Finding("problem", package, "faiss-cpu and faiss-gpu are both installed: uninstall one"))
+        else:
+            found.append(Finding("problem", package, "is not installed: run `make install`"))
+    return found
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _device(model: LanguageModel) -> list[Finding]:
+    import torch
+
+    try:
+        device = model.torch_device()
+    except ModelError as error:
+        return [Finding("problem", "device", str(error))]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return [Finding("ok", "device", f"{device.type} ({name}), weights in {model.torch_dtype()}")]
+
+
+def _model(settings: Settings, model: LanguageModel) -> list[Finding]:
+    from prism_assets.corpus.encoding import require_context
+
+    try:
+        identity = model.identify()
+    except ModelError as error:
+        return [Finding("problem", "model", str(error))]
+    size = identity.parameters_on_disk / 2**20
+    found = [Finding("ok", "model", f"{settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {identity.fingerprint[:12]}")]
+    try:
+        require_context(settings, model)
+    except ModelError as error:
+        found.append(Finding("problem", "max_length", str(error)))
+    return found
+
+
+def _files(settings: Settings, lake: Lake) -> list[Finding]:
+    from prism_assets.corpus.inbox import scan
+
+    findings = []
+    inbox = settings.candidates.inbox
+    if inbox.is_dir():
+        found = scan(inbox, lake.cache / "inbox.json", at_rest_seconds=0)
+        size = sum(file.size for file in found.files) / 2**20
+        state = "ok" if found.files else "problem"
+        findings.append(Finding(state, "inbox", f"{inbox}: {len(found.files)} files, {size:,.1f} MiB"))
+        findings += [Finding("note", "ignored", f"{one.path}: {one.reason}") for one in found.ignored]
+    else:
+        findings.append(Finding("problem", "inbox", f"there is no folder {inbox}"))
+    for name, target in settings.targets.items():
+        for role, path in (("examples", target.examples), ("eval", target.eval)):
+            if not path.is_file():
+                findings.append(Finding("problem", f"targets.{name}.{role}", f"there is no file {path}"))
+    return findings
+
+
+def _stale(stage: Stage) -> list[Finding]:
+    """What of today's inputs and settings the lake does not show yet."""
+    from prism_assets.corpus.candidates import inbox_files
+    from prism_assets.selection.strategies import STRATEGIES
+
+    settings = stage.settings
+    try:
+        stage.corpus_version, stage.dtype  # noqa: B018
+    except ModelError:
+        return []  # said above
+    if not settings.candidates.inbox.is_dir():
+        return []
+    keys = sorted(inbox_files(settings, stage.lake, at_rest_seconds=0))
+    unread = [key for key in keys if stage.shown_or_none("candidates", key) is None]
+    findings = [_share("candidates", len(unread), len(keys), "files are not ingested"), *_refused(stage, keys)]
+    if stage.shown_or_none("warmup_checkpoints") is None:
+        return [*findings, Finding("note", "stale", "no warm-up for these settings yet: `prism run` makes it")]
+    version = stage.feature_version
+    bare = [key for key in keys if stage.shown_or_none("candidate_features", key) is None]
+    findings.append(_share("candidate_features", len(bare), len(keys), f"shards have no features of version {version}"))
+    index = stage.shown_or_none("candidate_index")
+    indexed = set(stage.lake.read_table(index, ["shard"])["shard"].to_pylist()) if index else set()
+    findings.append(_share("candidate_index", len(set(keys) ^ indexed), len(keys), "shards differ from the index"))
+    old = {}
+    for target in settings.targets:
+        for strategy in settings.strategies:
+            why = _outdated(stage, target, STRATEGIES[strategy])
+            if why:
+                old[f"{target}/{strategy}"] = why
+    total = len(settings.targets) * len(settings.strategies)
+    named = ", ".join(f"{name}: {why}" for name, why in list(old.items())[:5])
+    findings.append(_share("selection", len(old), total, f"are not what today's inputs and settings give ({named})"))
+    return findings
+
+
+def _outdated(stage: Stage, target: str, strategy: "Strategy") -> str | None:
+    """Why the selection that the lake shows is not the one of today's inputs and settings; None where it is."""
+    from prism_assets.selection.direction_artifacts import expected_direction
+    from prism_assets.selection.selection import selection_inputs, selection_recipe
+    from prism_assets.selection.strategies import STRATEGIES
+
+    key = join_key(target, strategy.name)
+    shown = stage.shown_or_none("selection", key)
+    if shown is None:
+        return "not made yet"
+    try:
+        if strategy.needs_direction or "direction" in strategy.reads:
+            weighed = strategy if strategy.needs_direction else STRATEGIES["prism"]
+            direction = stage.shown_or_none("target_directions", target, weighed.name)
+            why = direction and _difference(direction, expected_direction(stage, target, weighed))
+            if why:
+                return f"its direction: {why}"
+        inputs = selection_inputs(stage, target, strategy)
+        return _difference(shown, selection_recipe(stage, strategy, inputs, key))
+    except (LakeError, SettingsError) as error:  # something that it is made from is not there yet, or never will be
+        return str(error)
+
+
+# What the names in an artefact's header are called in prism.yaml.
+_SETTINGS = {
+    "weights": "preference.temperature or preference.score",
+    "fisher_damping": "preference.fisher_damping",
+    "budget": "selection.budget",
+    "seed": "selection.seed",
+    "rerank": "selection.rerank",
+    "temperature": "preference.temperature",
+    "score": "preference.score",
+}
+
+
+def _difference(shown: Artifact, expected: Recipe) -> str | None:
+    """What an artefact was made from or by, and would not be today; None where it would be the same."""
+    if shown.fingerprint == expected.fingerprint:
+        return None
+    made_from, before = shown.header["inputs"], shown.header["settings"]
+    # As the header holds them: what was a tuple is a list there.
+    today = json.loads(json.dumps(dict(expected.settings)))
+    settings = [key for key in sorted({*before, *today}) if before.get(key) != today.get(key)]
+    inputs = [
+        role
+        for role, one in expected.inputs.items()
+        if isinstance(one, Artifact) and made_from.get(role, {}).get("content_hash") != one.content_hash
+    ]
+    if settings:
+        inputs = [role for role in inputs if role in made_from]  # the others came with a setting
+    if inputs:
+        settings = [key for key in settings if key != "weights"]  # they follow from targets and their gradients
+    changed = [*(_SETTINGS.get(key, key) for key in settings), *inputs]
+    return f"other {', '.join(changed)}" if changed else "an older version of this code"
+
+
+def _refused(stage: Stage, keys: list[str]) -> list[Finding]:
+    """Files that could not be read, and how many records of the others were refused."""
+    findings, count = [], 0
+    for key in keys:
+        rejects = stage.shown_or_none("rejects", key)
+        for row in stage.lake.read_table(rejects).to_pylist() if rejects and rejects.notes["rows"] else ():
+            if row["field"] == "file":
+                findings.append(Finding("problem", "unreadable", f"{key}: {row['reason']}"))
+            else:
+                count += 1
+    if count:
+        findings.append(Finding("note", "rejects", f"{count} records were refused: prism sql \"SELECT * FROM rejects\""))
+    return findings
+
+
+def _share(what: str, stale: int, total: int, words: str) -> Finding:
+    if not stale:
+        return Finding("ok", what, "up to date")
+    return Finding("note", what, f"{stale} of {total} {words}")

@@ -1,0 +1,306 @@
+"""`prism run`: the whole graph in its order, run by run, on the Dagster instance that the UI shows."""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prism_assets.errors import PipelineError, RunRefused, UserMistake, error_named
+from prism_assets.identity import join_key
+from prism_assets.project import LAKE, MODEL, Project
+from prism_assets.settings import Settings
+from prism_assets.tables import ASSETS, Partitions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import dagster as dg
+
+    from prism_assets.stage import Stage
+
+
+# What Dagster writes before the message of a step's error.
+_ERROR_NAME = re.compile(
+    r"\A(?:\w+\.)*(?:[A-Z]\w*)?(?:Error|Failure|File|Targets|Mistake|Tokenizer|Artifact|Segment|Benchmark|Yet): "
+)
+
+
+class Step(NamedTuple):
+    """One Dagster run: assets of one partitions definition."""
+
+    title: str
+    assets: tuple[str, ...]
+    partitions: Partitions
+
+
+def steps_of_run() -> tuple[Step, ...]:
+    """The steps that the registry names, in its order."""
+    titles = dict.fromkeys(one.step for one in ASSETS if one.step)
+    return tuple(_step(title, [one.name for one in ASSETS if one.step == title]) for title in titles)
+
+
+def _step(title: str, names: Sequence[str]) -> Step:
+    partitions = {one.partitions for one in ASSETS if one.name in names}
+    assert len(partitions) == 1, (title, partitions)
+    return Step(title, tuple(names), partitions.pop())
+
+
+STEPS: tuple[Step, ...] = steps_of_run()
+# Not among the steps of `prism run`: it would cost every run minutes.
+TRUST = _step("Trust", ["trust"])
+# What `prism experiment` walks: what all trials share, then the trials.
+EXPERIMENT_STEPS: tuple[Step, ...] = (
+    *STEPS[: [step.title for step in STEPS].index("Index") + 1],
+    _step("Experiment", ["experiment_trials", "experiment"]),
+)
+
+
+class StepResult(NamedTuple):
+    """What one step came to."""
+
+    step: Step
+    run_ids: list[str]
+    computed: int  # artefacts made; 0 where everything was found
+    seconds: float
+    failed_checks: list[str]  # "asset.check: facts"
+
+
+def _nothing(_: Any) -> None:
+    pass
+
+
+class Listener(NamedTuple):
+    """Who is told how a pipeline goes on."""
+
+    on_step: Callable[[Step], None] = _nothing
+    on_result: Callable[[StepResult], None] = _nothing
+    # Told, once for each step that must wait, which run of another process works with the model.
+    on_wait: Callable[[str], None] = _nothing
+
+
+def run_pipeline(
+    project: Project,
+    definitions: "dg.Definitions",
+    instance: "dg.DagsterInstance",
+    *,
+    targets: Sequence[str] | None = None,
+    steps: Sequence[Step] | None = None,
+    tags: Mapping[str, str] | None = None,
+    listener: Listener = Listener(),
+) -> list[StepResult]:
+    """Look at the inbox, then materialise every asset in order (or these steps); what exists is found, not computed.
+
+    `tags` are laid on every run: `{"prism/compact": "true"}` compacts index segments. A run whose process was killed is
+    closed first, so that nothing waits for it. Raises PipelineError at the first run that fails, RunRefused (one of them)
+    where the user must change something.
+    """
+    from prism_assets.ops.runs import PROCESS_TAG, close_runs_of_the_dead, registered
+
+    with registered(instance) as process:
+        close_runs_of_the_dead(instance)
+        pipeline = Pipeline(project, definitions, instance, {**(tags or {}), PROCESS_TAG: process}, listener)
+        return pipeline.run(steps_of_run() if steps is None else steps, targets)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The graph of a project on an instance, walked step by step."""
+
+    project: Project
+    definitions: "dg.Definitions"
+    instance: "dg.DagsterInstance"
+    tags: Mapping[str, str]
+    listener: Listener
+
+    def run(self, steps: Sequence[Step], targets: Sequence[str] | None) -> list[StepResult]:
+        """Materialise the steps, for these targets or for all."""
+        from prism_assets.catalog import sql
+        from prism_assets.ops.runs import wait_for_slots
+
+        self._register_inbox()
+        _require_usable_model(self.project.settings, self._engine(MODEL))
+        _check_benchmarks(self.project.settings)
+        everything = list(self.project.settings.targets)
+        results = []
+        for step in steps:
+            self.listener.on_step(step)
+            started = time.monotonic()
+            # The records of every target are read in any case: the pool keeps them all out of every ranking.
+            chosen = everything if "targets" in step.assets else targets or everything
+            runs = []
+            for partition_tags in self._partition_tags(step, chosen):
+                wait_for_slots(self.instance, self._pools(step), self.listener.on_wait)
+                runs.append(self._execute(step, {**self.tags, **partition_tags}))
+            computed = sum(count for _, count, _ in runs)
+            failed = [check for *_, checks in runs for check in checks]
+            results.append(StepResult(step, [run for run, *_ in runs], computed, time.monotonic() - started, failed))
+            self.listener.on_result(results[-1])
+        sql.refresh(self._engine(LAKE))
+        return results
+
+    def _engine(self, name: str) -> Any:
+        return (self.definitions.resources or {})[self.project.named(name)]
+
+    def _stage(self) -> "Stage":
+        from prism_assets.work import stage_without_run
+
+        return stage_without_run(self.project, self.definitions)
+
+    def _register_inbox(self) -> None:
+        """Make shards of the inbox's files. Raises UserMistake where there are none."""
+        from prism_assets.corpus.inbox import scan
+        from prism_assets.ops.shards import reconcile_shards
+
+        inbox = self.project.settings.candidates.inbox
+        if not inbox.is_dir():
+            raise RunRefused(
+                f"candidates.inbox: there is no folder {inbox}. Make it and put JSON Lines or Parquet there."
+            )
+        found = scan(inbox, self._engine(LAKE).cache / "inbox.json", at_rest_seconds=0)
+        if not found.files:
+            ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
+            raise RunRefused(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
+        reconcile_shards(self.project, self.instance, [file.key for file in found.files])
+
+    def _partition_tags(self, step: Step, targets: Sequence[str]) -> Iterable[dict[str, str]]:
+        """Run tags that make one run of a contiguous range of partitions; none where no shard has anything to do."""
+        settings = self.project.settings
+        if step.partitions is None:
+            return [{}]
+        if step.partitions == "shard":
+            keys = self.instance.get_dynamic_partitions(str(self.project.shards.name))
+            pending = self._pending_shards(step, keys)
+            positions = [position for position, key in enumerate(keys) if key in pending]
+            # One run, so the model is loaded once; what is finished in between is found.
+            return [_range(keys[positions[0] : positions[-1] + 1])] if positions else []
+        if list(targets) == list(settings.targets):
+            if step.partitions == "target":
+                return [_range(targets)]
+            first = join_key(targets[0], settings.strategies[0])
+            return [_range([first, join_key(targets[-1], settings.strategies[-1])])]
+        if step.partitions == "target":
+            return [{"dagster/partition": target} for target in targets]
+        return [
+            {"dagster/partition": join_key(target, strategy)} for target in targets for strategy in settings.strategies
+        ]
+
+    def _pending_shards(self, step: Step, keys: Sequence[str]) -> set[str]:
+        """The shards that the lake has not finished, or that this Dagster instance has not seen finished."""
+        from prism_assets.corpus.candidates import pending_candidates
+        from prism_assets.features.candidate_features import pending_features
+
+        pending = {"candidates": pending_candidates, "candidate_features": pending_features}
+        found: set[str] = set()
+        for asset in step.assets:
+            found |= set(keys) - self.instance.get_materialized_partitions(self.project.key(asset))
+            if asset in pending:
+                found |= set(pending[asset](self._stage(), keys))
+        return found
+
+    def _pools(self, step: Step) -> set[str]:
+        assets = [self.definitions.get_assets_def(self.project.key(name)) for name in step.assets]
+        return {pool for asset in assets if (pool := asset.op.pool)}
+
+    def _execute(self, step: Step, tags: dict[str, str]) -> tuple[str, int, list[str]]:
+        result = self.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=self.instance,
+            asset_selection=self.project.keys(step.assets),
+            partition_key=tags.get("dagster/partition"),
+            # The terminal shows progress of its own; the whole log is in the instance, for the UI.
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            tags={**tags, "prism/step": step.title},
+            raise_on_error=False,
+        )
+        if not result.success:
+            if any(error.cls_name == "DagsterExecutionInterruptedError" for error in _errors(result)):
+                raise KeyboardInterrupt  # Dagster turned Ctrl-C into a failed step
+            raise (RunRefused if _is_mistake(result) else PipelineError)(_reason(step, result))
+        return result.run_id, _computed(result), list(_failed_checks(result))
+
+
+def _require_usable_model(settings: Settings, model: Any) -> None:
+    """Raise UserMistake for what a step would refuse later, perhaps hours later: no model, no GPU, too short a context."""
+    from prism_assets.corpus.encoding import require_context
+    from prism_assets.errors import ModelError
+
+    try:
+        model.torch_device()
+        require_context(settings, model)
+    except ModelError as error:
+        raise RunRefused(str(error)) from error
+
+
+def _check_benchmarks(settings: Settings) -> None:
+    """Benchmarks come last: what is wrong with their names is better said now than after hours of work."""
+    from prism_assets.evaluation.benchmark_scores import benchmark_tasks
+    from prism_assets.errors import UnusableBenchmark
+
+    try:
+        benchmark_tasks(settings)
+    except UnusableBenchmark as error:
+        raise RunRefused(str(error)) from error
+
+
+def _range(keys: Sequence[str]) -> dict[str, str]:
+    if len(set(keys)) == 1:
+        return {"dagster/partition": keys[0]}
+    return {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+
+
+def _errors(result: Any) -> "Iterator[Any]":
+    """Every error of a failed run, wrapped ones included."""
+    for event in result.all_events:
+        error = event.step_failure_data.error if event.is_step_failure else None
+        while error is not None:
+            yield error
+            error = error.cause
+
+
+def _is_mistake(result: Any) -> bool:
+    found = (error_named(error.cls_name) for error in _errors(result))
+    return any(one is not None and issubclass(one, UserMistake) for one in found)
+
+
+def _reason(step: Step, result: Any) -> str:
+    """What a failed step itself said, without Dagster's wrapping and without the traceback that the UI shows."""
+    for event in result.all_events:
+        if event.is_step_failure:
+            error = event.step_failure_data.error
+            # Not further down: what the step raised says more than what made it do so.
+            while error is not None and error.cause is not None and str(error.cls_name).startswith("Dagster"):
+                error = error.cause
+            message = error.message.strip() if error else "no reason was given"
+            message = _ERROR_NAME.sub("", message)
+            return f"{step.title}: {event.step_key} failed: {message}\n(run {result.run_id})"
+    return f"{step.title}: the run {result.run_id} failed."
+
+
+def _failed_checks(result: Any) -> "Iterator[str]":
+    """The checks of a run that did not pass, with their facts, a line each."""
+    for event in result.all_events:
+        if event.event_type_value != "ASSET_CHECK_EVALUATION" or event.asset_check_evaluation_data.passed:
+            continue
+        check = event.asset_check_evaluation_data
+        name = f"{check.asset_key.to_user_string()}.{check.check_name}"
+        facts = {key: value.value for key, value in check.metadata.items()}
+        # Of a run over several partitions, those that did not pass.
+        by_partition = {key: one for key, one in facts.items() if isinstance(one, dict) and "passed" in one}
+        for key, one in by_partition.items():
+            if not one["passed"]:
+                yield f"{name} [{key}]: {_listed(one)}"
+        if not by_partition:
+            yield f"{name}: {_listed(facts)}"
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if name != "passed")
+
+
+def _computed(result: Any) -> int:
+    total = 0
+    for event in result.all_events:
+        if event.is_step_materialization:
+            entry = event.step_materialization_data.materialization.metadata.get("computed")
+            total += int(entry.value) if entry is not None else 0
+    return total

@@ -1,0 +1,74 @@
+"""Jobs, and the schedules that catch what no event told. Schedules start switched off and are turned on in the UI."""
+
+from typing import Any
+
+import dagster as dg
+
+from prism_assets.features.candidate_index import COMPACT_TAG
+from prism_assets.identity import join_key
+from prism_assets.project import Project
+from prism_assets.settings import Settings
+from prism_assets.tables import ASSETS, JOBS
+
+
+def build_jobs(project: Project) -> list[Any]:
+    """A job for each of `tables.JOBS`, with the assets that name it."""
+    return [
+        dg.define_asset_job(
+            project.named(name),
+            selection=dg.AssetSelection.assets(*project.keys(one.name for one in ASSETS if one.job == name)),
+            description=description,
+        )
+        for name, description in JOBS.items()
+    ]
+
+
+def build_schedules(project: Project) -> list[Any]:
+    """A nightly look at everything that is one for the pool, weekly ones at what was trained and whether it holds."""
+    settings = project.settings
+
+    @dg.schedule(
+        name=project.named("weekly_refresh"),
+        cron_schedule="0 4 * * 0",
+        job_name=project.named("refresh_selections"),
+        description="Selects, fine-tunes and evaluates once a week for every target and strategy but `full`; what "
+        "exists already is found, not trained again.",
+    )
+    def weekly_refresh(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest]:
+        return [_request(context, key) for key in automated_keys(settings)]
+
+    @dg.schedule(
+        name=project.named("weekly_trust"),
+        cron_schedule="0 6 * * 0",
+        job_name=project.named("check_trust"),
+        description="Measures once a week whether each target's scores hold; what did not change is found.",
+    )
+    def weekly_trust(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest]:
+        return [_request(context, target) for target in settings.targets]
+
+    return [
+        dg.ScheduleDefinition(
+            name=project.named("nightly_reconcile"),
+            job_name=project.named("refresh_pool"),
+            cron_schedule="0 3 * * *",
+            tags={COMPACT_TAG: "true"},
+            description="Reconciles manifest, warm-up and index with the inbox once a night, and compacts small "
+            "index segments into one.",
+        ),
+        weekly_refresh,
+        weekly_trust,
+    ]
+
+
+def _request(context: dg.ScheduleEvaluationContext, key: str) -> dg.RunRequest:
+    return dg.RunRequest(run_key=f"{context.scheduled_execution_time:%Y-%m-%d}/{key}", partition_key=key)
+
+
+def automated_keys(settings: Settings) -> list[str]:
+    """Partitions of target × strategy that may be made without a hand: training on the whole pool may not."""
+    return [
+        join_key(target, strategy)
+        for strategy in settings.strategies
+        for target in settings.targets
+        if strategy != "full"
+    ]

@@ -1,0 +1,107 @@
+"""What long work shows and costs: progress on a terminal or in the log, and stopwatches."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_LOG_EVERY_SECONDS = 15.0
+
+
+class Stopwatch:
+    """What work costs from the moment that the stopwatch is made: for the notes of an artefact, never for its identity.
+
+    What is done inside `uncounted` is not in it.
+    """
+
+    def __init__(self) -> None:
+        _wait_for_gpu()
+        self._processor, self._clock = _counted()
+
+    def cost(self) -> dict[str, float | None]:
+        """`cpu_seconds` of all threads of this process; `gpu_seconds` from idle GPU to idle GPU, None without one."""
+        gpu = _wait_for_gpu()
+        processor, clock = _counted()
+        return {
+            "cpu_seconds": processor - self._processor,
+            "gpu_seconds": clock - self._clock if gpu else None,
+        }
+
+
+# CPU and wall seconds of this process that no stopwatch counts.
+_uncounted = (0.0, 0.0)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Work that is nobody's cost (loading a model, for whoever comes first) or has a stopwatch of its own."""
+    global _uncounted
+    _wait_for_gpu()
+    before = _counted()
+    try:
+        yield
+    finally:
+        _wait_for_gpu()
+        after = _counted()
+        _uncounted = _uncounted[0] + after[0] - before[0], _uncounted[1] + after[1] - before[1]
+
+
+def _counted() -> tuple[float, float]:
+    """CPU and wall seconds so far, without what is not counted."""
+    return time.process_time() - _uncounted[0], time.perf_counter() - _uncounted[1]
+
+
+def _wait_for_gpu() -> bool:
+    """Whether this process uses a GPU; if so, it is idle now."""
+    torch = sys.modules.get("torch")  # a process that has not imported it has no work on a GPU
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return False
+    torch.cuda.synchronize()
+    return True
+
+
+class Progress:
+    """Rows done, rate and time left: a line that renews itself on a terminal, a sparse line in the log."""
+
+    def __init__(self, log: logging.Logger, what: str, total: int, unit: str = "rows") -> None:
+        self.log, self.what, self.total, self.unit = log, what, total, unit
+        self.done = 0
+        self.started = self.logged = time.monotonic()
+        self._bar: Callable[[int], None] | None = None
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say that `done` units of the total are finished."""
+        self.done = done
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar(done)
+        if now - self.logged >= _LOG_EVERY_SECONDS and done:
+            self.logged = now
+            rate = done / (now - self.started)
+            left = (self.total - done) / rate
+            self.log.info(
+                f"{self.what}: {done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left:,.0f} s left {note}".rstrip()
+            )
+
+    def advance(self, more: int = 1, note: str = "") -> None:
+        """Say that `more` units were finished."""
+        self.update(self.done + more, note)
+
+
+@contextmanager
+def progress(log: logging.Logger, what: str, total: int, unit: str = "rows") -> Iterator[Progress]:
+    """Progress over a long step. On a terminal a Rich bar is shown and removed when the step ends."""
+    tracker = Progress(log, what, total, unit)
+    if not sys.stderr.isatty():
+        yield tracker
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=total)
+        tracker._bar = lambda done: bars.update(task, completed=done)
+        yield tracker

@@ -1,0 +1,83 @@
+"""The asset `warmup_checkpoints`: a short LoRA training on the pinned sample, whose checkpoints gradients are taken at."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from prism_assets.metadata import picture
+from prism_assets.project import Check, Project
+from prism_assets.reference.checkpoints import write_checkpoints
+from prism_assets.resources.lake import Artifact, Folder
+from prism_assets.stage import Stage
+from prism_assets.work import Outcome, stage_of, the_whole
+
+LEARNED = Check("warmup_learned", "The loss fell during the warm-up.")
+
+
+def build(project: Project) -> dg.AssetsDefinition:
+    @project.asset(
+        "warmup_checkpoints",
+        group="reference",
+        kinds={"pytorch", "safetensors"},
+        deps=["base_model", "warmup_sample"],
+        checks=[LEARNED],
+        loads_model=True,
+    )
+    def warmup_checkpoints(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        """LoRA warm-up on the pinned sample: the parameters at one or several checkpoints, with Adam's moments by name."""
+        stage = stage_of(project, context)
+        sample = stage.shown("warmup_sample")
+        settings = {
+            "lora": stage.lora_identity,
+            "warmup": stage.settings.warmup.model_dump(exclude={"share", "min_rows", "generation"}),
+            "dtype": stage.dtype,
+        }
+        inputs = {"model": stage.model_identity.fingerprint, "sample": sample}
+        checkpoints, computed = stage.make(
+            stage.recipe("warmup_checkpoints", settings, inputs), lambda: Folder(lambda folder: _train(stage, sample, folder))
+        )
+        stage.show(checkpoints)
+        return the_whole(context, stage, _outcome(stage, checkpoints, computed))
+
+    return warmup_checkpoints
+
+
+def _train(stage: Stage, sample: Artifact, folder: Path) -> dict[str, Any]:
+    """Train and write the checkpoints; returns what is noted of them."""
+    from prism_assets.corpus.token_tables import from_table
+    from prism_assets.sft.trainer import fine_tune, number_of_steps, pad_token_id
+
+    warmup = stage.settings.warmup
+    examples = from_table(stage.lake.read_table(sample))
+    steps = number_of_steps(len(examples), warmup.epochs, None, warmup.batch_size, 1)
+    with stage.adapted(seed=warmup.seed) as peft_model, stage.progress("warm-up", steps, "steps") as progress:
+        result = fine_tune(
+            peft_model,
+            examples,
+            seed=warmup.seed,
+            epochs=warmup.epochs,
+            batch_size=warmup.batch_size,
+            learning_rate=warmup.learning_rate,
+            checkpoints=warmup.checkpoints,
+            pad_token_id=pad_token_id(stage.model.tokenizer()),
+            progress=lambda done, _, loss: progress.update(done, f"(loss {loss:.3f})"),
+        )
+    write_checkpoints(folder, result.checkpoints)
+    return {"steps": result.steps, "losses": list(result.losses), "seconds": result.seconds}
+
+
+def _outcome(stage: Stage, checkpoints: Artifact, computed: int) -> Outcome:
+    from prism_assets.plots import loss_curve
+
+    losses: Any = checkpoints.notes["losses"]
+    window = max(1, len(losses) // 4)
+    first, last = sum(losses[:window]) / window, sum(losses[-window:]) / window
+    metadata = {
+        "steps": len(losses),
+        "checkpoints": stage.settings.warmup.checkpoints,
+        "mean_loss_first_quarter": first,
+        "mean_loss_last_quarter": last,
+        "loss": picture(loss_curve(losses)),
+    }
+    return Outcome([checkpoints], computed, metadata, [LEARNED(last < first, first_quarter=first, last_quarter=last)])

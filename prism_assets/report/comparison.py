@@ -1,0 +1,106 @@
+"""Strategies side by side, as a table of text. Needs no more than the standard library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from prism_assets.report.wording import (
+    MISSING,
+    as_number,
+    count_text,
+    figure_text,
+    mean_and_std,
+    mean_of,
+)
+
+FORMAT = 1
+METRICS = {
+    "target_preference": "target preference",
+    "mean_log_prob": "mean log-probability",
+    "exact_match": "exact match",
+}
+
+
+# ---- tables
+
+
+def comparison_table(data: Mapping[str, Any]) -> list[list[str]]:
+    """Strategies side by side, as text: a header row, then per target the base model and each strategy.
+
+    Columns: target, strategy, the metrics and the benchmarks' metrics as "mean ± std" over seeds, and the number
+    of selected rows. `data` is the content of report.json; its order of targets and strategies is kept.
+    """
+    check_format(data)
+    targets = data.get("targets", {})
+    benchmarks = list(dict.fromkeys(label for target in targets.values() for label in benchmark_metrics(target)))
+    table = [["target", "strategy", *METRICS.values(), *benchmarks, "rows"]]
+    for name, target in targets.items():
+        scores = benchmark_metrics(target)
+        for row in metric_rows(target):
+            own = [benchmark_text(scores.get(label), row.strategy) for label in benchmarks]
+            table.append([name, row.strategy, *(cell.text for cell in row.cells), *own, row.rows])
+    return table
+
+
+class Cell(NamedTuple):
+    text: str
+    value: float | None
+    best: bool
+
+
+class MetricRow(NamedTuple):
+    strategy: str
+    cells: list[Cell]
+    rows: str
+    completion_tokens: str
+    steps: str
+    non_positive: str
+
+
+def metric_rows(target: Mapping[str, Any]) -> list[MetricRow]:
+    """The base model's row and one per strategy; the strategies' highest mean of each metric is marked."""
+    strategies: Mapping[str, Any] = target.get("strategies", {})
+    highest = {
+        metric: max(
+            (mean for entry in strategies.values() if (mean := mean_of(entry, metric)) is not None),
+            default=None,
+        )
+        for metric in METRICS
+    }
+    base = target.get("base") or {}
+    base_cells = [Cell(figure_text(base.get(metric)), as_number(base.get(metric)), False) for metric in METRICS]
+    rows = [MetricRow("base", base_cells, MISSING, MISSING, MISSING, MISSING)]
+    for name, entry in strategies.items():
+        cells = []
+        for metric in METRICS:
+            mean = mean_of(entry, metric)
+            best = mean is not None and mean == highest[metric] and len(strategies) > 1
+            cells.append(Cell(mean_and_std(entry, metric), mean, best))
+        counts = (
+            count_text(entry.get(key)) for key in ("rows", "completion_tokens", "steps", "non_positive_influence")
+        )
+        rows.append(MetricRow(name, cells, *counts))
+    return rows
+
+
+# ---- benchmarks
+
+
+def benchmark_metrics(target: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metrics of lm-eval's tasks by label; empty where no benchmark was asked for."""
+    return (target.get("benchmarks") or {}).get("metrics") or {}
+
+
+def benchmark_text(metric: Mapping[str, Any] | None, strategy: str) -> str:
+    """The figure of the base model, or mean ± std over seeds of a strategy."""
+    if metric is None:
+        return MISSING
+    if strategy == "base":
+        return figure_text(metric["base"])
+    return mean_and_std(metric["strategies"], strategy)
+
+
+def check_format(data: Mapping[str, Any]) -> None:
+    if data.get("format") != FORMAT:
+        raise ValueError(f"report.json has format {data.get('format')!r}; this version reads format {FORMAT}")

@@ -1,0 +1,184 @@
+"""What a target's report shows, gathered from the lake."""
+
+from typing import Any, NamedTuple
+
+from prism_assets.errors import CannotExplain
+from prism_assets.evaluation.benchmark_scores import benchmarks_of, shown_scores
+from prism_assets.evaluation.scores import METRICS
+from prism_assets.identity import base_key, join_key, seed_partition
+from prism_assets.resources.lake import Artifact
+from prism_assets.selection.selection import json_lines_of
+from prism_assets.stage import Stage
+from prism_assets.trust.verdict import findings
+
+# Strategies whose selections are compared row by row with PRISM's.
+_HELD_AGAINST = ("uniform", "less")
+
+
+class Content(NamedTuple):
+    """One target's part of report.json, and the artefacts that it shows."""
+
+    data: dict[str, Any]
+    shown: list[Artifact]
+
+
+def target_content(stage: Stage, name: str) -> Content:
+    """What the lake shows of a target now. Raises NotMadeYet."""
+    weights = stage.shown("target_weights", name)
+    pool = stage.shown("live_pool")
+    base = stage.shown("evaluations", base_key(name))
+    notes = weights.notes
+    strategies = {strategy: _strategy_content(stage, name, strategy) for strategy in stage.settings.strategies}
+    rows = stage.lake.read_table(weights).to_pylist()
+    directions = list(notes["effective_number_of_targets"])
+    measured = _trust_in(stage, weights, name)
+    shown = [weights, pool, base, *(one for part in strategies.values() for one in part.shown)]
+    shown += [measured] if measured is not None else []
+    data = {
+        "kind": notes["kind"],
+        "number_of_targets": notes["number_of_targets"],
+        "number_of_eval": stage.shown("eval_examples", name).notes["rows"],
+        "pool": {
+            "rows": sum(stage.lake.read_table(pool, ["rows"])["rows"].to_pylist()),
+            "canonical": pool.notes["canonical_rows"],
+            "sources": pool.notes["sources"],
+        },
+        "direction": {
+            **{key: notes[key] for key in ("effective_number_of_targets", "temperature", "log_z", "checkpoints")},
+            "weight_rank_agreement": notes["weight_rank_agreement"],
+            "first_order": notes["first_order"],
+            "weights": [
+                {key: row[key] for key in ("id", "preference", "score", "prompt", *directions)}
+                for row in sorted(rows, key=lambda row: -(row["prism"] or 0))
+            ],
+        },
+        "base": {metric: base.notes[metric] for metric in METRICS},
+        "strategies": {strategy: part.data for strategy, part in strategies.items()},
+        "trust": None if measured is None else [one._asdict() for one in findings(measured.notes)],
+    }
+    if stage.settings.evaluation.benchmarks:
+        benchmarks = _benchmark_content(stage, name)
+        data["benchmarks"] = benchmarks.data
+        shown += benchmarks.shown
+    return Content(data, shown)
+
+
+def _trust_in(stage: Stage, weights: Artifact, target: str) -> Artifact | None:
+    """What was measured of the trust in a target; None where nothing was, or for other weights or directions than today's."""
+    found = stage.shown_or_none("trust", target)
+    if found is None or found.header["inputs"]["weights"]["content_hash"] != weights.content_hash:
+        return None
+    same = all(
+        found.header["inputs"][name]["content_hash"] == weights.header["inputs"][name]["content_hash"]
+        for name in ("prism", "uniform")
+    )
+    return found if same else None
+
+
+def _benchmark_content(stage: Stage, target: str) -> Content:
+    """Every benchmark metric of the base model and, as mean and std over seeds, of each strategy."""
+    base = stage.shown("benchmarks", base_key(target))
+    artifacts, strategies = [base], {}
+    for strategy in stage.settings.strategies:
+        strategies[strategy], scored = benchmarks_of(stage, join_key(target, strategy))
+        artifacts += scored
+    data = {
+        "lm_eval": base.header["settings"]["lm_eval"],
+        "limit": base.header["settings"]["limit"],
+        "metrics": {
+            label: {
+                "base": score.value,
+                "higher_is_better": score.higher_is_better,
+                **{"documents": score.documents, "shots": score.shots, "version": score.task_version},
+                "strategies": {strategy: summary.get(label) for strategy, summary in strategies.items()},
+            }
+            for label, score in shown_scores(stage.lake, base).items()
+        },
+    }
+    return Content(data, artifacts)
+
+
+def _strategy_content(stage: Stage, target: str, strategy: str) -> Content:
+    from prism_assets.evaluation.metrics import summarize
+
+    key = join_key(target, strategy)
+    selection = stage.shown("selection", key)
+    heads = [seed_partition(key, seed) for seed in stage.settings.seeds]
+    scores = [stage.shown("evaluations", head) for head in heads]
+    adapters = [stage.shown("adapters", head) for head in heads]
+    notes = selection.notes
+    columns = ["rank", "score", "source", "prompt", "completion"]
+    entry = {
+        **{metric: summarize([one.notes[metric] for one in scores]) for metric in METRICS},
+        "per_seed": [
+            {"seed": seed, **{metric: one.notes[metric] for metric in METRICS}}
+            for seed, one in zip(stage.settings.seeds, scores, strict=True)
+        ],
+        "selected": str(stage.lake.local(selection)),
+        "selected_jsonl": str(json_lines_of(stage, selection)),
+        "adapter": str(stage.lake.local(adapters[0])),
+        "rows": notes["rows"],
+        "completion_tokens": notes["completion_tokens"],
+        "steps": adapters[0].notes["steps"],
+        "seconds": sum(one.notes["seconds"] for one in adapters),
+        "composition": notes["composition"],
+        "non_positive_influence": notes["non_positive_influence"],
+        "score_histogram": notes.get("score_histogram"),
+        "examples": stage.lake.read_table(selection, columns).slice(0, 20).to_pylist(),
+        "fingerprint": selection.fingerprint,
+        "run_id": selection.header["run_id"],
+    }
+    data = {name: value for name, value in entry.items() if value is not None or name in METRICS}
+    return Content(data, [selection, *adapters, *scores])
+
+
+# -- explanations -------------------------------------------------------------------------------------------------
+
+
+def explanations(stage: Stage, name: str) -> list[dict[str, Any]]:
+    """Why the top rows of PRISM stand there, and a few surprising ones: what it alone takes, what it alone leaves."""
+    from prism_assets.explanation.explainer import Explainer
+
+    asked = _worth_explaining(stage, name)
+    if not asked:
+        return []
+    explained = []
+    with Explainer(stage, target=name, strategy="prism") as explainer:
+        for reason, example in asked:
+            try:
+                found = explainer.explain(example, neighbours=3)
+            except CannotExplain as error:
+                explained.append({"reason": reason, "id": example, "error": str(error)})
+                continue
+            kept = ("id", "source", "prompt", "completion", "score", "exact_score")
+            explained.append(
+                {
+                    "reason": reason,
+                    **{key: getattr(found, key) for key in kept},
+                    "score_rows": found.score_rows(limit=6),
+                    "ranks": [one._asdict() for one in found.ranks],
+                    "neighbours": [one._asdict() for one in found.neighbours],
+                }
+            )
+    return explained
+
+
+def _worth_explaining(stage: Stage, target: str, each: int = 3) -> list[tuple[str, str]]:
+    """(why, example id) of the rows that the report explains; none where PRISM is not among the strategies."""
+    if "prism" not in stage.settings.strategies:
+        return []
+    ids = {
+        strategy: stage.lake.read_table(stage.shown("selection", join_key(target, strategy)), ["id"])["id"].to_pylist()
+        for strategy in stage.settings.strategies
+        if strategy in ("prism", *_HELD_AGAINST)
+    }
+    others = {name: set(rows) for name, rows in ids.items() if name != "prism"}
+    taken_by_others = set().union(*others.values())
+    asked = [("top of prism", one) for one in ids["prism"][:each]]
+    if others:
+        alone = [one for one in ids["prism"] if one not in taken_by_others]
+        asked += [(f"selected by prism, not by {' or '.join(others)}", one) for one in alone[:each]]
+    for name in others:
+        left = [one for one in ids[name] if one not in set(ids["prism"])]
+        asked += [(f"selected by {name}, not by prism", one) for one in left[:1]]
+    return list({example: (reason, example) for reason, example in reversed(asked)}.values())[::-1]

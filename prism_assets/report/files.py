@@ -1,0 +1,29 @@
+"""Where pages are written, and what their JSON begins with."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prism_assets.stage import Stage
+
+
+def page_head(stage: Stage) -> dict[str, Any]:
+    """What the JSON of every page begins with: when, of which model and with which settings it was made."""
+    return {
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": {"name": stage.settings.model.name, "fingerprint": stage.model_identity.fingerprint},
+        "settings": stage.settings.model_dump(mode="json"),
+    }
+
+
+def replace_texts(folder: Path, texts: Mapping[str, str]) -> Path:
+    """Write files, each renamed into place whole; returns the folder, which is made where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        draft = folder / f".{name}.{os.getpid()}"
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, folder / name)
+    return folder

@@ -1,0 +1,112 @@
+"""The asset `report`: one page per target, and one over all targets."""
+
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from prism_assets.evaluation.scores import METRICS
+from prism_assets.metadata import picture, preview
+from prism_assets.project import Project
+from prism_assets.report.content import Content, explanations, target_content
+from prism_assets.report.files import page_head, replace_texts
+from prism_assets.resources.lake import Artifact, Folder
+from prism_assets.stage import Stage
+from prism_assets.work import Outcome, each_partition, stage_of
+
+# The weekly refresh makes it at least once in seven days.
+FRESH = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=9), warn_window=timedelta(days=8))
+PAGE, DATA = "report.html", "report.json"
+
+
+def build(project: Project) -> dg.AssetsDefinition:
+    @project.asset(
+        "report",
+        group="evaluation",
+        kinds={"html"},
+        deps=["evaluation", "selection", "target_direction", "live_pool"],
+        loads_model=True,
+        freshness_policy=FRESH,
+    )
+    def report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        """One page per target: strategies side by side, what was selected and why, and where every number came from."""
+        stage = stage_of(project, context)
+        result = each_partition(context, stage, lambda name: _write_target(stage, name))
+        context.log.info(f"The report over all targets is at {write_combined_report(stage)}.")
+        return result
+
+    return report
+
+
+def _write_target(stage: Stage, name: str) -> Outcome:
+    content = target_content(stage, name)
+    # A report shows names: equal inputs under another name, or of other strategies, are another report.
+    shown = {"target": name, "strategies": stage.settings.strategies, "seeds": stage.settings.seeds}
+    recipe = stage.recipe("report", shown, {"shown": content.shown}, partition=name)
+    report, computed = stage.make(recipe, lambda: Folder(lambda folder: _write_page(stage, name, content, folder)))
+    stage.show(report, name)
+    return _outcome(stage, report, content.data, computed)
+
+
+def _write_page(stage: Stage, name: str, content: Content, folder: Path) -> None:
+    from prism_assets.report.page import build_report
+
+    data = _around(stage, {name: {**content.data, "explanations": explanations(stage, name)}})
+    (folder / DATA).write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / PAGE).write_text(build_report(data), encoding="utf-8")
+
+
+def _outcome(stage: Stage, report: Artifact, content: Mapping[str, Any], computed: int) -> Outcome:
+    from prism_assets.plots import strategies_comparison
+    from prism_assets.report.verdict import verdict_sentences
+
+    rows = [
+        {"strategy": strategy, **{metric: (entry[metric] or {}).get("mean") for metric in METRICS}}
+        for strategy, entry in content["strategies"].items()
+    ]
+    metadata = {
+        "report": dg.MetadataValue.path(str(stage.lake.local(report, PAGE))),
+        "rows": preview([{"strategy": "base", **content["base"]}, *rows]),
+        "verdict": dg.MetadataValue.md("\n".join(f"- {one}" for one in verdict_sentences(content))),
+        "comparison": picture(strategies_comparison(content["strategies"], content["base"]), "comparison"),
+    }
+    return Outcome([report], computed, metadata)
+
+
+def _around(stage: Stage, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """report.json around the targets' parts."""
+    pool = stage.shown("live_pool")
+    rejects: list[dict[str, Any]] = []
+    for shard in stage.lake.read_table(pool, ["shard"])["shard"].to_pylist():
+        refused = stage.shown_or_none("rejects", shard)
+        if refused is not None:
+            rejects += [{"shard": shard, **row} for row in stage.lake.read_table(refused).to_pylist()]
+    return {
+        **page_head(stage),
+        "lineage": {
+            one.table: {"fingerprint": one.fingerprint, "content_hash": one.content_hash, "run_id": one.header["run_id"]}
+            for one in (pool, stage.warmup)
+        },
+        "feature_version": stage.feature_version,
+        "rejects": rejects,
+        "contamination": pool.notes["contaminated"],
+        "duplicates": pool.notes["duplicates"],
+        "targets": dict(targets),
+    }
+
+
+def write_combined_report(stage: Stage) -> Path:
+    """The report over all targets that have one, renamed into place at `storage.report`; returns the page's path."""
+    from prism_assets.report.page import build_report
+
+    parts: dict[str, Any] = {}
+    for name in stage.settings.targets:
+        report = stage.shown_or_none("report", name)
+        if report is not None:
+            parts |= json.loads(stage.lake.local(report, DATA).read_text(encoding="utf-8"))["targets"]
+    data = _around(stage, parts)
+    texts = {DATA: json.dumps(data, indent=1, ensure_ascii=False), PAGE: build_report(data)}
+    return replace_texts(stage.settings.storage.report, texts) / PAGE

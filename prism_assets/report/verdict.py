@@ -1,0 +1,153 @@
+"""What a target's figures say, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prism_assets.report.comparison import METRICS
+from prism_assets.report.wording import (
+    as_number,
+    figure_text,
+    gap_text,
+    listed,
+    mean_and_std,
+    mean_of,
+    signed,
+)
+
+# Fewer seeds than this and a difference of means describes the runs at hand; it is no test of anything.
+SEEDS_FOR_A_TEST = 10
+
+
+# ---- sentences
+
+
+def verdict_sentences(target: Mapping[str, Any]) -> list[str]:
+    """What the numbers of one target say, and no more: `target` is an entry of report.json's `targets`.
+
+    Only means and standard deviations over seeds are known, so a difference is called one only where it
+    exceeds the larger of the two standard deviations, and never significant.
+    """
+    strategies: Mapping[str, Any] = target.get("strategies", {})
+    sentences = [
+        sentence
+        for metric in METRICS
+        if (sentence := _metric_sentence(metric, strategies, target.get("base") or {}))
+    ]
+    if "prism" in strategies:
+        for other in strategies:
+            if other != "prism" and (sentence := _paired_sentence(other, strategies)):
+                sentences.append(sentence)
+    sentences += _direction_sentences(target.get("direction") or {})
+    sentences += _caveats(strategies)
+    return sentences
+
+
+def _metric_sentence(metric: str, strategies: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
+    means = {name: mean for name, entry in strategies.items() if (mean := mean_of(entry, metric)) is not None}
+    if not means:
+        return None
+    best = max(means, key=means.__getitem__)
+    label = METRICS[metric].capitalize()
+    sentence = f"{label}: {best} has the highest mean, {mean_and_std(strategies[best], metric)}"
+    if len(means) == 1:
+        sentence = f"{label}: {best} reaches {mean_and_std(strategies[best], metric)}"
+    reference = as_number(base.get(metric))
+    if reference is None:
+        return sentence + "."
+    worse = [name for name, mean in means.items() if mean < reference]
+    sentence += f"; the base model is at {figure_text(reference)}"
+    return sentence + (f", above {listed(worse)}." if worse else ".")
+
+
+def _paired_sentence(other: str, strategies: Mapping[str, Any]) -> str | None:
+    """prism against another strategy, metric by metric."""
+    parts = []
+    for metric, label in METRICS.items():
+        ours, theirs = mean_of(strategies["prism"], metric), mean_of(strategies[other], metric)
+        if ours is None or theirs is None:
+            continue
+        difference = ours - theirs
+        if difference == 0:
+            parts.append(f"{label} the same")
+            continue
+        direction = "higher" if difference > 0 else "lower"
+        spread = _spread(abs(difference), strategies["prism"], strategies[other], metric)
+        parts.append(f"{label} {direction} by {gap_text(abs(difference))} ({spread})")
+    return f"prism against {other}: " + "; ".join(parts) + "." if parts else None
+
+
+def _spread(difference: float, ours: Mapping[str, Any], theirs: Mapping[str, Any], metric: str) -> str:
+    deviations = [as_number((entry.get(metric) or {}).get("std")) for entry in (ours, theirs)]
+    if None in deviations:
+        return "spread over seeds unknown"
+    larger = max(deviations)
+    if difference <= larger:
+        return "within one standard deviation: no clear difference"
+    if larger == 0:
+        return "no spread over seeds"
+    return f"{difference / larger:.1f} times the larger standard deviation"
+
+
+def _direction_sentences(direction: Mapping[str, Any]) -> list[str]:
+    sentences = []
+    effective = direction.get("effective_number_of_targets") or {}
+    prism, uniform = as_number(effective.get("prism")), as_number(effective.get("uniform"))
+    if prism is not None and uniform:
+        sentences.append(
+            f"The prism direction rests on {prism:.1f} effective targets of {uniform:g} "
+            f"({prism / uniform:.0%})."
+        )
+    first_order = direction.get("first_order") or {}
+    steps = {name: first_order.get(name) or {} for name in ("prism", "uniform")}
+    measured = {name: as_number(entry.get("measured")) for name, entry in steps.items()}
+    if None not in measured.values():
+        relation = _compared(measured["prism"], measured["uniform"])
+        sentences.append(
+            f"A small step along the prism direction changes J by {signed(measured['prism'])} (predicted "
+            f"{signed(steps['prism'].get('predicted'))}), {relation} the same step along the uniform "
+            f"direction, {signed(measured['uniform'])} "
+            f"(predicted {signed(steps['uniform'].get('predicted'))})."
+        )
+    held_out = {name: as_number(entry.get("held_out_mean_log_prob")) for name, entry in steps.items()}
+    if None not in held_out.values():
+        relation = _compared(held_out["prism"], held_out["uniform"])
+        sentences.append(
+            "The same steps change the mean log-probability of held-out examples by "
+            f"{signed(held_out['prism'])} for prism, {relation} uniform's {signed(held_out['uniform'])}."
+        )
+    return sentences
+
+
+def _compared(ours: float, theirs: float) -> str:
+    return "more than" if ours > theirs else "less than" if ours < theirs else "the same as"
+
+
+def _caveats(strategies: Mapping[str, Any]) -> list[str]:
+    sentences = []
+    for name, entry in strategies.items():
+        count = as_number(entry.get("non_positive_influence"))
+        if count:
+            noun = "row has" if count == 1 else "rows have"
+            sentences.append(
+                f"{name}: {count:,.0f} selected {noun} an influence of zero or less; the budget reaches "
+                "past the rows that are predicted to help."
+            )
+    steps = {name: entry["steps"] for name, entry in strategies.items() if entry.get("steps") is not None}
+    if len(set(steps.values())) > 1:
+        listed = ", ".join(f"{name} {count:,}" for name, count in steps.items())
+        sentences.append(f"The strategies were trained for different numbers of optimiser steps: {listed}.")
+    seeds = {
+        int(entry[metric]["seeds"])
+        for entry in strategies.values()
+        for metric in METRICS
+        if mean_of(entry, metric) is not None
+    }
+    if seeds and max(seeds) < SEEDS_FOR_A_TEST:
+        many = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(max(seeds))
+        noun = "seed" if max(seeds) == 1 else "seeds"
+        sentences.append(
+            f"With {many} {noun} these comparisons describe the runs at hand; they are no significance test."
+        )
+    return sentences

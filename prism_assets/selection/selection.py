@@ -1,0 +1,228 @@
+"""The asset `selection`: the top of each strategy's ranking within the budget."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from prism_assets.errors import LakeError, SettingsError
+from prism_assets.identity import hidden_state_identity, split_key, within
+from prism_assets.metadata import column_lineage, picture, preview
+from prism_assets.project import Check, Project
+from prism_assets.reference.base_model import base_model_recipe
+from prism_assets.resources.lake import Artifact, Recipe, Rows
+from prism_assets.selection.direction_artifacts import COMPARED
+from prism_assets.selection.pool import COPIED
+from prism_assets.selection.rank import rank
+from prism_assets.selection.ranked_pool import target_scores_of
+from prism_assets.selection.representations import Representations
+from prism_assets.selection.target_scores import require_made_of
+from prism_assets.settings import Budget
+from prism_assets.stage import Made, Stage
+from prism_assets.work import Outcome, each_partition, stage_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from prism_assets.selection.strategies import Strategy
+
+JSON_LINES = ".jsonl"
+INFLUENCE_POSITIVE = Check(
+    "influence_positive",
+    "The budget stops before rows of non-positive influence: those are predicted not to help.",
+)
+# Gives what is a target's own: (table, strategy of a direction or None) -> artefact.
+OfTarget = Callable[[str, str | None], Artifact]
+
+
+def build(project: Project) -> dg.AssetsDefinition:
+    @project.asset(
+        "selection",
+        group="selection",
+        kinds={"faiss", "parquet"},
+        deps=["target_direction", "candidate_index", "live_pool"],
+        checks=[INFLUENCE_POSITIVE],
+        loads_model=True,
+    )
+    def selection(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        """The selected candidates of one target and strategy, as Parquet and as JSON Lines ready for training.
+
+        Ranked by inner product of gradient features with the target direction (or by the strategy's own order), cut
+        by the budget over canonical live rows; ties break by example id.
+        """
+        stage = stage_of(project, context)
+        return each_partition(context, stage, lambda key: _select(project, stage, key))
+
+    return selection
+
+
+def _select(project: Project, stage: Stage, key: str) -> Outcome:
+    from prism_assets.selection.strategies import STRATEGIES
+
+    target, name = split_key(key)
+    strategy = STRATEGIES[name]
+    selection, computed = make_selection(stage, strategy, selection_inputs(stage, target, strategy), key)
+    stage.show(selection, key)
+    return _outcome(project, stage, selection, computed)
+
+
+def make_selection(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Artifact], key: str) -> Made:
+    """What a strategy selects from its `selection_inputs`; `key` names it."""
+    recipe = selection_recipe(stage, strategy, inputs, key)
+    states = Representations(stage)
+    options = stage.settings.selection
+
+    def ranked() -> Rows:
+        top = rank(
+            stage, strategy, _artifacts(recipe), options.budget, rerank=options.rerank, representations=states
+        )
+        return Rows(top.table, top.notes, {JSON_LINES: lambda path: _write_json_lines(path, top.table)})
+
+    # Which blocks of hidden states were looked at is known when the ranking is done; it is no part of the identity.
+    return stage.make(recipe, ranked, lineage=lambda: {"hidden_states": states.used} if states.used else {})
+
+
+def _artifacts(recipe: Recipe) -> dict[str, Artifact]:
+    return {role: one for role, one in recipe.inputs.items() if isinstance(one, Artifact)}
+
+
+def selection_recipe(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Artifact], key: str) -> Recipe:
+    """What a selection is made from, and by which settings."""
+    options = stage.settings.selection
+    identity: dict[str, Any] = {"strategy": strategy.name, "budget": options.budget.model_dump()}
+    if "seed" in strategy.reads:
+        identity["seed"] = options.seed
+    if "target_features" in strategy.reads:
+        identity["temperature"] = target_scores_of(stage, inputs)[0].temperature
+        identity["score"] = stage.settings.preference.score
+    if strategy.needs_direction and options.rerank:
+        identity["rerank"] = options.rerank
+        # What exact scores are computed with beside the direction; its own inputs name it too.
+        inputs = {**inputs, "warmup": stage.warmup}
+    if "hidden_states" in strategy.reads:
+        identity["hidden_states"] = hidden_state_identity(stage.model_identity, stage.dtype)
+    version = stage.feature_version if strategy.needs_features else stage.corpus_version
+    return stage.recipe("selection", identity, inputs, partition=key, version=version)
+
+
+def selection_inputs(
+    stage: Stage,
+    target: str,
+    strategy: "Strategy",
+    *,
+    version: str | None = None,
+    of_target: OfTarget | None = None,
+) -> dict[str, Artifact]:
+    """What a strategy's ranking is made from, by name: what its `reads` declare and no more.
+
+    `of_target(table, strategy)` gives what is the target's own; without it, what the lake shows for the target, in a
+    feature version (default: today's). Raises LakeError where something of it is not there yet.
+    """
+    of_target = of_target or _shown_of(stage, target, version)
+    inputs: dict[str, Artifact] = {}
+    if strategy.needs_features:
+        inputs["index"] = stage.lake.require("candidate_index", None, version or stage.feature_version)
+        # The pool that the index was reconciled with, so that a query never mixes two states.
+        inputs["pool"] = stage.lake.get("live_pool", inputs["index"].notes["pool"]) or stage.shown("live_pool")
+    else:
+        inputs["pool"] = stage.shown("live_pool")
+    if strategy.needs_direction:
+        inputs["direction"] = of_target("target_directions", strategy.name)
+    if "direction" in strategy.reads:
+        inputs["direction"] = of_target("target_directions", "prism")
+    if {"text", "target_features", "hidden_states"} & strategy.reads:
+        inputs["targets"] = of_target("targets", None)
+    if "target_features" in strategy.reads:
+        inputs["target_features"] = of_target("target_features", None)
+        require_made_of(inputs["target_features"], inputs["targets"])
+    if {"direction", "target_features"} & strategy.reads:
+        inputs["warmup"] = stage.warmup
+    if "hidden_states" in strategy.reads:
+        inputs["model"] = _base_model(stage)
+    return inputs
+
+
+def _shown_of(stage: Stage, target: str, version: str | None) -> OfTarget:
+    """What the lake shows of a target, in a feature version (default: today's)."""
+    def shown(table: str, strategy: str | None) -> Artifact:
+        if version is None or table == "targets":
+            return stage.shown(table, target, strategy)
+        return stage.lake.require(table, target, within(version, strategy))
+
+    return shown
+
+
+def _base_model(stage: Stage) -> Artifact:
+    found = stage.lake.find(base_model_recipe(stage))
+    if found is None:
+        raise LakeError("The lake does not know today's model yet: materialise base_model first, or run `prism run`.")
+    return found
+
+
+def query_index(
+    stage: Stage,
+    *,
+    target: str,
+    strategy: str = "prism",
+    k: int = 10,
+    version: str | None = None,
+    rerank: float = 0.0,
+) -> list[dict[str, Any]]:
+    """The k candidates of highest influence on a target, from the index of a feature version (default: today's).
+
+    `rerank` scores so many times k rows again without the sketch (today's version only: it needs the model).
+
+    Raises SettingsError for a strategy that has no direction, LakeError where the version has none, or no index, yet.
+    """
+    from prism_assets.selection.strategies import STRATEGIES
+
+    asked = (*stage.settings.strategies, *COMPARED)
+    known = [one.name for one in STRATEGIES.values() if one.needs_direction and one.name in asked]
+    if strategy not in known:
+        raise SettingsError(f"{strategy!r} is no strategy with a direction here; prism.yaml has {', '.join(known)}.")
+    if rerank and version not in (None, stage.feature_version):
+        raise SettingsError("Exact scores need the model of today's feature version: ask an older one without them.")
+    inputs = selection_inputs(stage, target, STRATEGIES[strategy], version=version)
+    budget = Budget(kind="rows", amount=k)
+    ranked = rank(stage, STRATEGIES[strategy], inputs, budget, rerank=rerank, whole=False)
+    columns = ["rank", "score", "id", "shard", "row", "source", "prompt", "completion"]
+    return ranked.table.select(columns).to_pylist()
+
+
+def _write_json_lines(path: Path, table: "pa.Table") -> None:
+    columns = ["rank", "score", "id", "shard", "source", "prompt", "completion", "messages"]
+    with open(path, "w", encoding="utf-8") as handle:
+        for row in table.select(columns).to_pylist():
+            row["messages"] = json.loads(row["messages"])
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def json_lines_of(stage: Stage, selection: Artifact) -> Path:
+    """The JSON Lines file beside a selection's Parquet file."""
+    return stage.lake.local(selection, suffix=JSON_LINES)
+
+
+def _outcome(project: Project, stage: Stage, selection: Artifact, computed: int) -> Outcome:
+    from prism_assets import plots
+
+    notes = selection.notes
+    strategy = selection.header["settings"]["strategy"]
+    non_positive = notes["non_positive_influence"]
+    columns = ["rank", "score", "source", "prompt", "completion"]
+    sources = plots.composition(stage.shown("live_pool").notes["sources"], {strategy: notes["composition"]})
+    metadata: dict[str, Any] = {
+        "dagster/row_count": notes["rows"],
+        "completion_tokens": notes["completion_tokens"],
+        "pool_rows": notes["pool_rows"],
+        "composition": dg.MetadataValue.json(notes["composition"]),
+        "sources": picture(sources, "composition by source"),
+        "json_lines": dg.MetadataValue.path(str(json_lines_of(stage, selection))),
+        **column_lineage(project, **{name: ("candidates", name) for name in COPIED}),
+        "rows": preview(stage.lake.read_table(selection, columns).slice(0, 8).to_pylist()),
+    }
+    if "score_histogram" in notes:
+        metadata["scores"] = picture(plots.score_histogram(notes["score_histogram"]), "influence scores")
+    said = "this strategy has no influence scores" if non_positive is None else non_positive
+    return Outcome([selection], computed, metadata, [INFLUENCE_POSITIVE(not non_positive, non_positive=said)])

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: the warm-up and the fine-tunings are one function."""

@@ -1,0 +1,1 @@
+"""Statistics: means over seeds, paired differences, rank correlations, each with its interval."""

@@ -1,0 +1,145 @@
+"""The asset `adapter`: one LoRA adapter per seed on what was selected; the published one is the first seed's."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from prism_assets.identity import seed_partition, split_key
+from prism_assets.metadata import picture
+from prism_assets.project import Check, Project
+from prism_assets.resources.lake import Artifact, Folder, Lake, hash_table
+from prism_assets.stage import Made, Stage
+from prism_assets.work import Outcome, each_partition, stage_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+
+LEARNED = Check("training_learned", "The loss fell for every seed.")
+
+
+def build(project: Project) -> dg.AssetsDefinition:
+    @project.asset(
+        "adapter",
+        group="training",
+        kinds={"pytorch", "safetensors"},
+        deps=["selection", "base_model"],
+        checks=[LEARNED],
+        loads_model=True,
+    )
+    def adapter(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        """PEFT adapters fine-tuned from the base model on the selected rows, one per seed.
+
+        An adapter depends on the rows it was trained on, not on how they were found: a ranking that changes without
+        changing the selected rows retrains nothing.
+        """
+        stage = stage_of(project, context)
+        return each_partition(context, stage, lambda key: _train_all(stage, key))
+
+    return adapter
+
+
+def _train_all(stage: Stage, key: str) -> Outcome:
+    selection = stage.shown("selection", key)
+    made = []
+    for seed in stage.settings.seeds:
+        made.append(make_adapter(stage, key, selection, seed))
+        stage.show(made[-1].artifact, seed_partition(key, seed))
+    return _outcome(stage, [one.artifact for one in made], sum(one.computed for one in made))
+
+
+def make_adapter(stage: Stage, key: str, selection: Artifact, seed: int) -> Made:
+    """The adapter fine-tuned with a seed on the rows of a selection; `key` names it."""
+    tokens = trained_tokens(stage.lake.read_table(selection))
+    recipe = stage.recipe(
+        "adapters",
+        {
+            "training": stage.settings.training.model_dump(),
+            "lora": stage.lora_identity,
+            "seed": seed,
+            "dtype": stage.dtype,
+        },
+        {"model": stage.model_identity.fingerprint, "rows": hash_table(tokens)},
+        lineage={"selection": selection},
+        partition=key,
+    )
+    return stage.make(recipe, lambda: Folder(lambda folder: _train(stage, key, tokens, seed, folder)))
+
+
+def trained_tokens(rows: "pa.Table") -> "pa.Table":
+    """What an adapter learns of a selection. Sorted by id: the order of the ranking is not part of what an adapter is."""
+    return rows.select(["id", "input_ids", "loss_mask"]).sort_by("id")
+
+
+def adapter_state(lake: Lake, adapter: Artifact) -> "dict[str, torch.Tensor]":
+    """The LoRA tensors of an adapter, by parameter name."""
+    from safetensors.torch import load_file
+
+    return load_file(lake.local(adapter, "adapter_model.safetensors"))
+
+
+def _train(stage: Stage, key: str, tokens: "pa.Table", seed: int, folder: Path) -> dict[str, Any]:
+    """Fine-tune and write the adapter; returns what is noted of it."""
+    from prism_assets.corpus.token_tables import from_table
+    from prism_assets.sft.adapter_files import save_adapter
+    from prism_assets.sft.trainer import fine_tune, number_of_steps, pad_token_id
+
+    options = stage.settings.training
+    examples = from_table(tokens)
+    steps = number_of_steps(
+        len(examples), options.epochs, options.steps, options.batch_size, options.gradient_accumulation
+    )
+    with (
+        stage.adapted(seed=seed) as peft_model,
+        stage.progress(f"fine-tuning {key} seed {seed}", steps, "steps") as progress,
+    ):
+        result = fine_tune(
+            peft_model,
+            examples,
+            seed=seed,
+            epochs=options.epochs,
+            max_steps=options.steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            warmup_ratio=options.warmup_ratio,
+            scheduler=options.scheduler,
+            weight_decay=options.weight_decay,
+            gradient_accumulation=options.gradient_accumulation,
+            pad_token_id=pad_token_id(stage.model.tokenizer()),
+            report_to=options.report_to,
+            tracking=stage.settings.storage.root / "tracking" / Path(*split_key(key)) / f"seed-{seed}",
+            run_name=f"{'/'.join(split_key(key))}/seed-{seed}",
+            progress=lambda done, _, loss: progress.update(done, f"(loss {loss:.3f})"),
+        )
+        # Nothing of how the rows were found: equal rows make equal adapters. The header names the selection.
+        # A local model is named by its folder alone, for the same reason: a moved project has the same adapters.
+        name = stage.settings.model.name
+        name = Path(name).name if Path(name).is_dir() else name
+        save_adapter(peft_model, folder, {"rows": len(examples), "seed": seed}, base_model=name)
+    losses = [float(loss) for loss in result.losses]
+    (folder / "losses.json").write_text(json.dumps(losses))
+    facts = {"steps": result.steps, "rows": len(examples), "seed": seed, "losses": losses}
+    return {**facts, "seconds": result.seconds}
+
+
+def _outcome(stage: Stage, adapters: list[Artifact], computed: int) -> Outcome:
+    from prism_assets.plots import loss_curve
+
+    falls = {}
+    for adapter in adapters:
+        losses = adapter.notes["losses"]
+        window = max(1, len(losses) // 4)
+        falls[str(adapter.notes["seed"])] = sum(losses[:window]) / window - sum(losses[-window:]) / window
+    first = adapters[0]
+    metadata: dict[str, Any] = {
+        "published_adapter": dg.MetadataValue.path(str(stage.lake.local(first))),
+        "rows": first.notes["rows"],
+        "steps": first.notes["steps"],
+        "seeds": list(stage.settings.seeds),
+        "seconds": sum(adapter.notes["seconds"] for adapter in adapters),
+        "loss": picture(loss_curve(first.notes["losses"]), "training loss"),
+    }
+    learned = LEARNED(all(fall > 0 for fall in falls.values()), loss_fell_by=falls)
+    return Outcome(adapters, computed, metadata, [learned])

@@ -1,0 +1,146 @@
+"""How an asset works and reports: a Stage from Dagster's context, one run over many partitions, outcomes and checks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+
+from prism_assets.project import INDEX, LAKE, MODEL, CheckResult, Project
+from prism_assets.resources.lake import Artifact, Lake, digest
+from prism_assets.stage import Stage
+
+
+def stage_of(project: Project, context: dg.AssetExecutionContext) -> Stage:
+    """The Stage of an asset at work: the engines that the definitions were built with, this run, this log."""
+    lake, model, index = (getattr(context.resources, project.named(one)) for one in (LAKE, MODEL, INDEX))
+    return Stage(project.settings, lake, model, index, context.run_id, context.log)
+
+
+def stage_without_run(project: Project, definitions: dg.Definitions) -> Stage:
+    """A Stage for a command: the engines of the definitions, outside of any run."""
+    resources = definitions.resources or {}
+    return Stage(project.settings, *(resources[project.named(one)] for one in (LAKE, MODEL, INDEX)))
+
+
+@dataclass
+class Outcome:
+    """What one partition of one asset came to: the artefacts it shows now, metadata, and its checks."""
+
+    artifacts: Sequence[Artifact]
+    computed: int  # how many artefacts were made in this run; the others were found
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    checks: Sequence[CheckResult] = ()
+
+    @property
+    def version(self) -> str:
+        contents = [artifact.content_hash for artifact in self.artifacts]
+        return contents[0] if len(contents) == 1 else digest(contents)
+
+
+def each_partition(
+    context: dg.AssetExecutionContext, stage: Stage, work: Callable[[str], Outcome]
+) -> dg.MaterializeResult:
+    """Do the work of every partition of this run and report on each.
+
+    All partitions are worked on before a failure is raised, so a bad one does not keep the others back; what they
+    published is found again by the next run. Raises dagster.Failure with every reason.
+    """
+    keys = list(context.partition_keys)
+    outcomes: dict[str, Outcome] = {}
+    failures: dict[str, Exception] = {}
+    for key in keys:
+        try:
+            outcomes[key] = work(key)
+        except Exception as error:
+            if len(keys) == 1:
+                raise
+            context.log.error(f"{key}: {type(error).__name__}: {error}")
+            failures[key] = error
+    metadata = {key: _metadata(stage.lake, outcome) for key, outcome in outcomes.items()}
+    if failures:
+        # A step that fails records nothing of its own: say what was finished, or it would count as missing too.
+        for key, outcome in outcomes.items():
+            tags = {"dagster/data_version": outcome.version}
+            context.log_event(
+                dg.AssetMaterialization(context.asset_key, partition=key, metadata=metadata[key], tags=tags)
+            )
+        reasons = "\n".join(f"{key}: {type(error).__name__}: {error}" for key, error in failures.items())
+        raise dg.Failure(
+            f"{len(failures)} of {len(keys)} partitions failed; the others are finished and kept.\n{reasons}"
+        ) from next(iter(failures.values()))
+    if len(outcomes) == 1:
+        return _result(context, *outcomes.values(), stage.lake)
+    for key in outcomes:
+        context.add_asset_metadata(metadata[key], partition_key=key)
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(digest({key: one.version for key, one in outcomes.items()})),
+        check_results=list(_checks(context, outcomes)),
+    )
+
+
+def the_whole(context: dg.AssetExecutionContext, stage: Stage, outcome: Outcome) -> dg.MaterializeResult:
+    """Report on an asset without partitions."""
+    return _result(context, outcome, stage.lake)
+
+
+def _result(context: dg.AssetExecutionContext, outcome: Outcome, lake: Lake) -> dg.MaterializeResult:
+    return dg.MaterializeResult(
+        metadata=_metadata(lake, outcome),
+        data_version=dg.DataVersion(outcome.version),
+        check_results=list(_checks(context, {"": outcome})),
+    )
+
+
+def _metadata(lake: Lake, outcome: Outcome) -> dict[str, Any]:
+    """The metadata of a partition with what all have: computed or found, fingerprints, files, columns."""
+    fingerprints = [artifact.fingerprint for artifact in outcome.artifacts]
+    return {
+        **outcome.metadata,
+        "computed": outcome.computed,
+        "reused": outcome.computed == 0,
+        "fingerprint": fingerprints[0] if len(fingerprints) == 1 else ", ".join(fingerprints),
+        "files": dg.MetadataValue.md("\n".join(f"- `{lake.local(artifact)}`" for artifact in outcome.artifacts)),
+        **_column_schema(lake, outcome.artifacts),
+    }
+
+
+def _column_schema(lake: Lake, artifacts: Sequence[Artifact]) -> dict[str, Any]:
+    """The columns of the first artefact that is a table, under the key that the UI knows."""
+    import pyarrow.parquet as pq
+
+    for artifact in artifacts:
+        path = lake.local(artifact)
+        if path.suffix == ".parquet":
+            columns = [dg.TableColumn(column.name, str(column.type)) for column in pq.read_schema(path)]
+            return {"dagster/column_schema": dg.TableSchema(columns=columns)}
+    return {}
+
+
+def _checks(context: dg.AssetExecutionContext, outcomes: Mapping[str, Outcome]) -> Iterator[dg.AssetCheckResult]:
+    """A result for each check, over all partitions."""
+    checks = dict.fromkeys(result.check for outcome in outcomes.values() for result in outcome.checks)
+    for check in checks:
+        results = {
+            key: result for key, outcome in outcomes.items() for result in outcome.checks if result.check == check
+        }
+        metadata: dict[str, Any] = {}
+        for key, result in results.items():
+            if len(results) == 1:
+                metadata |= result.facts
+            elif not result.passed or len(results) <= 20:
+                metadata[key] = dg.MetadataValue.json({"passed": result.passed, **_jsonable(result.facts)})
+        yield dg.AssetCheckResult(
+            check_name=check.name,
+            asset_key=context.asset_key,
+            passed=all(result.passed for result in results.values()),
+            severity=check.severity,
+            metadata=metadata,
+        )
+
+
+def _jsonable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value if isinstance(value, str | int | float | bool | list | dict | type(None)) else str(value)
+        for name, value in facts.items()
+    }

@@ -1,0 +1,68 @@
+"""Content hashes: of the values of a table, of tensors, of the files of a folder; never of paths or times."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from prism_assets.resources.lake.recipe import FINGERPRINT_LENGTH, SIDECAR
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+
+def hash_table(table: "pa.Table") -> str:
+    """A hash of the values, names and types of a table; chunking, compression and metadata do not count."""
+    import numpy as np
+    import pyarrow as pa
+
+    hasher = hashlib.sha256()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = _canonical_type(column.type)
+        hasher.update(f"{name}:{kind}:{len(column)}\n".encode())
+        # Taking every row copies it into fresh buffers: slices and chunks no longer show in the bytes.
+        array = pa.chunked_array(column.cast(kind)).take(np.arange(len(column))).combine_chunks()
+        array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+        sink = pa.BufferOutputStream()
+        schema = pa.schema([pa.field("values", kind)])
+        with pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_batch(pa.record_batch([array], schema=schema))
+        hasher.update(memoryview(sink.getvalue()))
+    return hasher.hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def _canonical_type(kind: "pa.DataType") -> "pa.DataType":
+    """The same type with list items named alike: Parquet calls them `element`, Arrow `item`."""
+    import pyarrow as pa
+
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(pa.field("item", _canonical_type(kind.value_type)), kind.list_size)
+    if pa.types.is_list(kind):
+        return pa.list_(pa.field("item", _canonical_type(kind.value_type)))
+    return kind
+
+
+def hash_tensors(tensors: "Mapping[str, torch.Tensor]") -> str:
+    """A hash of names, dtypes, shapes and bytes."""
+    import torch
+
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hasher.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return hasher.hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def hash_folder(folder: Path) -> str:
+    """A hash of the files of a folder: relative names and bytes, the sidecar left out."""
+    hasher = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SIDECAR:
+            hasher.update(f"{path.relative_to(folder).as_posix()}:{hash_file(path)}\n".encode())
+    return hasher.hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

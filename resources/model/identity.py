@@ -1,0 +1,48 @@
+"""What identifies a model: hashes of the files that decide its weights and its tokens, never names or paths."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Files that decide what the weights compute, and files that decide what the tokens are.
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class ModelIdentity(NamedTuple):
+    """What identifies a model: hashes of file contents, never names or paths."""
+
+    weights: str
+    tokenizer: str
+    adapter: str | None
+    architecture: str
+    parameters_on_disk: int  # bytes of the weight files
+    folder: str
+    context_length: int | None  # tokens, where the configuration says so
+
+    @property
+    def fingerprint(self) -> str:
+        text = json.dumps([self.weights, self.tokenizer, self.adapter])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})

@@ -1,0 +1,232 @@
+"""The language model: base weights, tokenizer and LoRA adapter, loaded once a process and known by its fingerprint."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prism_assets.compat import forget_adapter
+from prism_assets.errors import ModelError
+from prism_assets.resources.file_hashes import FileHashes
+from prism_assets.resources.model.identity import TOKENIZER_FILES, WEIGHT_FILES, ModelIdentity, context_length, matching
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# One model a process: a second asset in the same process finds it here.
+_loaded: dict[tuple, Any] = {}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Any Hugging Face causal language model, by hub name and revision or by folder; safetensors only.
+
+    `cache` is a folder where hashes of large files are remembered, keyed by path, size and modification time.
+    """
+
+    name: str
+    revision: str = "main"
+    adapter: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    cache: str | None = None
+
+    # -- identity ----------------------------------------------------------------------------------------------
+
+    def folder(self) -> Path:
+        """The folder with the model's files; a hub model is downloaded (or found in the hub's cache) first.
+
+        Raises ModelError where there is none, with the hub's reason.
+        """
+        path = Path(self.name)
+        if path.is_dir():
+            return path
+        if path.is_absolute():
+            raise ModelError(f"model.name: there is no folder {path}.")
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(
+                snapshot_download(self.name, revision=self.revision, allow_patterns=[*WEIGHT_FILES, *TOKENIZER_FILES])
+            )
+        except Exception as error:  # the hub has a dozen exception types for "not reachable" and "no such model"
+            raise ModelError(
+                f"model.name: {self.name!r} (revision {self.revision}) is neither a folder here nor to be had from the "
+                f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
+            ) from error
+
+    def identify(self) -> ModelIdentity:
+        """Hash weights, tokenizer and starting adapter. Raises ModelError for a model without safetensors."""
+        folder = self.folder()
+        weight_files = matching(folder, WEIGHT_FILES)
+        if not any(file.suffix == ".safetensors" for file in weight_files):
+            pickled = [file.name for file in folder.glob("*.bin")]
+            advice = (
+                f" It has {pickled[0]}: convert it with `save_pretrained`; pickles are not read." if pickled else ""
+            )
+            raise ModelError(f"model.name: {folder} holds no .safetensors weights.{advice}")
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.name: {folder} has no readable config.json: {error}") from error
+        return ModelIdentity(
+            weights=self._hash(folder, weight_files),
+            tokenizer=self._hash(folder, matching(folder, TOKENIZER_FILES)),
+            adapter=self._hash_adapter(),
+            architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
+            parameters_on_disk=sum(file.stat().st_size for file in weight_files if file.suffix == ".safetensors"),
+            folder=str(folder),
+            context_length=context_length(config.get("text_config") or config),
+        )
+
+    def _hash_adapter(self) -> str | None:
+        if self.adapter is None:
+            return None
+        folder = Path(self.adapter)
+        missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
+        if missing:
+            raise ModelError(f"model.adapter: {folder} has no {' and no '.join(missing)}: name a PEFT LoRA folder.")
+        return self._hash(folder, matching(folder, ("adapter_config.json", "adapter_model.safetensors")))
+
+    def _hash(self, folder: Path, files: list[Path]) -> str:
+        known = FileHashes(Path(self.cache) / "model-files.json" if self.cache else None)
+        # The hub's cache holds links: by the file that a link leads to, its content is hashed once for all revisions.
+        parts = [f"{file.relative_to(folder).as_posix()}:{known.sha256(file.resolve())}" for file in files]
+        known.save()
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def torch_device(self) -> "torch.device":
+        """The device to compute on. Raises ModelError where a GPU is asked for and none answers."""
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ModelError("model.device: cuda was asked for, but torch finds no GPU. Use `device: auto` or `cpu`.")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def torch_dtype(self) -> "torch.dtype":
+        """The dtype of the base weights: as asked, or for `auto` bfloat16 on a GPU and float32 on a CPU."""
+        import torch
+
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
+        return getattr(torch, self.dtype)
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        folder = self.folder()
+        key = ("tokenizer", self._hash(folder, matching(folder, TOKENIZER_FILES)))
+        if key not in _loaded:
+            try:
+                _loaded[key] = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+            except (OSError, ValueError, KeyError) as error:
+                raise ModelError(f"model.name: no tokenizer can be loaded from {folder}: {error}") from error
+        return _loaded[key]
+
+    def base(self) -> "PreTrainedModel":
+        """The base model on its device, frozen, in evaluation mode. It is shared: leave it as you found it."""
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        identity = self.identify()
+        key = ("model", identity.weights, str(self.torch_dtype()), str(self.torch_device()))
+        if key not in _loaded:
+            _forget_model()  # one model a process: two rarely fit
+            disable_progress_bar()  # a bar over the weights in the middle of a step's own progress
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    identity.folder,
+                    dtype=self.torch_dtype(),
+                    use_safetensors=True,
+                    trust_remote_code=self.trust_remote_code,
+                )
+            except Exception as error:  # each library has its own for a broken model
+                raise ModelError(f"model.name: {identity.folder} cannot be loaded as a causal LM: {error}") from error
+            _loaded[key] = model.to(self.torch_device()).eval().requires_grad_(False)
+        return _loaded[key]
+
+    @contextmanager
+    def adapted(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        target_modules: str | tuple[str, ...],
+        rslora: bool = False,
+        seed: int = 0,
+        state: "Mapping[str, torch.Tensor] | None" = None,
+    ) -> "Iterator[PeftModel]":
+        """The base model with a LoRA adapter: fresh (seeded) or the starting adapter, then `state` laid over it.
+
+        With a starting adapter its own configuration counts and the LoRA arguments are not used. The base model is
+        given back unchanged when the context ends. `state` maps canonical LoRA parameter names to tensors.
+        Raises ModelError where the adapter does not fit the model.
+        """
+        import torch
+        from peft import (
+            LoraConfig,
+            PeftModel,
+            get_peft_model,
+            get_peft_model_state_dict,
+            set_peft_model_state_dict,
+        )
+
+        base = self.base()
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT asks by the old name
+            torch.manual_seed(seed)
+            try:
+                if self.adapter:
+                    model = PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+                else:
+                    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+                    config = LoraConfig(
+                        r=rank,
+                        lora_alpha=alpha,
+                        target_modules=targets,
+                        use_rslora=rslora,
+                        lora_dropout=0.0,
+                        bias="none",
+                        task_type="CAUSAL_LM",
+                    )
+                    model = get_peft_model(base, config)
+            except (ValueError, RuntimeError, KeyError) as error:
+                _forget_model()  # half an adapter may be in it
+                raise ModelError(f"LoRA cannot be put on {self.name}: {error}") from error
+        try:
+            if state is not None:
+                _check_fit(get_peft_model_state_dict(model), state)
+                set_peft_model_state_dict(model, dict(state))
+            yield model
+        finally:
+            model.unload()
+            forget_adapter(base)
+            base.eval().requires_grad_(False)
+
+
+def _forget_model() -> None:
+    for key in [key for key in _loaded if key[0] == "model"]:
+        del _loaded[key]
+
+
+def _check_fit(own: "Mapping[str, torch.Tensor]", state: "Mapping[str, torch.Tensor]") -> None:
+    """PEFT passes over names that it does not know; what was not loaded would be fresh and look trained."""
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    wrong += [f"{name} is unknown" for name in state if name not in own]
+    wrong += [
+        f"{name} has shape {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if wrong:
+        raise ModelError(f"The LoRA parameters do not fit the model's adapter: {wrong[0]} ({len(wrong)} in all).")

@@ -1,0 +1,173 @@
+"""The store: the one place that owns paths. Keys are relative names with slashes; what stands behind them is a folder.
+
+Two ways to write: `put_new` gives a key its content once, and of two writers the first wins; `put` replaces, as a head or
+a cache entry needs it. Both are atomic: nobody ever sees half of anything, and a killed writer leaves a draft at most.
+"""
+
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from prism_assets.errors import LakeError
+
+DRAFTS = "unpublished"
+# What os.link says on a file system that has none.
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+class FolderStore:
+    """Files and folders below `root`, which is made when first needed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def local(self, key: str) -> Path:
+        """Where the content of a key can be read on this machine."""
+        return self.root / key
+
+    def key_of(self, path: Path) -> str | None:
+        """The key of a path below the store, None for another."""
+        root = self.root.resolve()
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
+
+    def exists(self, key: str) -> bool:
+        return self.local(key).exists()
+
+    def keys(self, pattern: str) -> list[str]:
+        """Keys that match a glob pattern, in order. Folders are keys too."""
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
+
+    def files(self, pattern: str) -> list[str]:
+        """As `keys`, files alone."""
+        return [key for key in self.keys(pattern) if self.local(key).is_file()]
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def put_new(self, key: str, write: Callable[[Path], None]) -> None:
+        """Give a key the file or folder that `write(path)` makes, unless it has one: then that one stays."""
+        with self._draft(key) as draft:
+            write(draft)
+            _flush(draft)
+            _move_unless_there(draft, self._place(key))
+
+    def put(self, key: str, write: Callable[[Path], object], durable: bool = True) -> None:
+        """Give a key the file that `write(path)` makes, in place of what it has.
+
+        `durable` False does not wait for the disk: for what can be made again.
+        """
+        with self._draft(key) as draft:
+            write(draft)
+            if durable:
+                _flush(draft)
+            os.replace(draft, self._place(key))
+
+    @contextmanager
+    def _draft(self, key: str) -> Iterator[Path]:
+        """A path of its own for something half-written; nothing is left there at the end."""
+        workshop = self.root / DRAFTS
+        workshop.mkdir(parents=True, exist_ok=True)
+        draft = workshop / f"{uuid.uuid4().hex}{Path(key).suffix}"
+        try:
+            yield draft
+        finally:
+            _remove(draft)
+
+    def _place(self, key: str) -> Path:
+        place = self.root / key
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
+    # -- removing ----------------------------------------------------------------------------------------------
+
+    def set_aside(self, key: str) -> str:
+        """Take something damaged out of the way, so that it counts as not made; returns a sentence that says so."""
+        path = self.local(key)
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
+        with suppress(FileNotFoundError):  # another process was faster
+            os.replace(path, aside)
+        return f"It was moved to {aside.name} and will be rebuilt."
+
+    def delete(self, key: str) -> None:
+        """Remove a small file; nothing happens where there is none."""
+        self.local(key).unlink(missing_ok=True)
+
+    def discard(self, key: str) -> None:
+        """Remove a file or a folder: it leaves by a rename, so nobody sees half of it."""
+        with self._draft(f"{key}.removed") as draft, suppress(FileNotFoundError):
+            os.replace(self.local(key), draft)
+
+    # -- sizes and ages ----------------------------------------------------------------------------------------
+
+    def size(self, key: str) -> int:
+        """Bytes of a file, or of all files of a folder; 0 where it vanished meanwhile."""
+        path = self.local(key)
+        with suppress(FileNotFoundError):
+            files = (path,) if path.is_file() else path.rglob("*")
+            return sum(file.stat().st_size for file in files if file.is_file())
+        return 0
+
+    def changed(self, key: str) -> float:
+        """When anything at the key was last written, seconds since the epoch; now, where it vanished meanwhile."""
+        path = self.local(key)
+        with suppress(FileNotFoundError):
+            return max(file.stat().st_mtime for file in (path, *(path.rglob("*") if path.is_dir() else ())))
+        return time.time()
+
+    # -- errors ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def disk_errors(self, what: str) -> Iterator[None]:
+        """Turn a full disk, whoever reports it, into a LakeError that says what was not published."""
+        try:
+            yield
+        except Exception as error:
+            if not _says_disk_full(error):
+                raise
+            free = shutil.disk_usage(self.root).free / 2**20
+            raise LakeError(
+                f"The disk of the lake {self.root} is full ({free:.0f} MiB free): {what} was not "
+                "published and nothing half-written is left. Free some space (`prism gc` lists what no kept "
+                "version needs) and run again: finished work is kept."
+            ) from error
+
+
+def _move_unless_there(draft: Path, target: Path) -> None:
+    """Give a draft its place in one atomic step. Whoever comes second leaves the winner's content as it is."""
+    try:
+        if draft.is_dir():
+            os.replace(draft, target)  # fails where a folder with files is in place
+        else:
+            os.link(draft, target)  # a rename would replace the winner's file
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and target.exists():
+            return
+        if draft.is_dir() or error.errno not in _NO_HARD_LINKS:
+            raise
+        os.replace(draft, target)
+
+
+def _says_disk_full(error: Exception) -> bool:
+    """safetensors and FAISS put the operating system's words into exceptions of their own."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in numbers:
+        return True
+    return any(os.strerror(number) in str(error) for number in numbers)
+
+
+def _flush(path: Path) -> None:
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

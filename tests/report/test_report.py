@@ -1,0 +1,348 @@
+import copy
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from prism_assets.evaluation.metrics import summarize
+from prism_assets.report.comparison import comparison_table
+from prism_assets.report.page import build_report
+from prism_assets.report.verdict import verdict_sentences
+from prism_assets.selection.histogram import score_histogram
+
+HOSTILE = "<script>alert(1)</script> & \"quoted\" 'single' {{ 7 * 7 }} <img src=x onerror=y>"
+VALUES = {
+    "prism": ([0.631, 0.640, 0.622], [0.43, 0.44, 0.42]),
+    "uniform": ([0.419, 0.433, 0.424], [0.31, 0.35, 0.30]),
+    "random": ([0.520, 0.530, 0.525], [0.42, 0.45, 0.41]),
+}
+
+
+def strategy(preferences, matches) -> dict:
+    return {
+        "target_preference": summarize(preferences),
+        "mean_log_prob": summarize([-value for value in preferences]),
+        "exact_match": summarize(matches),
+        "selected": "lake/selection/x/selected.parquet",
+        "selected_jsonl": "lake/selection/x/selected.jsonl",
+        "adapter": "lake/adapter/x",
+        "rows": 1200,
+        "completion_tokens": 34567,
+        "steps": 90,
+        "composition": {"reverse": 900, HOSTILE: 300},
+        "non_positive_influence": 0,
+        "score_histogram": score_histogram([0.1, 0.2, 0.3, -0.1], selected=2, bins=4),
+        "examples": [
+            {
+                "rank": rank,
+                "score": 0.5 / rank,
+                "source": HOSTILE,
+                "prompt": f"{HOSTILE} {rank}",
+                "completion": "ok",
+            }
+            for rank in range(1, 15)
+        ],
+    }
+
+
+def sample() -> dict:
+    target = {
+        "kind": "plain",
+        "number_of_targets": 20,
+        "number_of_eval": 100,
+        "pool": {"rows": 4200, "canonical": 4000, "sources": {"reverse": 1000, HOSTILE: 3000}},
+        "direction": {
+            "effective_number_of_targets": {"prism": 11.2, "uniform": 20},
+            "temperature": 1.0,
+            "log_z": -1.5,
+            "checkpoints": 1,
+            "first_order": {
+                "step": 0.01,
+                "prism": {"predicted": 3.1e-4, "measured": 3.0e-4, "held_out_mean_log_prob": 8e-4},
+                "uniform": {"predicted": 2.1e-4, "measured": 1.9e-4, "held_out_mean_log_prob": 9e-4},
+            },
+            "weights": [
+                {"id": f"id{i}", "preference": 0.5, "score": -0.7, "prism": (i + 0.5) / 200, "uniform": 0.05,
+                 "less": 0.05, "prompt": f"{HOSTILE} target {i}"}
+                for i in range(20)
+            ],
+        },
+        "base": {"target_preference": 0.507, "mean_log_prob": -0.8, "exact_match": 0.4},
+        "strategies": {name: strategy(*values) for name, values in VALUES.items()},
+    }  # fmt: skip
+    return {
+        "format": 1,
+        "created": "2026-03-01T12:00:00+00:00",
+        "model": {"name": HOSTILE, "fingerprint": "ab" * 16},
+        "settings": {"note": HOSTILE, "selection": {"budget": "5%"}},
+        "lineage": {"manifest": "cd" * 16},
+        "targets": {"reverse_noise": target, HOSTILE: copy.deepcopy(target)},
+        "rejects": [{"shard": "pool-1a", "line": 3, "reason": HOSTILE}] * 60,
+        "contamination": 7,
+        "duplicates": 200,
+    }
+
+
+def one_target() -> dict:
+    data = sample()
+    del data["targets"][HOSTILE]
+    return data
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text, and the cells of the comparison tables, row by row."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.comparisons: list[list[list[tuple[str, dict]]]] = []
+        self.in_comparison = False
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table" and attributes.get("class") == "comparison":
+            self.in_comparison = True
+            self.comparisons.append([])
+        if self.in_comparison and tag == "tr":
+            self.comparisons[-1].append([])
+        if self.in_comparison and tag in ("td", "th"):
+            self.comparisons[-1][-1].append(("", attributes))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+        if tag == "table":
+            self.in_comparison = False
+
+    def handle_data(self, data):
+        self.text += data
+        if self.in_comparison and self.open[-1] in ("td", "th"):
+            text, attributes = self.comparisons[-1][-1][-1]
+            self.comparisons[-1][-1][-1] = (text + data, attributes)
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return build_report(sample())
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_nothing_in_the_data_becomes_markup(html, page):
+    names = {tag for tag, _ in page.tags}
+    assert "script" not in names and "iframe" not in names and "link" not in names
+    assert all(attributes["src"].startswith("data:image/png;base64,") for tag, attributes in page.tags if tag == "img")
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "{{ 7 * 7 }}" in page.text and "<script>alert(1)</script>" in page.text
+    assert "http" not in html.replace("http-equiv", "")  # nothing is fetched from anywhere
+
+
+def test_the_table_on_the_page_has_the_numbers_of_the_data(page):
+    data = sample()
+    comparison = page.comparisons
+    assert len(comparison) == 2
+    _, base, *rows = comparison[0]
+    strategies = data["targets"]["reverse_noise"]["strategies"]
+    assert [row[0][0] for row in rows] == list(strategies)
+    for row, entry in zip(rows, strategies.values(), strict=True):
+        for (text, attributes), metric in zip(
+            row[1:4], ("target_preference", "mean_log_prob", "exact_match"), strict=True
+        ):
+            mean, std = text.replace("−", "-").split(" ± ")
+            assert float(mean) == pytest.approx(entry[metric]["mean"], abs=5e-4)
+            assert float(std) == pytest.approx(entry[metric]["std"], abs=5e-4)
+            assert float(attributes["data-value"]) == entry[metric]["mean"]
+        assert [cell[0] for cell in row[4:]] == ["1,200", "34,567", "90"]
+    assert [cell[0] for cell in base[:4]] == ["base", "0.507", "−0.800", "0.400"]
+    best = {row[0][0]: ["best" in cell[1].get("class", "").split() for cell in row[1:4]] for row in rows}
+    # For mean_log_prob the sample negates the preferences, so the highest mean is uniform's.
+    assert best == {
+        "prism": [True, False, True],
+        "uniform": [False, True, False],
+        "random": [False, False, False],
+    }
+
+
+def test_comparison_table_lists_base_and_strategies_of_every_target():
+    data = sample()
+    data["targets"]["reverse_noise"]["strategies"]["random"]["exact_match"] = None
+    data["targets"]["reverse_noise"]["strategies"]["random"]["target_preference"] = summarize([0.25])
+    header, *rows = comparison_table(data)
+    assert header == [
+        "target",
+        "strategy",
+        "target preference",
+        "mean log-probability",
+        "exact match",
+        "rows",
+    ]
+    assert len(rows) == 2 * 4 and all(len(row) == len(header) for row in rows)
+    assert rows[0] == ["reverse_noise", "base", "0.507", "−0.800", "0.400", "–"]
+    assert rows[1][:3] == ["reverse_noise", "prism", "0.631 ± 0.009"]
+    assert rows[3] == ["reverse_noise", "random", "0.250", "−0.525 ± 0.005", "–", "1,200"]
+
+
+def with_benchmarks(data: dict) -> dict:
+    """The sample with two benchmark metrics for one of its targets: one that is better high, one better low."""
+    accuracy = {
+        "prism": summarize([0.5, 0.6, 0.7]),
+        "uniform": summarize([0.65, 0.65, 0.65]),
+        "random": None,
+    }
+    perplexity = {"prism": summarize([9.0, 11.0]), "uniform": summarize([12.0, 12.5]), "random": None}
+    common = {"shots": 0, "version": "1"}
+    data["targets"]["reverse_noise"]["benchmarks"] = {
+        "lm_eval": "0.4.13",
+        "limit": 50,
+        "metrics": {
+            HOSTILE: {"base": 0.25, "higher_is_better": True, "documents": 1234, "strategies": accuracy, **common},
+            "words perplexity": {
+                "base": 20,
+                "higher_is_better": False,
+                "documents": 7,
+                "strategies": perplexity,
+                **common,
+            },
+        },
+    }
+    return data
+
+
+def test_benchmarks_stand_in_the_table_beside_our_own_metrics():
+    plain, table = comparison_table(sample()), comparison_table(with_benchmarks(sample()))
+    assert table[0] == [*plain[0][:5], HOSTILE, "words perplexity", "rows"]
+    scores = {(row[0], row[1]): row[5:7] for row in table[1:]}
+    assert scores["reverse_noise", "base"] == ["0.250", "20.000"]
+    assert scores["reverse_noise", "prism"] == ["0.600 ± 0.100", "10.000 ± 1.414"]
+    assert scores["reverse_noise", "random"] == ["–", "–"] == scores[HOSTILE, "prism"]
+    assert [row[:5] + row[7:] for row in table] == plain
+
+
+def test_the_page_has_a_table_of_benchmarks_that_marks_the_better_end():
+    html = build_report(with_benchmarks(sample()))
+    assert "<script" not in html and build_report(sample()).count('<table class="benchmarks">') == 0
+    (table,) = [part.split("</table>")[0] for part in html.split('<table class="benchmarks">')[1:]]
+    assert "lm-eval 0.4.13, the first 50 documents of each task" in table
+    first, second = table.split("<tbody>")[1].split("</tr>")[:2]
+    assert '<td class="number best">0.650 ± 0.000</td>' in first and "1,234" in first and "0.250" in first
+    assert '<td class="number best">10.000 ± 1.414</td>' in second
+    assert (first + second).count("best") == 2
+
+
+def test_a_report_survives_a_round_trip_through_json():
+    data = one_target()
+    assert build_report(json.loads(json.dumps(data))) == build_report(data)
+
+
+def test_sentences_claim_no_more_than_the_spread_allows():
+    target = sample()["targets"]["reverse_noise"]
+    sentences = verdict_sentences(target)
+    against = {
+        name: next(s for s in sentences if s.startswith(f"prism against {name}")) for name in ("uniform", "random")
+    }
+    # 0.631 - 0.4253 = 0.2057; the larger standard deviation is 0.009, of [0.631, 0.640, 0.622].
+    assert "target preference higher by 0.206 (22.9 times the larger standard deviation)" in against["uniform"]
+    assert "mean log-probability lower by 0.206" in against["uniform"]
+    # 0.43 against 0.4267 with standard deviations 0.010 and 0.021
+    assert "exact match higher by 0.003 (within one standard deviation: no clear difference)" in against["random"]
+    assert any(
+        s.startswith("Target preference: prism has the highest mean") and "above uniform." in s for s in sentences
+    )
+    assert any("11.2 effective targets of 20 (56%)" in s for s in sentences)
+    assert any("held-out" in s and "less than uniform's" in s for s in sentences)
+    assert any(s.startswith("With 3 seeds") and "no significance test" in s for s in sentences)
+    assert not any("optimiser steps" in s or "influence of zero" in s for s in sentences)
+
+
+def test_sentences_say_what_weakens_a_comparison():
+    target = sample()["targets"]["reverse_noise"]
+    target["strategies"]["random"]["steps"] = 45
+    target["strategies"]["prism"]["non_positive_influence"] = 1
+    target["strategies"]["prism"]["target_preference"] = summarize([0.9])
+    sentences = verdict_sentences(target)
+    assert any("different numbers of optimiser steps: prism 90, uniform 90, random 45." in s for s in sentences)
+    assert any("prism: 1 selected row has an influence of zero or less" in s for s in sentences)
+    assert any("spread over seeds unknown" in s for s in sentences)
+    assert any(s.startswith("With 1 to 3 seeds") for s in sentences)
+
+
+def test_top_examples_and_extreme_weights_are_shown_and_long_texts_clipped():
+    data = one_target()
+    examples = data["targets"]["reverse_noise"]["strategies"]["prism"]["examples"]
+    examples[0]["completion"] = "y" * 4000
+    text = Page(build_report(data)).text
+    assert f"{HOSTILE} 10" in text and f"{HOSTILE} 11" not in text
+    assert "y" * 1500 + "… (2,500 more characters)" in text and "y" * 1501 not in text
+    assert "target 19" in text and "target 0" in text and "target 10" not in text
+    assert "1.95×" in text  # (19 + 0.5) / 200 against 0.05
+
+
+def test_contents_are_listed_where_there_are_several_targets(page):
+    anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    links = [attributes["href"].removeprefix("#") for tag, attributes in page.tags if tag == "a"]
+    assert len(links) == 4 and set(links) <= anchors
+    bare = {"format": 1, "targets": {"t": {"strategies": {}}}, "rejects": []}
+    assert not any(tag == "nav" for tag, _ in Page(build_report(bare)).tags)
+
+
+def test_rejects_are_counted_by_reason(page):
+    assert "and 10 more, in the rejects table" in page.text
+    assert "refused rows60" in page.text.replace("\n", "").replace("  ", "")
+
+
+def test_trust_is_shown_question_by_question_or_named_as_not_measured():
+    data = one_target()
+    assert "Not measured: prism trust reverse_noise" in " ".join(Page(build_report(data)).text.split())
+    data["targets"]["reverse_noise"]["trust"] = [
+        {"check": "a", "question": "Does it hold?", "passed": False, "sentence": f"Not by far. {HOSTILE}"},
+        {"check": "b", "question": "And that?", "passed": None, "sentence": "Nobody looked."},
+    ]
+    text = "".join(Page(build_report(data)).text.split())  # cells have nothing between them
+    assert "Doesithold?doesnotholdNotbyfar." in text and "Andthat?notmeasuredNobodylooked." in text
+    assert "Notmeasured:" not in text
+
+
+def test_optional_keys_may_be_absent():
+    bare = {"format": 1, "targets": {"t": {"strategies": {"prism": {"target_preference": None}}}}}
+    page = Page(build_report(bare))
+    assert page.comparisons[0][2][1][0] == "–" and not any(tag == "img" for tag, _ in page.tags)
+    assert Page(build_report({"format": 1})).comparisons == []
+    data = one_target()
+    entry = data["targets"]["reverse_noise"]["strategies"]["uniform"]
+    for key in list(entry):
+        if key != "target_preference":
+            del entry[key]
+    build_report(data)
+
+
+def test_what_is_no_report_is_refused():
+    with pytest.raises(ValueError, match="format 2"):
+        build_report({"format": 2, "targets": {}})
+    with pytest.raises(ValueError, match="format None"):
+        comparison_table({})
+    with pytest.raises(ValueError, match=r"targets\.t: 'strategies' is missing"):
+        build_report({"format": 1, "targets": {"t": {}}})
+
+
+def test_tables_and_sentences_need_no_heavy_import():
+    code = (
+        "import sys; import prism_assets.report.comparison, prism_assets.report.verdict; "
+        "heavy = ('torch', 'matplotlib', 'jinja2', 'dagster', 'numpy'); "
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

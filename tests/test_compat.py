@@ -1,0 +1,195 @@
+"""Each private name of another library does what is relied on; a test that fails here says what an update changed."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import torch
+from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from prism_assets.compat import (
+    TrainSampler,
+    delete_scanner,
+    forget_adapter,
+    harness_yaml_loader,
+    instance_without_captured_output,
+    interrupts_at_safe_points,
+    sleeping_while_waiting,
+    use_one_device,
+)
+from prism_assets.errors import LibraryChanged
+
+
+def tiny_model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )  # fmt: skip
+
+
+# -- transformers -------------------------------------------------------------------------------------------------
+
+
+def test_training_arguments_count_gpus_by_the_name_that_is_set(tmp_path, monkeypatch):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    arguments._n_gpu = 3  # as on a machine of three
+    assert arguments.n_gpu == 3
+    use_one_device(arguments)
+    assert arguments.n_gpu == 1
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 3)  # a release that counts by another name
+    with pytest.raises(LibraryChanged, match="transformers .* TrainingArguments._n_gpu.*constraints.txt"):
+        use_one_device(arguments)
+
+
+def test_the_trainer_asks_for_the_sampler_that_is_given(tmp_path):
+    class Ordered(TrainSampler, Trainer):
+        def train_sampler(self) -> list[int]:
+            return [2, 0, 1]
+
+    rows = [{"input_ids": torch.tensor([index, 1])} for index in range(3)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=1,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    loader = Ordered(model=tiny_model(), args=arguments, train_dataset=rows).get_train_dataloader()
+    assert [int(batch["input_ids"][0, 0]) for batch in loader] == [2, 0, 1]
+
+
+def test_a_trainer_that_asks_for_no_sampler_is_refused():
+    class Without:
+        pass
+
+    with pytest.raises(LibraryChanged, match="Trainer._get_train_sampler"):
+        type("Ordered", (TrainSampler, Without), {})
+
+
+def test_a_model_forgets_its_adapter():
+    assert PreTrainedModel._hf_peft_config_loaded is False
+    base = tiny_model()
+    own = set(vars(base))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert base.peft_config is model.base_model.peft_config
+    model.unload()
+    base.peft_config = model.base_model.peft_config  # as peft 0.18 leaves it
+    base._hf_peft_config_loaded = True  # as transformers' own `load_adapter` leaves it
+    forget_adapter(base)
+    assert set(vars(base)) == own and base._hf_peft_config_loaded is False
+
+
+# -- lm-eval ------------------------------------------------------------------------------------------------------
+
+
+def test_the_harness_reads_a_task_file_with_and_without_what_it_names(tmp_path):
+    pytest.importorskip("lm_eval")
+    load_yaml = harness_yaml_loader()
+    (tmp_path / "base.yaml").write_text("output_type: generate_until\ntask: base\n")
+    (tmp_path / "own.py").write_text("def text(row):\n    return 'read'\n")
+    path = tmp_path / "task.yaml"
+    path.write_text("include: base.yaml\ntask: own\ndoc_to_text: !function own.text\n")
+    whole = load_yaml(path)
+    assert (whole["task"], whole["output_type"], whole["doc_to_text"]({})) == ("own", "generate_until", "read")
+    plain = load_yaml(path, resolve_func=False, recursive=False)
+    assert plain["include"] == "base.yaml" and isinstance(plain["doc_to_text"], str) and "output_type" not in plain
+
+
+def test_a_harness_without_its_yaml_loader_is_refused(monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks._yaml_loader", None)
+    with pytest.raises(LibraryChanged, match="lm-eval .*_yaml_loader.load_yaml"):
+        harness_yaml_loader()
+
+
+# -- faiss --------------------------------------------------------------------------------------------------------
+
+
+def test_a_scanner_is_not_owned_by_its_wrapper_and_can_be_freed():
+    import faiss
+
+    index = faiss.IndexScalarQuantizer(4, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    scanner = index.sq.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, False, None, False)
+    assert not scanner.thisown  # else nothing is left to do here
+    delete_scanner(scanner)
+
+
+# -- dagster ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "dagster.yaml").write_text(
+        "concurrency: {pools: {default_limit: 1, granularity: op}}\ntelemetry: {enabled: false}\n"
+    )
+    return folder
+
+
+def test_an_instance_leaves_the_output_of_steps_alone(home):
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        captured = instance.compute_log_manager
+    with instance_without_captured_output(home) as instance:
+        assert type(instance.compute_log_manager).__name__ == "NoOpComputeLogManager"
+        assert type(captured) is not type(instance.compute_log_manager)
+        assert instance.root_directory == str(home)
+
+
+def test_a_run_that_waits_for_a_slot_sleeps(home):
+    @dg.asset(pool="model")
+    def worked_on():
+        pass
+
+    job = dg.Definitions([worked_on]).resolve_implicit_global_asset_job_def()
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        storage = instance.event_log_storage
+        storage.initialize_concurrency_limit_to_default("model")
+        holder = instance.create_run_for_job(job)
+        assert storage.claim_concurrency_slot("model", holder.run_id, "worked_on").is_claimed
+        original = InstanceConcurrencyContext.interval_to_next_pending_claim_check
+        with InstanceConcurrencyContext(instance, instance.create_run_for_job(job)) as waiting:
+            assert not waiting.claim("model", "worked_on")
+            assert waiting.interval_to_next_pending_claim_check() <= 0  # else dagster does it by itself now
+            with sleeping_while_waiting():
+                assert 0 < waiting.interval_to_next_pending_claim_check() <= 15
+        with sleeping_while_waiting(), InstanceConcurrencyContext(instance, instance.create_run_for_job(job)) as idle:
+            assert idle.interval_to_next_pending_claim_check() == 0
+        assert InstanceConcurrencyContext.interval_to_next_pending_claim_check is original
+
+
+def test_an_interrupt_inside_the_database_driver_waits_until_it_is_left():
+    """A function that counts as the driver's sends the signal to itself and goes on; the exception comes after it."""
+    source = "def query(done):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.05)\n    done.append('whole')\n"
+    driver = {"__name__": "sqlalchemy.engine.pretended", "os": os, "signal": signal, "time": time}
+    exec(source, driver)
+    done: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
+    try:
+        with interrupts_at_safe_points(), pytest.raises(KeyboardInterrupt):
+            driver["query"](done)
+            assert done == ["whole"]
+            time.sleep(5)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == ["whole"]
+
+
+def test_dagsters_own_handler_waits_for_a_safe_point_too():
+    from dagster._utils import interrupts
+
+    before = interrupts._replace_interrupt_signal
+    with interrupts_at_safe_points():
+        with interrupts.raise_interrupts_as(RuntimeError):
+            assert signal.getsignal(signal.SIGINT).waits_for_a_safe_point
+            with pytest.raises(RuntimeError):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+    assert interrupts._replace_interrupt_signal is before
