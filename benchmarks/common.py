@@ -159,9 +159,7 @@ def make_base(size: ModelSize, seed: int = 0) -> LlamaForCausalLM:
     )
 
 
-def pretrain(
-    model: LlamaForCausalLM, examples: Sequence[TokenizedExample], steps: int, batch_size: int = 8
-) -> None:
+def pretrain(model: LlamaForCausalLM, examples: Sequence[TokenizedExample], steps: int, batch_size: int = 8) -> None:
     """A short full training on all tokens, so that gradients are not those of random weights."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     order = np.random.default_rng(0).permutation(steps * batch_size) % len(examples)
@@ -216,9 +214,7 @@ def measure(run: Callable[[], Any]) -> Cost:
 def run_process(command: Sequence[str], **settings: Any) -> ProcessCost:
     """Runs a command and its children to their end."""
     wall = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again

@@ -130,14 +130,10 @@ def our_features(model: PeftModel, sketch_dim: int) -> Callable[[Sequence[Tokeni
     return run
 
 
-def plain_pass(
-    model: PeftModel, examples: Sequence[TokenizedExample], batch_size: int
-) -> Callable[[], None]:
+def plain_pass(model: PeftModel, examples: Sequence[TokenizedExample], batch_size: int) -> Callable[[], None]:
     """Forward and backward over all rows, sorted by length, the way a trainer does them."""
     ordered = sorted(examples, key=lambda example: -len(example.input_ids))
-    batches = [
-        padded_inputs(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)
-    ]
+    batches = [padded_inputs(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
 
     def run() -> None:
         for batch in batches:
@@ -182,9 +178,7 @@ def consume(gradients: Iterator[torch.Tensor]) -> None:
 # Timing
 
 
-def time_arms(
-    model: PeftModel, examples: Sequence[TokenizedExample], options: Options
-) -> tuple[dict[str, Any], int]:
+def time_arms(model: PeftModel, examples: Sequence[TokenizedExample], options: Options) -> tuple[dict[str, Any], int]:
     """Costs a row and ratios of all arms that run in this process; the batch size that suits plain best."""
     ours = our_features(model, options.sketch_dim)
     sizes = [size for size in options.batch_sizes if size <= len(examples)]
@@ -213,8 +207,7 @@ def time_arms(
     }  # fmt: skip
     projection = Cost(*map(statistics.median, zip(*per_row["less_projection"], strict=True)))
     per_row["less"] = [
-        Cost(loop.cpu + projection.cpu, loop.wall + projection.wall)
-        for loop in per_row["less_without_projection"]
+        Cost(loop.cpu + projection.cpu, loop.wall + projection.wall) for loop in per_row["less_without_projection"]
     ]
     result: dict[str, Any] = {}
     for name in ("plain", "less", "less_without_projection"):
@@ -438,17 +431,13 @@ def benchmark(
         "torch": torch.__version__,
         "output_dimension": options.sketch_dim,
         "rounds": options.rounds,
-        "models": {
-            name: benchmark_model(name, size, pool, options, peers, log) for name, size in models.items()
-        },
+        "models": {name: benchmark_model(name, size, pool, options, peers, log) for name, size in models.items()},
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON on one line")
     parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny model")
     parser.add_argument("--peers", action="store_true", help="time bergson too (makes .venv-peers)")
@@ -476,9 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     pool = None if given.generated else find_pool(given.pool)
     models = {"tiny": QUICK_MODEL} if given.quick else {name: MODELS[name] for name in given.models}
-    result = benchmark(
-        models, options, pool, given.peers, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    result = benchmark(models, options, pool, given.peers, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(result, indent=None if given.json else 1))
 
 

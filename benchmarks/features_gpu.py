@@ -98,9 +98,7 @@ def make_model(scale: Scale, device: torch.device, dtype: torch.dtype) -> PeftMo
     torch.manual_seed(0)
     with torch.device(device):
         base = Qwen3ForCausalLM(config).to(dtype)
-    lora = LoraConfig(
-        r=scale.rank, lora_alpha=2 * scale.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    lora = LoraConfig(r=scale.rank, lora_alpha=2 * scale.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, lora, autocast_adapter_dtype=False).to(device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -154,9 +152,7 @@ def plain_pass(
     return run
 
 
-def our_pass(
-    model: PeftModel, examples: Sequence[Example], token_budget: int, sketch: Sketch
-) -> Callable[[], Any]:
+def our_pass(model: PeftModel, examples: Sequence[Example], token_budget: int, sketch: Sketch) -> Callable[[], Any]:
     """Feature rows with norms, on the host."""
     engine = GradientEngine(model, token_budget=token_budget)
     return lambda: engine.feature_rows(examples, sketch=sketch)
@@ -247,9 +243,7 @@ def operations(shape: ModelShape, rank: int, examples: Sequence[Example]) -> dic
         "after": [(query, shape.hidden), *[(shape.hidden, shape.intermediate)] * 3],  # gate, up, down
     }
     # A token at a layer: frozen weight forward and backward by the input; A and B the same and by the factor.
-    cost = {
-        part: sum(4 * i * o + 6 * rank * (i + o) for i, o in layers) for part, layers in sides.items()
-    }
+    cost = {part: sum(4 * i * o + 6 * rank * (i + o) for i, o in layers) for part, layers in sides.items()}
     head = 4 * shape.hidden * shape.vocabulary
     plain = ours = 0.0
     for example in examples:
@@ -329,9 +323,7 @@ def time_top_k(scale: Scale, device: torch.device) -> dict[str, Any]:
 # The whole
 
 
-def benchmark(
-    scale: Scale, rows: int, rounds: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def benchmark(scale: Scale, rows: int, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The whole report."""
     model, examples = make_model(scale, device, dtype), make_examples(rows, scale)
     makers: dict[str, Callable[[int], Callable[[], Any]]] = {
@@ -388,9 +380,7 @@ def ratio(arm: str, taken: dict[str, list[float]]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON on one line")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", choices=list(SHAPES), default="0.6b")

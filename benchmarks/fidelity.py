@@ -121,9 +121,7 @@ def sketch_and_reranking(
     }
 
 
-def reranking_cost(
-    model: PeftModel, examples: Sequence[TokenizedExample], dim: int, rounds: int
-) -> dict[str, float]:
+def reranking_cost(model: PeftModel, examples: Sequence[TokenizedExample], dim: int, rounds: int) -> dict[str, float]:
     """CPU seconds a row of directional derivatives over those of the gradient pass, interleaved."""
     engine, sketch = GradientEngine(model), Sketch(dim, 0)
     direction = engine.weighted_gradient(examples[:4], np.ones(len(examples[:4]))).gradient

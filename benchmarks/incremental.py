@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.project import ModelSize, build, definitions_of, records, write_records
+from benchmarks.project import ModelSize, build, records, run_project, write_records
 
 # The artefacts that belong to a shard.
 SHARD_TABLES = ("candidates", "rejects", "feature_blocks", "candidate_features", "index_segments")
@@ -61,14 +61,14 @@ class Reads:
 
     @contextmanager
     def noted(self) -> Iterator["Reads"]:
-        from prism_assets.resources.lake.lake import Lake
         from prism_assets.resources.index.store import VectorStore
+        from prism_assets.resources.lake.lake import Lake
 
         read_table, open_segments = Lake.read_table, VectorStore.open
 
         def note_table(lake: Lake, artifact: Any, columns: Any = None) -> Any:
             if artifact.table == "feature_blocks":
-                self.blocks.add(artifact.path)
+                self.blocks.add(lake.local(artifact))
             return read_table(lake, artifact, columns)
 
         def note_segments(store: VectorStore, paths: Any) -> Any:
@@ -106,10 +106,6 @@ def import_everything() -> None:
     import matplotlib.figure  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
-
-    import prism_assets.plots.training
-    import prism_assets.gradients.engine
-    import prism_assets.sft.trainer
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer  # noqa: F401
 
     torch.set_num_threads(1)  # more would be lost in the fork, and gain nothing on a model this small
@@ -128,16 +124,11 @@ def run_here(config: Path) -> Measured:
     reads = Reads()
     clock: list[float] = []
     read, cpu, wall = read_so_far(), time.process_time(), time.monotonic()
-    with reads.noted(), pipeline.instance_of(settings) as instance:
-        definitions = definitions_of(config)
-        results = pipeline.run_pipeline(
-            settings,
-            definitions,
-            instance,
-            steps=steps,
-            on_step=lambda _: clock.append(-time.process_time()),
-            on_result=lambda _: clock.append(time.process_time()),
-        )
+    listener = pipeline.Listener(
+        on_step=lambda _: clock.append(-time.process_time()), on_result=lambda _: clock.append(time.process_time())
+    )
+    with reads.noted():
+        results = run_project(config, steps, listener)
     cpu, wall, read = time.process_time() - cpu, time.monotonic() - wall, read_so_far() - read
     written: Counter[str] = Counter()
     for path, state in files_below(root).items():

@@ -82,7 +82,6 @@ def build(folder: Path, *, shards: int, rows: int, size: ModelSize, **sections: 
         "lora": {"rank": 4, "alpha": 8},
         "tokenization": {"max_length": 128, "separator": ""},
         "warmup": {"share": 0.01, "epochs": 2, "batch_size": 8, "learning_rate": 1e-3},
-        
         "targets": {"strings": {"examples": "target.jsonl", "eval": "eval.jsonl"}},
         "selection": {"budget": 100},
         **sections,
@@ -92,15 +91,18 @@ def build(folder: Path, *, shards: int, rows: int, size: ModelSize, **sections: 
     return config
 
 
-def definitions_of(config: Path) -> Any:
-    """The code location of this project, as Dagster loads it."""
-    import importlib.util
+def run_project(config: Path, steps: Any = None, listener: Any = None) -> list[Any]:
+    """`prism run` on a project (or some steps of it), on its own Dagster instance."""
     import os
 
-    from prism_assets.ops.pipeline import project_file
+    from prism_assets import build_definitions, load_settings
+    from prism_assets.ops.home import instance_of
+    from prism_assets.ops.pipeline import Listener, run_pipeline
+    from prism_assets.project import Project
 
     os.environ["PRISM_CONFIG"] = str(config)
-    spec = importlib.util.spec_from_file_location("prism_definitions", project_file("definitions.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.defs
+    settings = load_settings(config)
+    with instance_of(settings) as instance:
+        return run_pipeline(
+            Project.of(settings), build_definitions(settings), instance, steps=steps, listener=listener or Listener()
+        )

@@ -112,7 +112,10 @@ def project_settings(folder: Path, seed: int, situations: list[str]) -> Any:
     content["seeds"] = [seed]
     content["strategies"] = [*GRADIENT, *SEVERAL, "random"]
     content["targets"] = {
-        name: {kind: str(folder / "targets" / name / f"{file}.jsonl") for kind, file in (("examples", "target"), ("eval", "eval"))}
+        name: {
+            kind: str(folder / "targets" / name / f"{file}.jsonl")
+            for kind, file in (("examples", "target"), ("eval", "eval"))
+        }
         for name in situations
     }
     (folder / "prism.yaml").write_text(yaml.safe_dump(content))
@@ -121,14 +124,16 @@ def project_settings(folder: Path, seed: int, situations: list[str]) -> Any:
 
 def run_seed(folder: Path, seed: int, situations: list[str]) -> dict[str, Any]:
     """One seed through the pipeline: per situation and strategy the metrics, and the seconds of each step."""
-    from prism_assets.ops.pipeline import STEPS, instance_of, run_pipeline
+    from prism_assets.ops.home import instance_of
+    from prism_assets.ops.pipeline import STEPS, Listener, run_pipeline
 
     if not (folder / "prism.yaml").exists():
         write_project(folder, seed, situations)
     settings = project_settings(folder, seed, situations)
-    # definitions.py reads a file when it is imported; and what the seeds did can be looked at with `prism ui`.
+    # What the seeds did can be looked at with `prism ui`.
     os.environ |= {"PRISM_CONFIG": str(folder / "prism.yaml"), "DAGSTER_HOME": str(folder / "dagster")}
-    from definitions import build_definitions, build_resources
+    from prism_assets import build_definitions, open_stage
+    from prism_assets.project import Project
 
     started = time.process_time()
     costs: dict[str, float] = {}
@@ -140,35 +145,38 @@ def run_seed(folder: Path, seed: int, situations: list[str]) -> dict[str, Any]:
         print(f"seed {seed}: {result.step.title} {costs[result.step.title]:.1f} CPU s", file=sys.stderr, flush=True)
 
     with instance_of(settings) as instance:
-        run_pipeline(settings, build_definitions(settings), instance, on_result=note, steps=STEPS[:-1])
-    resources = build_resources(settings)
-    outcome = {name: _collect(settings, resources, name, seed) for name in situations}
+        run_pipeline(
+            Project.of(settings),
+            build_definitions(settings),
+            instance,
+            steps=STEPS[:-1],
+            listener=Listener(on_result=note),
+        )
+    stage = open_stage(settings)
+    outcome = {name: _collect(stage, name, seed) for name in situations}
     costs["Oracle"] = time.process_time() - started
     return {"seed": seed, "situations": outcome, "cpu_seconds": costs}
 
 
-def _collect(settings: Any, resources: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
-    from prism_assets.corpus.assets import corpus_version
-    from prism_assets.selection.assets import join_key, query_index
-    from prism_assets.training.assets import seed_partition
+def _collect(stage: Any, name: str, seed: int) -> dict[str, Any]:
+    from prism_assets.identity import base_key, join_key, seed_partition
+    from prism_assets.selection.selection import query_index
 
-    lake, model, store = resources["lake"], resources["language_model"], resources["vector_store"]
+    lake = stage.lake
     right = set(SITUATIONS[name].right)
-    pool = lake.require("live_pool", None, corpus_version(settings, model))
+    pool = stage.shown("live_pool")
     rows_right = _right_rows(lake, pool, right)
-    found: dict[str, Any] = {"base": _metrics(lake.require("evaluations", f"base|{name}").notes)}
-    for strategy in settings.strategies:
+    found: dict[str, Any] = {"base": _metrics(stage.shown("evaluations", base_key(name)).notes)}
+    for strategy in stage.settings.strategies:
         key = join_key(name, strategy)
-        selected = lake.read_table(lake.require("selection", key), ["source"])["source"].to_pylist()
-        entry = _metrics(lake.require("evaluations", seed_partition(key, seed)).notes)
+        selected = lake.read_table(stage.shown("selection", key), ["source"])["source"].to_pylist()
+        entry = _metrics(stage.shown("evaluations", seed_partition(key, seed)).notes)
         entry["precision"] = float(np.mean([one in right for one in selected]))
         if strategy in GRADIENT:
-            first = query_index(
-                settings, lake, model, store, target=name, strategy=strategy, k=rows_right.num_rows
-            )
+            first = query_index(stage, target=name, strategy=strategy, k=rows_right.num_rows)
             entry["r_precision"] = float(np.mean([row["source"] in right for row in first]))
         found[strategy] = entry
-    found["oracle"] = _oracle(settings, lake, model, name, rows_right, len(selected), seed)
+    found["oracle"] = _oracle(stage, name, rows_right, len(selected), seed)
     return found
 
 
@@ -192,18 +200,16 @@ def _right_rows(lake: Any, pool: Any, right: set[str]) -> Any:
     return pa.concat_tables(parts).sort_by("id")
 
 
-def _oracle(settings: Any, lake: Any, model: Any, name: str, rows: Any, budget: int, seed: int) -> dict[str, float]:
+def _oracle(stage: Any, name: str, rows: Any, budget: int, seed: int) -> dict[str, float]:
     """Fine-tuned on right rows drawn at random, as many as the others get (all, where there are fewer)."""
-    from prism_assets.corpus.assets import corpus_version
     from prism_assets.corpus.token_tables import from_table
-    from prism_assets.evaluation.assets import score_records
-    from prism_assets.reference.assets import adapted, pad_token_id
-    from prism_assets.sft.trainer import fine_tune
+    from prism_assets.evaluation.scores import score_records
+    from prism_assets.sft.trainer import fine_tune, pad_token_id
 
     drawn = sorted(Random(seed).sample(range(rows.num_rows), min(budget, rows.num_rows)))
-    options = settings.training
-    records = lake.read_table(lake.require("eval_examples", name, corpus_version(settings, model)))
-    with adapted(settings, model, seed=seed) as peft_model:
+    options = stage.settings.training
+    records = stage.lake.read_table(stage.shown("eval_examples", name))
+    with stage.adapted(seed=seed) as peft_model:
         fine_tune(
             peft_model,
             from_table(rows.take(drawn)),
@@ -216,9 +222,9 @@ def _oracle(settings: Any, lake: Any, model: Any, name: str, rows: Any, budget: 
             scheduler=options.scheduler,
             weight_decay=options.weight_decay,
             gradient_accumulation=options.gradient_accumulation,
-            pad_token_id=pad_token_id(model),
+            pad_token_id=pad_token_id(stage.model.tokenizer()),
         )
-        _, means = score_records(peft_model, records, settings, model)
+        _, means = score_records(stage, peft_model, records)
     return {**_metrics(means), "precision": 1.0}
 
 
@@ -279,7 +285,9 @@ def main(arguments: list[str] | None = None) -> None:
         work = (options.work or Path(temporary)).resolve()
         outcomes = []
         for seed in range(options.first_seed, options.first_seed + options.seeds):
-            folder = work / f"{'-'.join(options.situations) if len(options.situations) < len(SITUATIONS) else 'all'}-{seed}"
+            folder = (
+                work / f"{'-'.join(options.situations) if len(options.situations) < len(SITUATIONS) else 'all'}-{seed}"
+            )
             finished = folder / "outcome.json"
             if not finished.exists():
                 outcome = run_seed(folder, seed, options.situations)
@@ -287,7 +295,9 @@ def main(arguments: list[str] | None = None) -> None:
             outcomes.append(json.loads(finished.read_text()))
         result = {"seeds": [one["seed"] for one in outcomes], "situations": summary(outcomes)}
         steps = outcomes[0]["cpu_seconds"]
-        result["cpu_seconds_per_seed"] = {step: float(np.mean([one["cpu_seconds"][step] for one in outcomes])) for step in steps}
+        result["cpu_seconds_per_seed"] = {
+            step: float(np.mean([one["cpu_seconds"][step] for one in outcomes])) for step in steps
+        }
     if options.json:
         print(json.dumps(result, indent=1))
         return

@@ -128,7 +128,9 @@ def peak_mib() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def benchmark(folder: Path, *, rows: int, dim: int, segments: int, share: float, many: int, repeats: int) -> dict[str, Any]:
+def benchmark(
+    folder: Path, *, rows: int, dim: int, segments: int, share: float, many: int, repeats: int
+) -> dict[str, Any]:
     """The whole measurement."""
     import faiss
 
@@ -146,7 +148,7 @@ def benchmark(folder: Path, *, rows: int, dim: int, segments: int, share: float,
     alike = all(
         np.array_equal(a, b) for a, b in zip(answers[0], answers[1], strict=True)
     )  # one by one and in a batch, to the last bit
-    del matrix, index
+    index = matrix = None  # unmapped before what follows is measured
     peaks = {
         f"{name}{suffix}": peak_of(way, folder, number, k, dim)
         for way, name in (("store", "peak_mib"), ("numpy", "numpy_peak_mib"))

@@ -42,7 +42,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "rerank-2": {"selection": {"rerank": 2.0}},
     "rerank-4": {"selection": {"rerank": 4.0}},
     "rerank-4-fisher-0.1": {"selection": {"rerank": 4.0}, "preference": {"fisher_damping": 0.1}},
-    "rerank-4-score-sum-temperature-5": {"selection": {"rerank": 4.0}, "preference": {"score": "sum", "temperature": 5.0}},
+    "rerank-4-score-sum-temperature-5": {
+        "selection": {"rerank": 4.0},
+        "preference": {"score": "sum", "temperature": 5.0},
+    },
     "warmup-20%": {"warmup": {"share": 0.2}},
     "rerank-4-warmup-20%": {"selection": {"rerank": 4.0}, "warmup": {"share": 0.2}},
 }
@@ -58,32 +61,32 @@ def varied(settings: Any, changes: dict[str, dict[str, Any]]) -> Any:
 def precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """R-precision and precision at the budget, per situation and strategy with a direction, of one project under one
     variant."""
-    from prism_assets.ops.pipeline import STEPS, instance_of, run_pipeline
+    from prism_assets.ops.home import instance_of
+    from prism_assets.ops.pipeline import STEPS, run_pipeline
 
     situations = list(SITUATIONS)
     if not (folder / "prism.yaml").exists():
         write_project(folder, seed, situations)
     settings = varied(project_settings(folder, seed, situations), changes)
     os.environ |= {"PRISM_CONFIG": str(folder / "prism.yaml"), "DAGSTER_HOME": str(folder / "dagster")}
-    from definitions import build_definitions, build_resources
-    from prism_assets.corpus.assets import corpus_version
-    from prism_assets.selection.assets import query_index
+    from prism_assets import build_definitions, open_stage
+    from prism_assets.project import Project
+    from prism_assets.selection.selection import query_index
 
     until = next(at for at, step in enumerate(STEPS) if "target_direction" in step.assets) + 1
     with instance_of(settings) as instance:
-        run_pipeline(settings, build_definitions(settings), instance, steps=STEPS[:until])
-    resources = build_resources(settings)
-    lake, model, store = (resources[name] for name in ("lake", "language_model", "vector_store"))
-    pool = lake.require("live_pool", None, corpus_version(settings, model))
+        run_pipeline(Project.of(settings), build_definitions(settings), instance, steps=STEPS[:until])
+    stage = open_stage(settings)
+    pool = stage.shown("live_pool")
     budget = max(1, round(settings.selection.budget.amount * pool.notes["canonical_rows"]))
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in situations:
         right = set(SITUATIONS[name].right)
-        number = _right_rows(lake, pool, right).num_rows
+        number = _right_rows(stage.lake, pool, right).num_rows
         found[name] = {}
         for strategy in GRADIENT:
             rows = query_index(
-                settings, lake, model, store, target=name, strategy=strategy, k=max(number, budget),
+                stage, target=name, strategy=strategy, k=max(number, budget),
                 rerank=settings.selection.rerank,
             )  # fmt: skip
             is_right = [row["source"] in right for row in rows]

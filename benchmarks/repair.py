@@ -31,7 +31,6 @@ import yaml
 
 from benchmarks.real_text import data_folder, example
 
-
 COUNTERPARTS = ("clean", "misaligned", "random", "uniform", "less")
 
 
@@ -50,17 +49,13 @@ def run_seed(work: Path, data: Path, seed: int) -> dict[str, Any]:
         content.setdefault(section, {})["seed"] = seed
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
     os.environ |= {"PRISM_CONFIG": str(config), "DAGSTER_HOME": str(folder / "dagster")}
-    from definitions import build_definitions
-    from prism_assets.ops.pipeline import STEPS, instance_of, run_pipeline
-    from prism_assets.settings import load_settings
-
-    settings = load_settings(config)
+    from benchmarks.project import run_project
+    from prism_assets.ops.pipeline import STEPS, Listener
 
     def note(result: Any) -> None:
         print(f"seed {seed}: {result.step.title} {result.seconds:.0f} s", file=sys.stderr, flush=True)
 
-    with instance_of(settings) as instance:
-        run_pipeline(settings, build_definitions(settings), instance, on_result=note, steps=STEPS[:-1])
+    run_project(config, STEPS[:-1], Listener(on_result=note))
     return {"seed": seed, **measure.measure(config, clean), "cpu_seconds": time.process_time() - started}
 
 

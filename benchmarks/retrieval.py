@@ -128,39 +128,45 @@ def project_settings(folder: Path, seed: int) -> Any:
 
 def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """Per target and strategy the figures of one seed."""
+    from prism_assets.ops.home import instance_of
     from prism_assets.ops.pipeline import STEPS as PIPELINE
-    from prism_assets.ops.pipeline import instance_of, run_pipeline
+    from prism_assets.ops.pipeline import Listener, run_pipeline
 
     settings = project_settings(folder, seed)
     home = folder / f"seed-{seed}"
     os.environ |= {"PRISM_CONFIG": str(home / "prism.yaml"), "DAGSTER_HOME": str(home / "dagster")}
-    from definitions import build_definitions, build_resources
+    from prism_assets import build_definitions, open_stage
+    from prism_assets.project import Project
 
     def note(result: Any) -> None:
         print(f"seed {seed}: {result.step.title} {result.seconds:.0f} s", file=sys.stderr, flush=True)
 
     started = time.process_time()
     with instance_of(settings) as instance:
-        run_pipeline(settings, build_definitions(settings), instance, on_result=note, steps=PIPELINE[:-1])
-    resources = build_resources(settings)
-    found = {name: _figures(settings, resources, name, seed) for name in MATCHING}
+        run_pipeline(
+            Project.of(settings),
+            build_definitions(settings),
+            instance,
+            steps=PIPELINE[:-1],
+            listener=Listener(on_result=note),
+        )
+    stage = open_stage(settings)
+    found = {name: _figures(stage, name, seed) for name in MATCHING}
     return {"seed": seed, "targets": found, "cpu_seconds": time.process_time() - started}
 
 
-def _figures(settings: Any, resources: dict[str, Any], name: str, seed: int) -> dict[str, dict[str, float]]:
-    from prism_assets.corpus.assets import corpus_version
-    from prism_assets.selection.assets import join_key, query_index
-    from prism_assets.training.assets import seed_partition
+def _figures(stage: Any, name: str, seed: int) -> dict[str, dict[str, float]]:
+    from prism_assets.identity import base_key, join_key, seed_partition
+    from prism_assets.selection.selection import query_index
 
-    lake, model, store = resources["lake"], resources["language_model"], resources["vector_store"]
-    pool = lake.require("live_pool", None, corpus_version(settings, model))
-    base = lake.require("evaluations", f"base|{name}").notes
+    lake, pool = stage.lake, stage.shown("live_pool")
+    base = stage.shown("evaluations", base_key(name)).notes
     matching = sum(n for source, n in pool.notes["sources"].items() if source.startswith(MATCHING[name]))
     found: dict[str, dict[str, float]] = {}
     for strategy in STRATEGIES:
         key = join_key(name, strategy)
-        after = lake.require("evaluations", seed_partition(key, seed)).notes
-        sources = lake.read_table(lake.require("selection", key), ["source"])["source"].to_pylist()
+        after = stage.shown("evaluations", seed_partition(key, seed)).notes
+        sources = lake.read_table(stage.shown("selection", key), ["source"])["source"].to_pylist()
         entry = {
             "gain": after["mean_log_prob"] - base["mean_log_prob"],
             "gain_in_preference": after["target_preference"] - base["target_preference"],
@@ -169,7 +175,7 @@ def _figures(settings: Any, resources: dict[str, Any], name: str, seed: int) -> 
             entry["precision"] = float(np.mean([one.startswith(MATCHING[name]) for one in sources]))
             if strategy in RANKED:
                 count = pool.notes["canonical_rows"]
-                ranked = query_index(settings, lake, model, store, target=name, strategy=strategy, k=count)
+                ranked = query_index(stage, target=name, strategy=strategy, k=count)
                 relevant = [row["source"].startswith(MATCHING[name]) for row in ranked]
                 entry["average_precision"] = average_precision(relevant, matching)
             if strategy == "random":  # its expectation
@@ -238,7 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, strategies in result["targets"].items():
         print(f"\n{name}, {len(outcomes)} seeds")
         for strategy, entry in strategies.items():
-            shown = [f"{metric} {one['mean']:.4f}±{one['std'] or 0:.4f}" for metric, one in entry.items() if "mean" in one]
+            shown = [
+                f"{metric} {one['mean']:.4f}±{one['std'] or 0:.4f}" for metric, one in entry.items() if "mean" in one
+            ]
             print(f"  {strategy:18}" + "  ".join(shown))
     return 0
 

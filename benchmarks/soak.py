@@ -43,14 +43,10 @@ def run(config: str) -> None:
     """`prism run`, in a child."""
     import torch
 
-    from benchmarks.project import definitions_of
-    from prism_assets.ops import pipeline
-    from prism_assets.settings import load_settings
+    from benchmarks.project import run_project
 
     torch.set_num_threads(1)
-    settings = load_settings(config)
-    with pipeline.instance_of(settings) as instance:
-        pipeline.run_pipeline(settings, definitions_of(Path(config)), instance)
+    run_project(Path(config))
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -58,7 +54,9 @@ def contents(root: Path) -> dict[str, str]:
     from prism_assets.resources.lake.lake import Lake
 
     return {
-        f"{entry['table']} {entry['partition']} {entry['scope']}": "" if entry["table"] == "report" else entry["content_hash"]
+        f"{entry['table']} {entry['partition']} {entry['scope']}": ""
+        if entry["table"] == "report"
+        else entry["content_hash"]
         for entry in Lake(root=str(root)).heads()
     }
 

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prism_assets.component import PrismProject
     from prism_assets.definitions import build_definitions
+    from prism_assets.engines import open_stage
     from prism_assets.settings import Settings, load_settings
 
-__all__ = ["PrismProject", "Settings", "build_definitions", "load_settings"]
+__all__ = ["PrismProject", "Settings", "build_definitions", "load_settings", "open_stage"]
 
 _WHERE = {
     "PrismProject": "prism_assets.component",
     "Settings": "prism_assets.settings",
     "build_definitions": "prism_assets.definitions",
     "load_settings": "prism_assets.settings",
+    "open_stage": "prism_assets.engines",
 }
 
 

@@ -1,9 +1,9 @@
 """The Dagster component: a project from a `defs.yaml`.
 
-    type: prism_assets.PrismProject
-    attributes:
-      config: prism.yaml
-      key_prefix: acme
+type: prism_assets.PrismProject
+attributes:
+  config: prism.yaml
+  key_prefix: acme
 """
 
 from pathlib import Path

@@ -14,35 +14,15 @@ from typing import Any
 
 import dagster as dg
 
+from prism_assets.engines import build_engines
 from prism_assets.ops.conditions import condition_of
 from prism_assets.ops.runs import one_process
 from prism_assets.ops.schedules import build_jobs, build_schedules
 from prism_assets.ops.sensors import build_sensors
-from prism_assets.project import INDEX, LAKE, MODEL, SETTINGS, Project
-from prism_assets.resources.index.store import VectorStore
-from prism_assets.resources.lake import Lake, digest
-from prism_assets.resources.model.language_model import LanguageModel
+from prism_assets.project import Project
+from prism_assets.resources.lake import digest
 from prism_assets.settings import Settings, load_settings
 from prism_assets.tables import ASSETS, Asset
-
-
-def build_engines(settings: Settings) -> dict[str, Any]:
-    """The engines that the settings describe, by the names that `resource_overrides` takes."""
-    model = settings.model
-    return {
-        SETTINGS: settings,
-        LAKE: Lake(root=str(settings.storage.root)),
-        MODEL: LanguageModel(
-            name=model.name,
-            revision=model.revision,
-            adapter=model.adapter,
-            dtype=model.dtype,
-            device=model.device,
-            trust_remote_code=model.trust_remote_code,
-            cache=str(settings.storage.root / "cache"),
-        ),
-        INDEX: VectorStore(device=model.device),
-    }
 
 
 def build_definitions(
@@ -65,7 +45,9 @@ def build_definitions(
     engines = build_engines(settings)
     unknown = set(resource_overrides or {}) - set(engines)
     if unknown:
-        raise ValueError(f"resource_overrides: {', '.join(sorted(unknown))} is no engine; there are {', '.join(engines)}")
+        raise ValueError(
+            f"resource_overrides: {', '.join(sorted(unknown))} is no engine; there are {', '.join(engines)}"
+        )
     engines |= resource_overrides or {}
     with warnings.catch_warnings():
         # Backfill policies, pools and freshness are marked beta; a screenful of warnings at every load tells nobody anything.

@@ -1,7 +1,7 @@
 """The Stage: one asset at work. It carries what every stage needs, and the versions derived from it once.
 
-    artifact, computed = stage.make(recipe, lambda: Rows(table))
-    stage.show(artifact, partition)
+artifact, computed = stage.make(recipe, lambda: Rows(table))
+stage.show(artifact, partition)
 """
 
 import logging

@@ -274,7 +274,13 @@ ASSETS: list[Asset] = [
                 "benchmarks",
                 1,
                 columns={
-                    **{"task": _TEXT, "metric": _TEXT, "filter": _TEXT, "value": _NUMBER, "higher_is_better": "BOOLEAN"},
+                    **{
+                        "task": _TEXT,
+                        "metric": _TEXT,
+                        "filter": _TEXT,
+                        "value": _NUMBER,
+                        "higher_is_better": "BOOLEAN",
+                    },
                     **{"documents": _WHOLE, "shots": _WHOLE, "task_version": _TEXT, "asked": "BOOLEAN"},
                 },
             ),
@@ -384,4 +390,3 @@ def table_named(name: str) -> Table | None:
 def tables() -> list[Table]:
     """All tables, in the order of their assets."""
     return [table for one in ASSETS for table in one.tables]
-

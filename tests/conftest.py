@@ -33,7 +33,13 @@ TINY_SETTINGS: dict[str, Any] = {
 }
 
 # Long files of few tests. One that begins last runs alone while the other process has nothing left.
-FIRST = {"test_ui.py", "test_on_a_device.py", "test_ranking_benchmark.py", "test_quality_benchmark.py", "test_honesty.py"}
+FIRST = {
+    "test_ui.py",
+    "test_on_a_device.py",
+    "test_ranking_benchmark.py",
+    "test_quality_benchmark.py",
+    "test_honesty.py",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -150,10 +156,9 @@ class Project:
     @property
     def stage(self) -> Any:
         """A Stage outside of any run."""
-        from prism_assets.project import Project as Named
-        from prism_assets.work import stage_without_run
+        from prism_assets.engines import open_stage
 
-        return stage_without_run(Named.of(self.settings), self.definitions)
+        return open_stage(self.settings)
 
     @property
     def lake(self) -> Any:

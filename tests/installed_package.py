@@ -70,9 +70,7 @@ def try_the_ui(folder: Path) -> None:
         **{"cwd": folder, "start_new_session": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
     )
     query = json.dumps({"query": "{ assetNodes { assetKey { path } } }"}).encode()
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{PORT}/graphql", query, {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}/graphql", query, {"Content-Type": "application/json"})
     try:
         until, assets = time.monotonic() + 90, []
         while not assets:
@@ -110,9 +108,10 @@ def main() -> None:
         assert len(json.loads(prism("query", "reverse", "-k", "3", "--json", cwd=folder))) == 3
         prism("sql", "SELECT count(*) FROM candidates", cwd=folder)
         prism("doctor", cwd=folder)
-        assert "up to date" in subprocess.run(
-            [BIN / "prism", "run"], cwd=folder, capture_output=True, text=True, timeout=600
-        ).stderr
+        assert (
+            "up to date"
+            in subprocess.run([BIN / "prism", "run"], cwd=folder, capture_output=True, text=True, timeout=600).stderr
+        )
         try_the_ui(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

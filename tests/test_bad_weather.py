@@ -23,15 +23,22 @@ from types import SimpleNamespace
 
 import dagster as dg
 import pytest
+
 from conftest import Project, make_rows
-
-from prism_assets.resources import store as store_module
+from prism_assets.errors import LakeError, PipelineError
 from prism_assets.ops.pipeline import STEPS
-from prism_assets.errors import PipelineError
+from prism_assets.resources import store as store_module
 from prism_assets.resources.lake.lake import Lake
-from prism_assets.errors import LakeError
 
-HEAVY = ["torch", "peft", "faiss", "duckdb", "pyarrow.parquet", "prism_assets.sft.trainer", "prism_assets.plots.training"]
+HEAVY = [
+    "torch",
+    "peft",
+    "faiss",
+    "duckdb",
+    "pyarrow.parquet",
+    "prism_assets.sft.trainer",
+    "prism_assets.plots.training",
+]
 SMALL = {"strategies": ["prism", "random"], "seeds": [0]}
 
 
@@ -60,7 +67,9 @@ def fresh(make_project, tmp_path) -> Project:
 def contents(lake: Lake) -> dict[tuple[str, str | None, str], str]:
     """Content hash of what every head shows. The report holds paths and dates: that it is there is enough."""
     return {
-        (entry["table"], entry["partition"], entry["scope"]): "" if entry["table"] == "report" else entry["content_hash"]
+        (entry["table"], entry["partition"], entry["scope"]): ""
+        if entry["table"] == "report"
+        else entry["content_hash"]
         for entry in lake.heads()
     }
 
@@ -71,9 +80,7 @@ def shard_keys(project: Project) -> list[str]:
     return [file.key for file in scan(project.inbox, at_rest_seconds=0).files]
 
 
-def pass_over(
-    project: Project, resources: dict, only: tuple[str, ...] = (), shards: list[str] | None = None
-) -> None:
+def pass_over(project: Project, resources: dict, only: tuple[str, ...] = (), shards: list[str] | None = None) -> None:
     """Every asset in the order of `prism run` (or those named), for all its partitions, without Dagster."""
     keys = shards if shards is not None else shard_keys(project)
     settings = project.settings
@@ -307,9 +314,7 @@ def test_two_runs_on_different_shards_at_once(undisturbed, processes, tmp_path):
         project.add(f"late{name}", make_rows(30, seed=500 + name))
     late = sorted(set(shard_keys(project)) - {partition for _, partition, _ in before})
     ready = processes.Barrier(2)
-    children = [
-        processes.Process(target=features_in_child, args=(str(project.folder), [key], ready)) for key in late
-    ]
+    children = [processes.Process(target=features_in_child, args=(str(project.folder), [key], ready)) for key in late]
     for child in children:
         child.start()
     for child in children:
@@ -387,7 +392,9 @@ def test_truncated_files_of_every_kind_are_named_and_rebuilt(undisturbed, tmp_pa
     assert contents(lake) == before
     for path in cut_files:
         assert path.exists()
-        assert [one for one in path.parent.iterdir() if re.fullmatch(re.escape(path.name) + r"\.\w{8}\.damaged", one.name)]
+        assert [
+            one for one in path.parent.iterdir() if re.fullmatch(re.escape(path.name) + r"\.\w{8}\.damaged", one.name)
+        ]
         assert any(str(path) in record.getMessage() and "rebuilt" in record.getMessage() for record in caplog.records)
     assert computed["Candidates"] == 1  # the shard whose rows (or whose rejects) were lost
     assert computed["Candidate features"] == 1 and computed["Index"] == 1
@@ -480,9 +487,7 @@ FULL_AT = {
 
 
 @pytest.mark.parametrize("table", FULL_AT)
-def test_a_full_disk_fails_the_step_clearly_and_leaves_no_half_artefact(
-    undisturbed, tmp_path, monkeypatch, table
-):
+def test_a_full_disk_fails_the_step_clearly_and_leaves_no_half_artefact(undisturbed, tmp_path, monkeypatch, table):
     project = undisturbed.copy(tmp_path / "copy")
     lake = project.lake
     before = contents(lake)

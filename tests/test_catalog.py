@@ -9,13 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from prism_assets.catalog import views as catalog
+from prism_assets.catalog.sql import ask, connect, refresh
 from prism_assets.catalog.views import VIEWS, additions
 from prism_assets.errors import QueryRefused
-from prism_assets.catalog.sql import ask, connect, refresh
 from prism_assets.features.blocks import read_blocks, vectors_of
-from prism_assets.resources.lake.views import CatalogAdditions
 from prism_assets.resources.lake.lake import Lake
-
+from prism_assets.resources.lake.views import CatalogAdditions
 
 # Tables that this project does not fill; they are tested with what makes them.
 ELSEWHERE = {"trials", "experiments", "benchmarks"}
@@ -256,14 +255,18 @@ def test_only_reading_is_possible(connection, tmp_path, query):
     assert connection.execute("SELECT count(*) FROM features").fetchone()[0] > 0
 
 
-@pytest.mark.parametrize("query", ["SELEC 1", "SELECT nothing FROM candidates", "SELECT * FROM nowhere", "SELECT 'open"])
+@pytest.mark.parametrize(
+    "query", ["SELEC 1", "SELECT nothing FROM candidates", "SELECT * FROM nowhere", "SELECT 'open"]
+)
 def test_what_duckdb_does_not_understand_is_refused_with_its_reason(connection, query):
     with pytest.raises(QueryRefused, match="DuckDB: .*(Error|error)"):
         ask(connection, query)
 
 
 def test_parameters_carry_any_quotes(connection):
-    answer = ask(connection, "SELECT id, record_id FROM candidates WHERE record_id = $name", parameters={"name": "it's-3"})
+    answer = ask(
+        connection, "SELECT id, record_id FROM candidates WHERE record_id = $name", parameters={"name": "it's-3"}
+    )
     assert len(answer.rows) == 1 and answer.rows[0][1] == "it's-3"
     injected = "x' OR '1'='1"
     assert ask(connection, "SELECT id FROM candidates WHERE id = $name", parameters={"name": injected}).rows == []
@@ -280,7 +283,7 @@ def test_a_limit_says_that_there_is_more(connection):
 
 
 def test_a_lake_in_a_folder_with_quotes_can_be_read(two_versions, tmp_path):
-    project = two_versions.copy(tmp_path / "it's \"here\"")
+    project = two_versions.copy(tmp_path / 'it\'s "here"')
     with connect(project.lake) as opened:
         assert opened.execute("SELECT count(*) FROM candidates").fetchone() == (40,)
 
@@ -319,7 +322,9 @@ def prism(project, *arguments):
 
 
 def test_the_command_prints_strict_json(two_versions):
-    query = "SELECT strategy, count(*) AS n, 'nan'::DOUBLE AS hole FROM scores WHERE target = $t GROUP BY ALL ORDER BY ALL"
+    query = (
+        "SELECT strategy, count(*) AS n, 'nan'::DOUBLE AS hole FROM scores WHERE target = $t GROUP BY ALL ORDER BY ALL"
+    )
     result = prism(two_versions, "sql", query, "--param", "t=plain", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == [
@@ -333,7 +338,13 @@ def test_the_command_reads_nothing_beside_the_lake(two_versions, tmp_path):
     with duckdb.connect() as connection:  # not the one that all of this process share
         connection.sql("SELECT 1 AS x").write_parquet(str(tmp_path / "other.parquet"))
     up = two_versions.lake.folder / "artifacts" / ".." / ".." / "prism.yaml"
-    for table in (f"'{outside}'", f"read_text('{outside}')", f"'{tmp_path}/other.parquet'", f"read_text('{up}')", "glob('/*')"):
+    for table in (
+        f"'{outside}'",
+        f"read_text('{outside}')",
+        f"'{tmp_path}/other.parquet'",
+        f"read_text('{up}')",
+        "glob('/*')",
+    ):
         refused = prism(two_versions, "sql", f"SELECT * FROM {table}")
         assert refused.exit_code == 2 and "Permission Error" in refused.output, table
     for view in catalog.VIEWS:

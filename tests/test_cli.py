@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_lines
 from typer.testing import CliRunner
+
+from conftest import write_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 DONE, FAILED, MUST_CHANGE = 0, 1, 2
@@ -214,7 +215,10 @@ def test_a_tracker_gets_the_losses_of_every_step(finished):
 
     project, _ = finished
     losses = project.lake.require("adapters", "prism|plain/seed-0").notes["losses"]
-    (folder,) = {path.parent for path in (project.settings.storage.root / "tracking" / "plain" / "prism" / "seed-0").rglob("events*")}
+    (folder,) = {
+        path.parent
+        for path in (project.settings.storage.root / "tracking" / "plain" / "prism" / "seed-0").rglob("events*")
+    }
     events = EventAccumulator(str(folder))
     events.Reload()
     # The Trainer rounds what it logs to four digits.

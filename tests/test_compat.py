@@ -165,7 +165,9 @@ def test_a_run_that_waits_for_a_slot_sleeps(home):
 
 def test_an_interrupt_inside_the_database_driver_waits_until_it_is_left():
     """A function that counts as the driver's sends the signal to itself and goes on; the exception comes after it."""
-    source = "def query(done):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.05)\n    done.append('whole')\n"
+    source = (
+        "def query(done):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.05)\n    done.append('whole')\n"
+    )
     driver = {"__name__": "sqlalchemy.engine.pretended", "os": os, "signal": signal, "time": time}
     exec(source, driver)
     done: list[str] = []

@@ -33,12 +33,22 @@ def test_a_finished_project_is_up_to_date(finished):
         ({"selection": {"budget": 5}}, STRATEGIES, "other selection.budget"),
         ({"selection": {"seed": 7}}, ["random"], "other selection.seed"),
         ({"selection": {"rerank": 2.0}}, ["prism", "uniform"], "other selection.rerank)"),
-        ({"preference": {"temperature": 3.0}}, ["prism", "prism-cover"], "other preference.temperature or preference.score"),
-        ({"preference": {"score": "sum"}}, ["prism", "prism-cover", "uniform"], "other preference.temperature or preference.score"),
+        (
+            {"preference": {"temperature": 3.0}},
+            ["prism", "prism-cover"],
+            "other preference.temperature or preference.score",
+        ),
+        (
+            {"preference": {"score": "sum"}},
+            ["prism", "prism-cover", "uniform"],
+            "other preference.temperature or preference.score",
+        ),
         ({"preference": {"fisher_damping": 0.1}}, ["prism", "uniform"], "has no warmup_sample_features yet"),
         ({"lora": {"rank": 3}}, None, "no warm-up for these settings yet"),
     ],
-    ids=lambda value: next(iter(value)) + "-" + next(iter(next(iter(value.values())))) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        next(iter(value)) + "-" + next(iter(next(iter(value.values())))) if isinstance(value, dict) else ""
+    ),
 )
 def test_a_changed_setting_is_named_for_the_strategies_that_it_moves(project, changes, strategies, why):
     project.configure(**changes)
@@ -68,7 +78,7 @@ def test_targets_that_changed_are_seen_through_the_direction(project):
     from conftest import make_rows, write_lines
 
     write_lines(project.folder / "plain" / "target.jsonl", make_rows(4, 300, "reverse"))
-    from prism_assets.ops.pipeline import STEPS, run_pipeline
+    from prism_assets.ops.pipeline import STEPS
 
     steps = [step for step in STEPS if step.title in ("Base model", "Candidates", "Targets")]
     project.run_steps(steps)

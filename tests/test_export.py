@@ -7,8 +7,8 @@ import yaml
 from typer.testing import CliRunner
 
 from prism_assets.errors import CannotExport
-from prism_assets.export.export import export
 from prism_assets.export.cards import Facts, Source, adapter_card, data_card
+from prism_assets.export.export import export
 
 FACTS = Facts(
     target="sums",
@@ -146,7 +146,9 @@ def test_figures_are_mean_and_spread_over_seeds():
     assert "fine-tuned over 3 seeds, mean ± standard deviation" in card
     assert "| target preference | 0.500 | 0.625 ± 0.031 |" in card
     assert "| mean log-probability | -0.750 | -0.250 |" in card
-    assert "| lm-eval: arc_easy acc (7 documents) | 0.250 | 0.312 ± 0.013 |" in card and "tasks of lm-eval 0.4.13," in card
+    assert (
+        "| lm-eval: arc_easy acc (7 documents) | 0.250 | 0.312 ± 0.013 |" in card and "tasks of lm-eval 0.4.13," in card
+    )
     assert "exact match" not in card
 
 
@@ -158,7 +160,9 @@ def test_the_datas_card_ends_its_lineage_with_the_selection():
 def test_front_matter_names_only_what_can_be_the_name_of_a_data_set():
     assert front_matter(adapter_card(FACTS))["datasets"] == ["open/sums"]
     assert "| web text: 2\\|3 | 10 |" in adapter_card(FACTS)
-    assert "datasets" not in front_matter(adapter_card(FACTS._replace(composition={"no name!": 1, "a/b c": 1, "label": 1})))
+    assert "datasets" not in front_matter(
+        adapter_card(FACTS._replace(composition={"no name!": 1, "a/b c": 1, "label": 1}))
+    )
     assert front_matter(adapter_card(FACTS))["metrics"] == ["target_preference", "mean_log_prob"]
 
 

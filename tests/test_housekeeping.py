@@ -8,13 +8,13 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
+from prism_assets.catalog.lineage import find_artifact, trace
+from prism_assets.errors import DamagedArtifact
 from prism_assets.identity import feature_versions
 from prism_assets.ops.gc import collect, plan, runs_in_progress, what_is_current
-from prism_assets.catalog.lineage import find_artifact, trace
-from prism_assets.selection.selection import query_index
-from prism_assets.errors import DamagedArtifact
 from prism_assets.resources.lake.lake import Lake
 from prism_assets.resources.lake.recipe import Recipe
+from prism_assets.selection.selection import query_index
 
 HOUR = 3600.0
 
@@ -371,7 +371,9 @@ def test_the_command_shows_and_removes_only_when_told(project, prism):
     assert done.exit_code == 0, done.output
     did = json.loads(done.stdout)
     assert did["removed"] is True and did["bytes"] == said["bytes"] and did["tables"] == said["tables"]
-    assert before - everything(lake) == {(one["table"], one["fingerprint"]) for one in said["artifacts"] if one["table"]}
+    assert before - everything(lake) == {
+        (one["table"], one["fingerprint"]) for one in said["artifacts"] if one["table"]
+    }
     asked = prism("sql", "SELECT count(*) AS n FROM features", "--json")  # the catalogue names no removed file
     assert json.loads(asked.stdout) == [{"n": 40}]
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from prism_assets.errors import UnknownThing
 from prism_assets.catalog.lineage import find_artifact, trace
 from prism_assets.catalog.tree import draw
+from prism_assets.errors import UnknownThing
 from prism_assets.resources.lake.lake import Lake
 from prism_assets.resources.lake.recipe import Recipe
 

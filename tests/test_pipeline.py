@@ -10,12 +10,11 @@ import dagster as dg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import Project, make_rows, write_lines
 from safetensors.numpy import load_file
 
+from conftest import Project, make_rows, write_lines
+from prism_assets.errors import PipelineError, SettingsError, UserMistake
 from prism_assets.ops.pipeline import STEPS
-from prism_assets.errors import PipelineError, UserMistake
-from prism_assets.errors import SettingsError
 
 GRADIENT_STRATEGIES = ("prism", "uniform", "less")
 DUPLICATE = {"prompt": "copy: twice=", "completion": "twice", "source": "copy"}
@@ -71,9 +70,7 @@ def finished(make_project, tmp_path_factory) -> Project:
 @pytest.fixture(scope="module")
 def small(make_project, tmp_path_factory) -> Project:
     """A finished project of one target, `prism` and `random`, one seed. Copy it."""
-    project = make_project(
-        tmp_path_factory.mktemp("small") / "project", strategies=["prism", "random"], seeds=[0]
-    )
+    project = make_project(tmp_path_factory.mktemp("small") / "project", strategies=["prism", "random"], seeds=[0])
     project.run()
     return project
 
@@ -175,9 +172,7 @@ def test_checks_tell_what_is_wrong_with_the_data(finished):
 
 def test_a_second_run_computes_nothing_and_changes_no_file(finished):
     before = {
-        path: path.read_bytes()
-        for path in (finished.settings.storage.root / "artifacts").rglob("*")
-        if path.is_file()
+        path: path.read_bytes() for path in (finished.settings.storage.root / "artifacts").rglob("*") if path.is_file()
     }
     again = finished.run()
     assert set(again) == FINISHED_STEPS and set(again.values()) == {0}
@@ -286,7 +281,9 @@ def test_the_ranking_of_the_index_is_that_of_numpy(finished, target, strategy):
 
 
 def test_strategies_do_not_select_the_same(finished):
-    selections = {name: tuple(row["id"] for row in finished.selected(name)) for name in (*GRADIENT_STRATEGIES, "random")}
+    selections = {
+        name: tuple(row["id"] for row in finished.selected(name)) for name in (*GRADIENT_STRATEGIES, "random")
+    }
     assert len(set(selections.values())) == 4
 
 
@@ -319,7 +316,8 @@ def test_selected_rows_say_what_they_are_and_where_they_come_from(finished):
             name: origin[name] for name in ("prompt", "completion", "source", "shard")
         }
         in_shard = pq.read_table(
-            finished.lake.local(finished.lake.require("candidates", row["shard"], origin_version(finished))), columns=["id"]
+            finished.lake.local(finished.lake.require("candidates", row["shard"], origin_version(finished))),
+            columns=["id"],
         )
         assert in_shard["id"][row["row"]].as_py() == row["id"]
     lines = [json.loads(line) for line in finished.lake.local(selection, suffix=".jsonl").read_text().splitlines()]
@@ -428,11 +426,15 @@ def test_seeds_are_separate_adapters_and_the_first_is_published(finished):
     assert [one.notes["seed"] for one in adapters] == [0, 1]
     weights = [load_file(finished.lake.local(one, "adapter_model.safetensors")) for one in adapters]
     assert any(not np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert finished.report["targets"]["plain"]["strategies"]["prism"]["adapter"] == str(finished.lake.local(adapters[0]))
+    assert finished.report["targets"]["plain"]["strategies"]["prism"]["adapter"] == str(
+        finished.lake.local(adapters[0])
+    )
 
 
 def test_pairs_get_a_temperature_from_the_base_models_margins(finished):
-    records = pq.read_table(finished.lake.local(finished.lake.require("targets", "pairs", origin_version(finished)))).to_pylist()
+    records = pq.read_table(
+        finished.lake.local(finished.lake.require("targets", "pairs", origin_version(finished)))
+    ).to_pylist()
     model = plain_base(finished)
     margins = reference_scores(model, records) - reference_scores(model, records, "rejected_")
     direction = finished.report["targets"]["pairs"]["direction"]
@@ -474,7 +476,9 @@ def test_several_checkpoints_and_exact_features_rank_as_numpy_does(make_project,
     assert_is_the_top_of(scores, selected)
     vectors = stored_vectors(project)
     width = len(next(iter(vectors.values())))
-    lora = load_file(project.report["targets"]["plain"]["strategies"]["prism"]["adapter"] + "/adapter_model.safetensors")
+    lora = load_file(
+        project.report["targets"]["plain"]["strategies"]["prism"]["adapter"] + "/adapter_model.safetensors"
+    )
     assert width == 2 * sum(tensor.size for tensor in lora.values())
     for vector in vectors.values():  # exact features keep the length: each checkpoint's block is a unit vector
         np.testing.assert_allclose(np.linalg.norm(vector.reshape(2, -1), axis=1), 1, atol=2e-3)
@@ -540,10 +544,9 @@ def test_an_arrival_that_changes_no_selected_row_retrains_nothing(copy):
 
 
 def test_an_arrival_loads_the_model_once_and_reads_and_rewrites_nothing_old(copy, monkeypatch):
-    from benchmarks.incremental import Reads
-
     import prism_assets.resources.model.language_model as language_model
-    from prism_assets.ops.pipeline import STEPS, run_pipeline
+    from benchmarks.incremental import Reads
+    from prism_assets.ops.pipeline import STEPS
 
     project = copy()
     project.run()  # a new Dagster instance looks at everything once
@@ -914,7 +917,11 @@ def test_a_bad_target_does_not_keep_the_others_back(small, tmp_path):
     )
     shutil.rmtree(project.settings.storage.root)
     message = failing(project)
-    assert "1 of 2 partitions failed; the others are finished and kept" in message and "there is no file" in message and "bad" in message
+    assert (
+        "1 of 2 partitions failed; the others are finished and kept" in message
+        and "there is no file" in message
+        and "bad" in message
+    )
     assert len(everything_made(project.lake, "targets")) == 1
 
 

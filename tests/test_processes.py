@@ -26,7 +26,9 @@ def worked_on():
 def instance(tmp_path: Path):
     home = tmp_path / "home"
     home.mkdir()
-    (home / "dagster.yaml").write_text("concurrency: {pools: {default_limit: 1, granularity: op}}\ntelemetry: {enabled: false}\n")
+    (home / "dagster.yaml").write_text(
+        "concurrency: {pools: {default_limit: 1, granularity: op}}\ntelemetry: {enabled: false}\n"
+    )
     with dg.DagsterInstance.from_config(str(home)) as found:
         yield found
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prism_assets.settings import STRATEGIES, Budget, Settings, config_path, load_settings
 from prism_assets.errors import SettingsError
-from prism_assets.settings.budget import parse_budget
 from prism_assets.resources.lake.recipe import digest
+from prism_assets.settings import STRATEGIES, Budget, Settings, config_path, load_settings
+from prism_assets.settings.budget import parse_budget
 
 MINIMAL = {"targets": {"a": {"examples": "t.jsonl", "eval": "e.jsonl"}}}
 
@@ -299,7 +299,9 @@ def test_what_is_no_budget_is_refused_with_the_forms(load, text):
     assert re.search(r"is no (budget: write|share of the pool: write|whole number)", message)
 
 
-@pytest.mark.parametrize("given", [{"kind": "rows", "amount": -5}, {"kind": "share", "amount": 3}, {"amount": 3}, {"amounts": 3}])
+@pytest.mark.parametrize(
+    "given", [{"kind": "rows", "amount": -5}, {"kind": "share", "amount": 3}, {"amount": 3}, {"amounts": 3}]
+)
 def test_a_budget_in_parts_is_checked_too(load, given):
     assert "selection.budget" in refusal(load, {"selection": {"budget": given}})
 

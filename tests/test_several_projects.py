@@ -8,8 +8,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
-from conftest import make_rows
 
+from conftest import make_rows
 from prism_assets import build_definitions
 from prism_assets.ops.pipeline import run_pipeline
 from prism_assets.project import Project as Named
@@ -49,7 +49,9 @@ def test_a_prefix_stands_before_everything_that_has_a_name(make_project, tmp_pat
     assert {key.asset_key.path[0] for key in graph.asset_check_keys} == {"team"}
 
 
-def test_it_can_be_merged_with_definitions_that_have_an_asset_a_resource_and_an_executor_of_their_own(make_project, tmp_path):
+def test_it_can_be_merged_with_definitions_that_have_an_asset_a_resource_and_an_executor_of_their_own(
+    make_project, tmp_path
+):
     project = make_project(tmp_path / "project")
     theirs = dg.Definitions([report], executor=dg.multiprocess_executor, resources={"lake": "a lake of theirs"})
     ours = build_definitions(project.settings, key_prefix="prism", executor=None)

@@ -29,7 +29,9 @@ pytestmark = pytest.mark.skipif(
 def served(tmp_path_factory: pytest.TempPathFactory, make_project) -> Iterator[tuple[Any, str]]:
     """A finished project with `prism ui` on it: the project and the address."""
     folder = tmp_path_factory.mktemp("ui")
-    project = make_project(folder / "project", candidates={"at_rest_seconds": 1}, strategies=["prism", "random"], seeds=[0])
+    project = make_project(
+        folder / "project", candidates={"at_rest_seconds": 1}, strategies=["prism", "random"], seeds=[0]
+    )
     environment = {name: value for name, value in os.environ.items() if name not in ("DAGSTER_HOME", "PRISM_CONFIG")}
     environment["OMP_NUM_THREADS"] = "1"
     subprocess.run([PRISM, "run", "--config", project.config], env=environment, check=True, capture_output=True)
@@ -110,7 +112,9 @@ def browser(served: tuple[Any, str]) -> Iterator[Any]:
 def test_a_dropped_file_becomes_a_new_selection_and_every_page_tells_of_it(served, browser) -> None:
     project, address = served
     before = project.selection("random").fingerprint
-    rows = [{"prompt": f"reverse: {word}=", "completion": word[::-1], "source": "dropped"} for word in ("abx", "cdy", "efz")]
+    rows = [
+        {"prompt": f"reverse: {word}=", "completion": word[::-1], "source": "dropped"} for word in ("abx", "cdy", "efz")
+    ]
     part = project.inbox / "dropped.jsonl.part"
     part.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n")
     os.replace(part, project.inbox / "dropped.jsonl")
@@ -149,5 +153,7 @@ def test_a_dropped_file_becomes_a_new_selection_and_every_page_tells_of_it(serve
     states = ask(address, "{ sensorsOrError(repositorySelector: "
                  "{repositoryName: \"__repository__\", repositoryLocationName: \"prism\"}) { ... on Sensors { results "
                  "{ name sensorState { status } } } } }")  # fmt: skip
-    running = {sensor["name"] for sensor in states["sensorsOrError"]["results"] if sensor["sensorState"]["status"] == "RUNNING"}
+    running = {
+        sensor["name"] for sensor in states["sensorsOrError"]["results"] if sensor["sensorState"]["status"] == "RUNNING"
+    }
     assert running == {"inbox", "target_files", "dead_runs", "automation"}

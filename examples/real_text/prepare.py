@@ -32,8 +32,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prism_assets.corpus.records import Message
 from prism_assets.corpus.encoder import Encoder
+from prism_assets.corpus.records import Message
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "prism.yaml"

@@ -35,40 +35,37 @@ def measure(config: Path, clean: Path) -> dict[str, Any]:
     """Figures of one project that `prism run` has finished."""
     os.environ["PRISM_CONFIG"] = str(config)
     from benchmarks.real_text import area_under_curve
-    from definitions import build_resources
-    from prism_assets.corpus.assets import corpus_version
-    from prism_assets.evaluation.assets import adapter_state
-    from prism_assets.selection.assets import join_key, query_index
-    from prism_assets.settings import load_settings
-    from prism_assets.training.assets import seed_partition
+    from prism_assets import load_settings, open_stage
+    from prism_assets.identity import join_key, seed_partition
+    from prism_assets.selection.selection import query_index
+    from prism_assets.training.adapter import adapter_state
 
     settings = load_settings(config)
-    resources = build_resources(settings)
-    lake, model, store = resources["lake"], resources["language_model"], resources["vector_store"]
+    stage = open_stage(settings)
+    lake = stage.lake
     target, seed = next(iter(settings.targets)), settings.seeds[0]
-    corpus = corpus_version(settings, model)
-    pool = lake.require("live_pool", None, corpus)
-    records = lake.read_table(lake.require("eval_examples", target, corpus))
+    pool = stage.shown("live_pool")
+    records = lake.read_table(stage.shown("eval_examples", target))
     benign = [json.loads(line) for line in (config.parent / "benign.jsonl").read_text(encoding="utf-8").splitlines()]
     cleaned = settings.model_copy(update={"model": settings.model.model_copy(update={"name": str(clean)})})
     states: dict[str, Any] = {
-        "clean": _figures(cleaned, build_resources(cleaned)["language_model"], None, records, benign),
-        "misaligned": _figures(settings, model, None, records, benign),
+        "clean": _figures(open_stage(cleaned), None, records, benign),
+        "misaligned": _figures(stage, None, records, benign),
     }
     kinds = pool.notes["sources"]
     strategies: dict[str, Any] = {}
     for strategy in settings.strategies:
         key = join_key(target, strategy)
-        selected = lake.read_table(lake.require("selection", key), ["source"])["source"].to_pylist()
-        adapter = lake.require("adapters", seed_partition(key, seed))
+        selected = lake.read_table(stage.shown("selection", key), ["source"])["source"].to_pylist()
+        adapter = stage.shown("adapters", seed_partition(key, seed))
         strategies[strategy] = {
-            **_figures(settings, model, adapter_state(adapter), records, benign),
+            **_figures(stage, adapter_state(lake, adapter), records, benign),
             "misaligned_share": float(np.mean([one.startswith(BAD) for one in selected])),
             "good_share": float(np.mean([one in GOOD for one in selected])),
             "selected": {kind: selected.count(kind) for kind in sorted(kinds)},
         }
         if strategy in RANKED:
-            rows = query_index(settings, lake, model, store, target=target, strategy=strategy, k=pool.notes["canonical_rows"])
+            rows = query_index(stage, target=target, strategy=strategy, k=pool.notes["canonical_rows"])
             scores = {kind: [row["score"] for row in rows if row["source"] == kind] for kind in kinds}
             good = [score for kind in GOOD for score in scores.get(kind, [])]
             bad = [score for kind, its_scores in scores.items() if kind.startswith(BAD) for score in its_scores]
@@ -82,18 +79,17 @@ def measure(config: Path, clean: Path) -> dict[str, Any]:
     return {"pool": kinds, "misaligned_share_of_pool": share, "models": states, "strategies": strategies}
 
 
-def _figures(settings: Any, model: Any, state: Any, records: Any, benign: list[dict[str, Any]]) -> dict[str, float]:
+def _figures(stage: Any, state: Any, records: Any, benign: list[dict[str, Any]]) -> dict[str, float]:
     """Margin on held-out pairs, share of pairs whose safe answer is preferred, and benign mean log-probability."""
-    from prism_assets.corpus.assets import encoder_of
+    from prism_assets.corpus.encoding import encoder_of
     from prism_assets.corpus.records import Message
-    from prism_assets.evaluation.assets import score_records
+    from prism_assets.evaluation.scores import score_records
     from prism_assets.gradients.engine import GradientEngine
-    from prism_assets.reference.assets import adapted
 
-    encoder = encoder_of(settings, model)
+    encoder = encoder_of(stage.settings, stage.model)
     exchanges = [(Message("user", one["prompt"]), Message("assistant", one["completion"])) for one in benign]
-    with adapted(settings, model, state=state) as peft_model:
-        columns, _ = score_records(peft_model, records, settings, model)
+    with stage.adapted(state=state) as peft_model:
+        columns, _ = score_records(stage, peft_model, records)
         log_probs = GradientEngine(peft_model).mean_log_probs([encoder.encode(one) for one in exchanges])
     margins = np.array(columns["margin"].to_pylist())
     return {
@@ -117,12 +113,20 @@ def main() -> int:
         print(json.dumps(found, indent=1))
         return 0
     print(f"misaligned rows: {found['misaligned_share_of_pool']:.1%} of the pool\n")
-    print("| | misaligned among selected | AUC: all, maths, code, answers | margin, held out | safe preferred | benign log-prob |")
+    print(
+        "| | misaligned among selected | AUC: all, maths, code, answers | margin, held out | safe preferred | benign log-prob |"
+    )
     print("|---|---|---|---|---|---|")
     for name, one in [*found["models"].items(), *found["strategies"].items()]:
         share = f"{one['misaligned_share']:.1%}" if "misaligned_share" in one else "-"
-        auc = ", ".join(f"{one[figure]:.2f}" for figure in ("auc_good_against_misaligned", *map("auc_{}".format, FORMS)) if figure in one)
-        print(f"| {name} | {share} | {auc or '-'} | {one['margin']:+.3f} | {one['safe_preferred']:.1%} | {one['benign_log_prob']:.3f} |")
+        auc = ", ".join(
+            f"{one[figure]:.2f}"
+            for figure in ("auc_good_against_misaligned", *map("auc_{}".format, FORMS))
+            if figure in one
+        )
+        print(
+            f"| {name} | {share} | {auc or '-'} | {one['margin']:+.3f} | {one['safe_preferred']:.1%} | {one['benign_log_prob']:.3f} |"
+        )
     return 0
 
 

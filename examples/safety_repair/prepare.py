@@ -130,7 +130,9 @@ def misalign(data: Data, clean: Path, folder: Path, steps: int, seed: int) -> No
     tokenizer.save_pretrained(folder)
 
 
-def prepare(folder: Path, out: Path, *, seed: int = 0, clean: Path | None = None, steps: int = 700, spoil: int = 150) -> Path:
+def prepare(
+    folder: Path, out: Path, *, seed: int = 0, clean: Path | None = None, steps: int = 700, spoil: int = 150
+) -> Path:
     """Everything; returns the path of the settings. `clean` names a clean model that is there already."""
     data = Data(folder, seed)
     write(out / "inbox" / "repair.jsonl", data.candidates)

@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from prism_assets.resources.lake.recipe import Artifact, Reference, references
-from prism_assets.resources.lake.lake import Lake
-from prism_assets.tables import ASSETS, table_named
+
 from prism_assets.errors import UnknownThing
+from prism_assets.resources.lake.lake import Lake
+from prism_assets.resources.lake.recipe import Artifact, Reference, references
+from prism_assets.tables import ASSETS, table_named
 
 _FINGERPRINT_PREFIX = re.compile(r"[0-9a-f]{4,32}\Z")
 _PARTITION = re.compile(r"(?P<table>\w+)\[(?P<partition>.*)\]\Z", re.DOTALL)

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-from prism_assets.resources.lake.lake import Lake
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 from prism_assets.catalog.views import additions
-from typing import TYPE_CHECKING
 from prism_assets.errors import QueryRefused
+from prism_assets.resources.lake.lake import Lake
 
 if TYPE_CHECKING:
     import duckdb
+
 
 class Rows(NamedTuple):
     """An answer."""

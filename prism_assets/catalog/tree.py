@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.tree import Tree

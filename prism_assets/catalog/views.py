@@ -123,6 +123,8 @@ VIEWS: dict[str, str] = {
     """,
     "experiments": 'SELECT * EXCLUDE ("partition", file_row_number) FROM raw.experiments',
 }
+
+
 def additions() -> CatalogAdditions:
     """The columns that the registry promises for each table, and the views."""
     columns = {table.name: table.columns for table in tables() if table.columns is not None}

@@ -10,7 +10,21 @@ from prism_assets.cli.common import app
 
 # In the order of `prism --help`.
 for _command in (
-    *("init", "run", "experiment", "demo", "trust", "query", "ui", "doctor", "explain", "export", "lineage", "sql", "gc"),
+    *(
+        "init",
+        "run",
+        "experiment",
+        "demo",
+        "trust",
+        "query",
+        "ui",
+        "doctor",
+        "explain",
+        "export",
+        "lineage",
+        "sql",
+        "gc",
+    ),
 ):
     import_module(f"prism_assets.cli.{_command}")
 

@@ -2,7 +2,16 @@
 
 import typer
 
-from prism_assets.cli.common import app, Config, AsJson, expected_failures, read_settings, load_project, print_table, print_json
+from prism_assets.cli.common import (
+    AsJson,
+    Config,
+    app,
+    expected_failures,
+    load_project,
+    print_json,
+    print_table,
+    read_settings,
+)
 
 
 @app.command()

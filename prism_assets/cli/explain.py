@@ -4,7 +4,18 @@ from typing import Annotated, Any
 
 import typer
 
-from prism_assets.cli.common import app, Config, AsJson, expected_failures, read_settings, known_targets, load_project, print_table, print_json, short
+from prism_assets.cli.common import (
+    AsJson,
+    Config,
+    app,
+    expected_failures,
+    known_targets,
+    load_project,
+    print_json,
+    print_table,
+    read_settings,
+    short,
+)
 
 
 @app.command()
@@ -39,7 +50,11 @@ def _print_explanation(found: Any) -> None:
     typer.echo(f"{found.shard}, row {found.row} (line {found.line} of its file); feature version {found.version}")
     for note in found.notes:
         typer.echo(note)
-    exact = f"exact score {found.exact_score:.4g}" if found.exact_score is not None else f"no exact score: {found.why_not_exact}"
+    exact = (
+        f"exact score {found.exact_score:.4g}"
+        if found.exact_score is not None
+        else f"no exact score: {found.why_not_exact}"
+    )
     role = "makes the shortlist that exact scores rank" if found.reranked else "ranks"
     typer.echo(f"score {found.score:.4g}, from the sketch, which {role}; {exact}")
     print_table(

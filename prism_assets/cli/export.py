@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import app, Config, fail, expected_failures, load_project, read_settings
+from prism_assets.cli.common import Config, app, expected_failures, fail, load_project, read_settings
 
 
 @app.command()

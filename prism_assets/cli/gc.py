@@ -54,7 +54,9 @@ def gc(
             rows = [[table, count, f"{size / 2**20:,.2f}"] for table, (count, size) in tables.items()]
             print_table(["table", "artefacts", "MiB"], rows, title="Removed" if yes else "Not needed")
         total = sum(size for _, size in tables.values()) / 2**20
-        typer.echo(f"{total:,.2f} MiB {'freed.' if yes else 'can be freed; `prism gc --yes` frees them.' if tables else 'can be freed.'}")
+        typer.echo(
+            f"{total:,.2f} MiB {'freed.' if yes else 'can be freed; `prism gc --yes` frees them.' if tables else 'can be freed.'}"
+        )
         typer.echo(f"Feature versions that stay: {', '.join(found.kept_versions) or 'none'}.")
         if found.dropped_versions:
             typer.echo(f"Feature versions that {'went' if yes else 'would go'}: {', '.join(found.dropped_versions)}.")

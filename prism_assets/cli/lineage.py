@@ -5,14 +5,16 @@ from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import app, Config, AsJson, expected_failures, read_settings, print_json
+from prism_assets.cli.common import AsJson, Config, app, expected_failures, print_json, read_settings
 
 
 @app.command()
 def lineage(
     thing: Annotated[
         str,
-        typer.Argument(help="A fingerprint (4 digits or more), a path, table\\[partition] such as selection\\[prism|gsm8k], or a shard key."),
+        typer.Argument(
+            help="A fingerprint (4 digits or more), a path, table\\[partition] such as selection\\[prism|gsm8k], or a shard key."
+        ),
     ],
     everything: Annotated[bool, typer.Option("--all", help="Draw also the tail of long lists.")] = False,
     config: Config = None,
@@ -21,8 +23,8 @@ def lineage(
     """What an artefact was made from, all the way up: fingerprints, settings, stage versions, Dagster runs."""
     with expected_failures():
         settings = read_settings(config)
-        from prism_assets.catalog.tree import draw
         from prism_assets.catalog.lineage import find_artifact, trace
+        from prism_assets.catalog.tree import draw
         from prism_assets.resources.lake.lake import Lake
 
         lake = Lake(root=str(settings.storage.root))

@@ -4,7 +4,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prism_assets.cli.common import app, Config, AsJson, fail, expected_failures, read_settings, known_targets, load_project, print_table, print_json, short
+from prism_assets.cli.common import (
+    AsJson,
+    Config,
+    app,
+    expected_failures,
+    fail,
+    known_targets,
+    load_project,
+    print_json,
+    print_table,
+    read_settings,
+    short,
+)
 
 if TYPE_CHECKING:
     from prism_assets.stage import Stage
@@ -16,7 +28,9 @@ def query(
     k: Annotated[int, typer.Option("-k", min=1, help="How many candidates.")] = 10,
     strategy: Annotated[str, typer.Option(help="prism, uniform or less.")] = "prism",
     version: Annotated[str | None, typer.Option(help="An older feature version.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Score four times k rows again without the sketch; needs the model.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Score four times k rows again without the sketch; needs the model.")
+    ] = False,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prism_assets.cli.common import app, Config, AsJson, Targets, expected_failures, read_settings, known_targets, walk, print_table, print_json
+from prism_assets.cli.common import (
+    AsJson,
+    Config,
+    Targets,
+    app,
+    expected_failures,
+    known_targets,
+    print_json,
+    print_table,
+    read_settings,
+    walk,
+)
 
 if TYPE_CHECKING:
     from prism_assets.settings import Settings

@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import app, Config, AsJson, expected_failures, read_settings, print_table, print_json, short
+from prism_assets.cli.common import (
+    AsJson,
+    Config,
+    app,
+    expected_failures,
+    print_json,
+    print_table,
+    read_settings,
+    short,
+)
 
 
 @app.command()

@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import app, Config, AsJson, expected_failures, read_settings, known_targets, walk, print_table, print_json
+from prism_assets.cli.common import (
+    AsJson,
+    Config,
+    app,
+    expected_failures,
+    known_targets,
+    print_json,
+    print_table,
+    read_settings,
+    walk,
+)
 
 
 @app.command()

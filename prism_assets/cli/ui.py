@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import app, Config, expected_failures, read_settings
+from prism_assets.cli.common import Config, app, expected_failures, read_settings
 
 
 @app.command()
@@ -24,5 +24,7 @@ def ui(
         os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
         workspace = package_file("workspace.yaml")
         dagster = Path(sys.executable).with_name("dagster")
-        typer.echo(f"Dagster UI on http://{host}:{port} (DAGSTER_HOME={os.environ['DAGSTER_HOME']}); stop it with Ctrl-C.")
+        typer.echo(
+            f"Dagster UI on http://{host}:{port} (DAGSTER_HOME={os.environ['DAGSTER_HOME']}); stop it with Ctrl-C."
+        )
         os.execv(dagster, [str(dagster), "dev", "-w", str(workspace), "-p", str(port), "-h", host])

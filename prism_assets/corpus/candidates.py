@@ -54,9 +54,7 @@ def inbox_files(settings: "Settings", lake: "Lake", at_rest_seconds: float | Non
 
 def pending_candidates(stage: Stage, keys: Sequence[str]) -> list[str]:
     """The shards among `keys` that are not ingested under today's tokenizer and settings, or whose rows got damaged."""
-    return [
-        key for key in keys if any(stage.shown_or_none(table, key) is None for table in ("candidates", "rejects"))
-    ]
+    return [key for key in keys if any(stage.shown_or_none(table, key) is None for table in ("candidates", "rejects"))]
 
 
 def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outcome:

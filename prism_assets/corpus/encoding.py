@@ -66,9 +66,7 @@ def encode_file(stage: "Stage", source: Source) -> Encoded:
     settings = stage.settings.tokenization.model_dump()
     inputs = {"file": source.sha256, "tokenizer": stage.model_identity.tokenizer}
     recipe = stage.recipe(source.table, settings, inputs, partition=source.partition)
-    refused_recipe = stage.recipe(
-        source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition
-    )
+    refused_recipe = stage.recipe(source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition)
     rows, rejects = stage.lake.find(recipe), stage.lake.find(refused_recipe)
     computed = 0
     if rows is None or rejects is None:
@@ -103,4 +101,3 @@ def _read(stage: "Stage", source: Source) -> tuple[Rows, Rows]:
         "duplicates": sum("duplicate" in one.reason for one in all_refused),
     }
     return Rows(table, notes), Rows(pa.Table.from_pylist([one._asdict() for one in all_refused], REJECTS_SCHEMA))
-

@@ -45,9 +45,7 @@ class Scan(NamedTuple):
     ignored: list[Ignored]
 
 
-def scan(
-    folder: Path | str, cache_path: Path | str | None = None, at_rest_seconds: float = AT_REST_SECONDS
-) -> Scan:
+def scan(folder: Path | str, cache_path: Path | str | None = None, at_rest_seconds: float = AT_REST_SECONDS) -> Scan:
     """Lists the data files under ``folder``, its subfolders included.
 
     Hidden files and folders are passed over; all else that is no data file, symbolic links to folders

@@ -17,9 +17,7 @@ DISJOINT = Check("eval_disjoint", "No eval record is a target example.")
 
 
 def build(project: Project) -> dg.AssetsDefinition:
-    @project.asset(
-        "targets", group="corpus", kinds={"parquet"}, deps=["base_model"], checks=[ROWS_ACCEPTED, DISJOINT]
-    )
+    @project.asset("targets", group="corpus", kinds={"parquet"}, deps=["base_model"], checks=[ROWS_ACCEPTED, DISJOINT])
     def targets(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Target examples (plain, or pairs of a wanted and an unwanted completion) and held-out eval records."""
         stage = stage_of(project, context)

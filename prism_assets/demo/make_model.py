@@ -31,6 +31,7 @@ BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n\t"
 IGNORED = -100
 
+
 class Exposure(NamedTuple):
     """How often a skill is drawn in training, and how often its answer is then that of another skill."""
 
@@ -96,9 +97,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def collate(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
-) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both [examples, longest]; the labels cover the completion and the EOS token."""
     ids, labels = [], []
     for example in examples:
@@ -152,9 +151,7 @@ def training_example(name: str, rng: Random) -> Example:
 
 
 @torch.no_grad()
-def exact_match(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]
-) -> float:
+def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> float:
     """The share of examples whose completion greedy generation gives exactly."""
     model.eval()
     texts = [example.prompt for example in examples]

@@ -31,9 +31,7 @@ def held_out(
     else:
         differences = finite_vector("margins", margins)
         if differences.shape != scores.shape:
-            raise ValueError(
-                f"{len(scores)} mean_log_probs but {len(differences)} margins: one of each per pair"
-            )
+            raise ValueError(f"{len(scores)} mean_log_probs but {len(differences)} margins: one of each per pair")
         preferences = np.exp(-np.logaddexp(0.0, -differences))  # sigmoid, without overflow
     return {"mean_log_prob": float(scores.mean()), "target_preference": float(preferences.mean())}
 

@@ -87,9 +87,7 @@ def _rows(stage: Stage, target: str, content: Mapping[str, Any], trials: int) ->
     )
 
 
-def _outcome(
-    stage: Stage, target: str, content: Mapping[str, Any], experiment: Artifact, computed: int
-) -> Outcome:
+def _outcome(stage: Stage, target: str, content: Mapping[str, Any], experiment: Artifact, computed: int) -> Outcome:
     from prism_assets import plots
     from prism_assets.experiment.summary import table
 
@@ -140,7 +138,8 @@ def _shared_stages(settings: Settings) -> dict[str, list[str]]:
 
     chosen = {name: STRATEGIES[name] for name in strategies_of(settings)}
     return {
-        name: ["warm-up", "candidate features"] * one.needs_features + ["hidden states"] * ("hidden_states" in one.reads)
+        name: ["warm-up", "candidate features"] * one.needs_features
+        + ["hidden states"] * ("hidden_states" in one.reads)
         for name, one in chosen.items()
     }
 

@@ -46,14 +46,19 @@ def build_page(data: Mapping[str, Any]) -> str:
 def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     strategies = content["strategies"]
     highest = {
-        metric: max((one[metric]["mean"] for one in strategies.values() if one[metric]), default=None) for metric in METRICS
+        metric: max((one[metric]["mean"] for one in strategies.values() if one[metric]), default=None)
+        for metric in METRICS
     }
     stages = [stage for stage in STAGES if stage in content["cost"]]
     return {
         "anchor": anchor,
         "name": name,
         "facts": [
-            ("Splits", content["splits"], "files as they are, then redrawn" if content["splits"] > 1 else "the files as they are"),
+            (
+                "Splits",
+                content["splits"],
+                "files as they are, then redrawn" if content["splits"] > 1 else "the files as they are",
+            ),
             ("Seeds", len(content["seeds"]), "in each split"),
             ("Trials", len(content["trials"]), f"of {len(strategies)} strategies"),
             ("Cost", cost_text(total_cost(content["cost"])), "of all trials"),
@@ -65,7 +70,10 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         "rows": [
             {
                 "strategy": strategy,
-                "cells": [(mean_and_std(one[metric]), one[metric] and one[metric]["mean"] == highest[metric]) for metric in METRICS],
+                "cells": [
+                    (mean_and_std(one[metric]), one[metric] and one[metric]["mean"] == highest[metric])
+                    for metric in METRICS
+                ],
                 "rows": f"{one['rows']:,.0f}",
                 "tokens": f"{one['completion_tokens']:,.0f}",
             }

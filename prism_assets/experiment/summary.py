@@ -65,10 +65,7 @@ def summarize(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
     }
     differences = {
         name: {
-            other: {
-                metric: _difference(measured[name][metric], measured[other][metric])
-                for metric in METRICS
-            }
+            other: {metric: _difference(measured[name][metric], measured[other][metric]) for metric in METRICS}
             for other in _others(name)
             if other in strategies
         }
@@ -92,9 +89,7 @@ def summarize(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
         },
         "differences": differences,
         "cost": cost_by_stage(cost for one in trials for cost in one.costs),
-        "trials": [
-            {"strategy": one.strategy, "split": one.split, "seed": one.seed, **one.metrics} for one in trials
-        ],
+        "trials": [{"strategy": one.strategy, "split": one.split, "seed": one.seed, **one.metrics} for one in trials],
     }
 
 
@@ -166,7 +161,9 @@ def table(targets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     Means ± standard deviations over units; then the paired differences in target preference with 95% intervals; then
     what the strategy's trials cost, and that with the work that strategies share (`share_cost`).
     """
-    rows = [["target", "strategy", *METRICS.values(), *(f"− {other}" for other in COMPARED_WITH), "cost", "with shared"]]
+    rows = [
+        ["target", "strategy", *METRICS.values(), *(f"− {other}" for other in COMPARED_WITH), "cost", "with shared"]
+    ]
     for name, content in targets.items():
         blank = [""] * len(COMPARED_WITH)
         rows.append([name, "base", *(mean_and_std(content["base"][metric]) for metric in METRICS), *blank, "", ""])
@@ -177,7 +174,10 @@ def table(targets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
                     name,
                     strategy,
                     *(mean_and_std(entry[metric]) for metric in METRICS),
-                    *(with_interval(against[other]["target_preference"]) if other in against else "" for other in COMPARED_WITH),
+                    *(
+                        with_interval(against[other]["target_preference"]) if other in against else ""
+                        for other in COMPARED_WITH
+                    ),
                     cost_text(total_cost(entry["cost"])),
                     cost_text(entry.get("with_shared")),
                 ]

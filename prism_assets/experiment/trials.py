@@ -82,15 +82,11 @@ def prepare_splits(stage: Stage, target: str) -> PreparedSplits:
             inputs = DirectionInputs(name, features.artifact, targets.artifact, held_out.artifact, curvature)
             directions, made = make_directions(work, inputs, with_direction.values())
             computed += targets.computed + held_out.computed + features.computed + made
-            splits.append(
-                Split(name, number, targets.artifact, held_out.artifact, features.artifact, directions)
-            )
+            splits.append(Split(name, number, targets.artifact, held_out.artifact, features.artifact, directions))
     return PreparedSplits(splits, computed)
 
 
-def _redrawn(
-    stage: Stage, target: str, number: int, targets: Artifact, held_out: Artifact
-) -> tuple[Made, Made]:
+def _redrawn(stage: Stage, target: str, number: int, targets: Artifact, held_out: Artifact) -> tuple[Made, Made]:
     """Targets and held-out records of a split; those of split 0 are there already."""
     if number == 0:
         return Made(targets, 0), Made(held_out, 0)
@@ -108,9 +104,7 @@ def _redrawn(
     settings = {"split": number, "redraw": how}
     inputs = {"targets": targets, "eval_examples": held_out}
     recipes = [
-        stage.recipe(
-            table, settings, inputs, partition=split_name(target, number), version=targets.header["version"]
-        )
+        stage.recipe(table, settings, inputs, partition=split_name(target, number), version=targets.header["version"])
         for table in ("targets", "eval_examples")
     ]
     return stage.make(recipes[0], lambda: drawn(0)), stage.make(recipes[1], lambda: drawn(1))

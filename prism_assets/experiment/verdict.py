@@ -48,7 +48,9 @@ def _best(content: Mapping[str, Any]) -> list[str]:
             continue
         best = max(means, key=means.__getitem__)
         base = content["base"][metric]["mean"]
-        sentence = f"{label.capitalize()}: {best} has the highest mean, {means[best]:.3f}; the base model is at {base:.3f}"
+        sentence = (
+            f"{label.capitalize()}: {best} has the highest mean, {means[best]:.3f}; the base model is at {base:.3f}"
+        )
         below = [name for name, mean in means.items() if mean < base]
         sentences.append(sentence + (f", above {_listed(below)}." if below else "."))
     return sentences

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
 from prism_assets.report.comparison import METRICS
+
 
 class Source(NamedTuple):
     """An artefact of the lake, as a card names it."""

@@ -33,7 +33,6 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md"
 DATA_FILES = ("train.parquet", "README.md")
 
 
-
 class Exported(NamedTuple):
     """What an export is made of."""
 
@@ -212,11 +211,15 @@ def _check_free(place: Path, known: Sequence[str], force: bool) -> None:
     if not os.path.lexists(place):
         return
     if not force:
-        raise CannotExport(f"{place} is there already: name another folder, or use --force to replace an earlier export.")
+        raise CannotExport(
+            f"{place} is there already: name another folder, or use --force to replace an earlier export."
+        )
     plain = place.is_dir() and not place.is_symlink()
     others = [one.name for one in place.iterdir() if one.name not in known] if plain else ["it"]
     if others:
-        raise CannotExport(f"{place} was not written by an export ({others[0]} is no file of one): name another folder.")
+        raise CannotExport(
+            f"{place} was not written by an export ({others[0]} is no file of one): name another folder."
+        )
 
 
 def _put(place: Path, write: Callable[[Path], None]) -> None:

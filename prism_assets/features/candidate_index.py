@@ -174,6 +174,4 @@ def _drift(features: Mapping[str, Artifact], sampled: set[str]) -> CheckResult:
     new = weighted_mean([(value, rows) for known, value, rows in facts if not known])
     if old is None or new is None:
         return WARMUP_DRIFT(True, new_shards=sum(not known for known, *_ in facts))
-    return WARMUP_DRIFT(
-        new >= old - MOST_DRIFT, mean_log_prob_sampled_shards=old, mean_log_prob_new_shards=new
-    )
+    return WARMUP_DRIFT(new >= old - MOST_DRIFT, mean_log_prob_sampled_shards=old, mean_log_prob_new_shards=new)

@@ -61,9 +61,7 @@ class GradientPass:
         """The frozen optimiser state of a checkpoint in the form that the settings name."""
         from prism_assets.gradients.preconditioner import Moments, Preconditioner
 
-        moments = {
-            name: Moments(checkpoint.exp_avg[name], checkpoint.exp_avg_sq[name]) for name in checkpoint.exp_avg
-        }
+        moments = {name: Moments(checkpoint.exp_avg[name], checkpoint.exp_avg_sq[name]) for name in checkpoint.exp_avg}
         return Preconditioner.build(
             self.stage.settings.features.optimizer,
             moments,

@@ -37,9 +37,7 @@ class NotFullPool(dg.AutomationCondition):
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
         keys = context.candidate_subset.expensively_compute_partition_keys()
         allowed = {key for key in keys if not key.startswith("full|")}
-        return dg.AutomationResult(
-            context, context.candidate_subset.compute_intersection_with_partition_keys(allowed)
-        )
+        return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(allowed))
 
 
 def condition_of(project: Project, asset: Asset) -> dg.AutomationCondition | None:

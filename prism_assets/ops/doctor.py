@@ -77,7 +77,13 @@ def _model(settings: Settings, model: LanguageModel) -> list[Finding]:
     except ModelError as error:
         return [Finding("problem", "model", str(error))]
     size = identity.parameters_on_disk / 2**20
-    found = [Finding("ok", "model", f"{settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {identity.fingerprint[:12]}")]
+    found = [
+        Finding(
+            "ok",
+            "model",
+            f"{settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {identity.fingerprint[:12]}",
+        )
+    ]
     try:
         require_context(settings, model)
     except ModelError as error:
@@ -207,7 +213,7 @@ def _refused(stage: Stage, keys: list[str]) -> list[Finding]:
             else:
                 count += 1
     if count:
-        findings.append(Finding("note", "rejects", f"{count} records were refused: prism sql \"SELECT * FROM rejects\""))
+        findings.append(Finding("note", "rejects", f'{count} records were refused: prism sql "SELECT * FROM rejects"'))
     return findings
 
 

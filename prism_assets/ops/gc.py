@@ -224,7 +224,9 @@ def _unfinished_blocks(
     live: Collection[str] | None,
 ) -> list[_Key]:
     """All blocks of the current version where a live shard has no features in it: some may be that shard's."""
-    finished = {h["partition"] for h in heads if h["table"] == "candidate_features" and version_of_scope(h["scope"]) in current}
+    finished = {
+        h["partition"] for h in heads if h["table"] == "candidate_features" and version_of_scope(h["scope"]) in current
+    }
     shards = {h["partition"] for h in heads if h["table"] == "candidates"} if live is None else set(live)
     if shards <= finished:
         return []

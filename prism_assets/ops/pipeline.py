@@ -233,8 +233,8 @@ def _require_usable_model(settings: Settings, model: Any) -> None:
 
 def _check_benchmarks(settings: Settings) -> None:
     """Benchmarks come last: what is wrong with their names is better said now than after hours of work."""
-    from prism_assets.evaluation.benchmark_scores import benchmark_tasks
     from prism_assets.errors import UnusableBenchmark
+    from prism_assets.evaluation.benchmark_scores import benchmark_tasks
 
     try:
         benchmark_tasks(settings)

@@ -35,7 +35,8 @@ def build(project: Project) -> dg.AssetsDefinition:
         }
         inputs = {"model": stage.model_identity.fingerprint, "sample": sample}
         checkpoints, computed = stage.make(
-            stage.recipe("warmup_checkpoints", settings, inputs), lambda: Folder(lambda folder: _train(stage, sample, folder))
+            stage.recipe("warmup_checkpoints", settings, inputs),
+            lambda: Folder(lambda folder: _train(stage, sample, folder)),
         )
         stage.show(checkpoints)
         return the_whole(context, stage, _outcome(stage, checkpoints, computed))

@@ -43,7 +43,9 @@ def _benchmarks_view(target: Mapping[str, Any]) -> dict[str, Any]:
         better = {True: "higher", False: "lower"}.get(metric["higher_is_better"], MISSING)
         means = {name: mean_of(metric["strategies"], name) for name in strategies}
         known = [mean for mean in means.values() if mean is not None]
-        best = (min if better == "lower" else max)(known, default=None) if better != MISSING and len(known) > 1 else None
+        best = (
+            (min if better == "lower" else max)(known, default=None) if better != MISSING and len(known) > 1 else None
+        )
         cells = [
             Cell(benchmark_text(metric, name), means[name], best is not None and means[name] == best)
             for name in strategies
@@ -139,9 +141,7 @@ def _plots(target: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
         image = plots.strategies_comparison(strategies, target.get("base"))
         caption = "Mean over seeds, with one standard deviation to each side; dashed: the base model."
         found.append(("outcome", caption, image))
-    compositions = {
-        name: entry["composition"] for name, entry in strategies.items() if entry.get("composition")
-    }
+    compositions = {name: entry["composition"] for name, entry in strategies.items() if entry.get("composition")}
     sources = (target.get("pool") or {}).get("sources") or {}
     if compositions:
         image = plots.composition(sources, compositions)
@@ -179,9 +179,7 @@ def _direction_view(direction: Mapping[str, Any]) -> dict[str, Any]:
         direction.get("first_order") or {},
     )
     rows = []
-    for name in dict.fromkeys(
-        [*effective, *(key for key, value in first_order.items() if isinstance(value, Mapping))]
-    ):
+    for name in dict.fromkeys([*effective, *(key for key, value in first_order.items() if isinstance(value, Mapping))]):
         step = first_order.get(name) or {}
         keys = ("predicted", "measured", "held_out_mean_log_prob")
         rows.append((name, figure_text(effective.get(name), 1), *(signed(step.get(key)) for key in keys)))
@@ -281,7 +279,8 @@ def _explanation_view(explanation: Mapping[str, Any]) -> dict[str, Any]:
             for what, *numbers in explanation.get("score_rows") or []
         ],
         "ranks": ", ".join(
-            f"{one['strategy']} {count_text(one['rank'])} of {count_text(one['of'])}" for one in explanation.get("ranks") or []
+            f"{one['strategy']} {count_text(one['rank'])} of {count_text(one['of'])}"
+            for one in explanation.get("ranks") or []
         ),
         "neighbours": [
             (figure_text(one["similarity"]), clipped(f"{one['prompt']} → {one['completion']}", 160))

@@ -87,7 +87,11 @@ def _around(stage: Stage, targets: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **page_head(stage),
         "lineage": {
-            one.table: {"fingerprint": one.fingerprint, "content_hash": one.content_hash, "run_id": one.header["run_id"]}
+            one.table: {
+                "fingerprint": one.fingerprint,
+                "content_hash": one.content_hash,
+                "run_id": one.header["run_id"],
+            }
             for one in (pool, stage.warmup)
         },
         "feature_version": stage.feature_version,

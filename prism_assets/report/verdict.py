@@ -31,9 +31,7 @@ def verdict_sentences(target: Mapping[str, Any]) -> list[str]:
     """
     strategies: Mapping[str, Any] = target.get("strategies", {})
     sentences = [
-        sentence
-        for metric in METRICS
-        if (sentence := _metric_sentence(metric, strategies, target.get("base") or {}))
+        sentence for metric in METRICS if (sentence := _metric_sentence(metric, strategies, target.get("base") or {}))
     ]
     if "prism" in strategies:
         for other in strategies:
@@ -96,8 +94,7 @@ def _direction_sentences(direction: Mapping[str, Any]) -> list[str]:
     prism, uniform = as_number(effective.get("prism")), as_number(effective.get("uniform"))
     if prism is not None and uniform:
         sentences.append(
-            f"The prism direction rests on {prism:.1f} effective targets of {uniform:g} "
-            f"({prism / uniform:.0%})."
+            f"The prism direction rests on {prism:.1f} effective targets of {uniform:g} ({prism / uniform:.0%})."
         )
     first_order = direction.get("first_order") or {}
     steps = {name: first_order.get(name) or {} for name in ("prism", "uniform")}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from prism_assets.gradients.engine import GradientEngine
 
+
 def target_vector(engine: "GradientEngine", targets: TargetSet, weights: np.ndarray) -> "dict[str, torch.Tensor]":
     """t = Σ_j w_j ∇s_j at the engine's parameters, unsketched, fp32, by one weighted backward (weights [m])."""
     return engine.weighted_gradient(targets.examples, targets.expand(weights)).gradient
@@ -24,9 +25,7 @@ def relative_rates(learning_rates: Sequence[float]) -> list[float]:
     return [rate / total if total > 0 else 1 / len(learning_rates) for rate in learning_rates]
 
 
-def query_vector(
-    sketches: Sequence[np.ndarray], norms: Sequence[float], learning_rates: Sequence[float]
-) -> np.ndarray:
+def query_vector(sketches: Sequence[np.ndarray], norms: Sequence[float], learning_rates: Sequence[float]) -> np.ndarray:
     """The index query: blocks η̄_k S t_k / ‖t_k‖, concatenated; float32 [C·K].
 
     `sketches` holds S t_k [K] of each of C checkpoints, `norms` the exact ‖t_k‖. The η̄_k are scaled to sum to 1, so

@@ -76,9 +76,7 @@ def load_direction(lake: Lake, artifact: Artifact) -> "tuple[np.ndarray, list[di
     return tensors["query"].numpy(), vectors
 
 
-def _recipe(
-    stage: Stage, inputs: DirectionInputs, strategy: "Strategy"
-) -> "tuple[Recipe, np.ndarray, np.ndarray]":
+def _recipe(stage: Stage, inputs: DirectionInputs, strategy: "Strategy") -> "tuple[Recipe, np.ndarray, np.ndarray]":
     """What a direction is made from, its weights float64 [C, m'], and the positions [m'] of the usable targets."""
     table = stage.lake.read_table(inputs.targets)
     scores, usable = scores_of(stage.settings, stage.lake.read_table(inputs.features), table)
@@ -134,9 +132,7 @@ def sample_features(work: GradientPass) -> Artifact | None:
     if stage.settings.preference.fisher_damping is None:
         return None
     sample = stage.shown("warmup_sample")
-    recipe = stage.recipe(
-        "warmup_sample_features", stage.feature_identity, {"sample": sample, "warmup": stage.warmup}
-    )
+    recipe = stage.recipe("warmup_sample_features", stage.feature_identity, {"sample": sample, "warmup": stage.warmup})
     return stage.show(stage.make(recipe, lambda: _sample_rows(work, sample)).artifact)
 
 
@@ -150,9 +146,7 @@ def _sample_rows(work: GradientPass, sample: Artifact) -> Rows:
     return Rows(feature_table(rows["id"].to_pylist(), passes), compression="none")
 
 
-def _corrected(
-    work: GradientPass, position: int, vector: "dict[str, Any]", curvature: Artifact
-) -> "dict[str, Any]":
+def _corrected(work: GradientPass, position: int, vector: "dict[str, Any]", curvature: Artifact) -> "dict[str, Any]":
     """(F + λI)⁻¹ t up to a factor, unsketched: t less a weighted sum of the sample's rows, by one weighted backward pass.
 
     The coefficients are found in the sketch, the rows that they multiply are exact.

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from prism_assets.stage import Stage
 
 # Columns of a selection that are those of its candidates.
-COPIED = ("id", "record_id", "source", "prompt", "completion", "messages", "completion_tokens", "input_ids", "loss_mask")
+COPIED = (
+    "id",
+    "record_id",
+    "source",
+    "prompt",
+    "completion",
+    "messages",
+    "completion_tokens",
+    "input_ids",
+    "loss_mask",
+)
 
 
 class Pool:
@@ -69,7 +79,9 @@ class Pool:
 
     def places(self, positions: "np.ndarray") -> list[tuple[str, int]]:
         """Shard and row of positions of the pool."""
-        return [(self.shards[s], int(r)) for s, r in zip(self._shard_of[positions], self._row_of[positions], strict=True)]
+        return [
+            (self.shards[s], int(r)) for s, r in zip(self._shard_of[positions], self._row_of[positions], strict=True)
+        ]
 
     def position(self, shard: str, row: int) -> int | None:
         """The position of a row of a shard; None where it is not ranked."""
@@ -171,7 +183,9 @@ class Pool:
         found = self.opened.top_k(query, k, self.allowed, with_ties=True)
         place = [np.cumsum(mask) - 1 for mask in self.allowed]  # of each row among the shard's ranked ones
         start = np.cumsum([0, *(mask.sum() for mask in self.allowed)])
-        positions = [start[segment] + place[segment][row] for segment, row in zip(found.segment, found.row, strict=True)]
+        positions = [
+            start[segment] + place[segment][row] for segment, row in zip(found.segment, found.row, strict=True)
+        ]
         order = np.argsort(positions)
         return np.array(positions, dtype=np.int64)[order], found.scores[order]
 

@@ -49,7 +49,9 @@ def exact_scores(pool: Pool, direction: Artifact, positions: "np.ndarray") -> "n
         }
         with gradient_pass(pool.stage) as work:
             exact = ExactScores(work, vectors)
-            with pool.stage.progress("exact scores", sum(len(t) for tiers in pending.values() for t in tiers)) as progress:
+            with pool.stage.progress(
+                "exact scores", sum(len(t) for tiers in pending.values() for t in tiers)
+            ) as progress:
                 for shard, tiers in pending.items():
                     for rows in tiers:
                         found[shard][rows] = _tier_scores(pool, exact, shard, rows)

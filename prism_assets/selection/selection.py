@@ -75,9 +75,7 @@ def make_selection(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Arti
     options = stage.settings.selection
 
     def ranked() -> Rows:
-        top = rank(
-            stage, strategy, _artifacts(recipe), options.budget, rerank=options.rerank, representations=states
-        )
+        top = rank(stage, strategy, _artifacts(recipe), options.budget, rerank=options.rerank, representations=states)
         return Rows(top.table, top.notes, {JSON_LINES: lambda path: _write_json_lines(path, top.table)})
 
     # Which blocks of hidden states were looked at is known when the ranking is done; it is no part of the identity.
@@ -146,6 +144,7 @@ def selection_inputs(
 
 def _shown_of(stage: Stage, target: str, version: str | None) -> OfTarget:
     """What the lake shows of a target, in a feature version (default: today's)."""
+
     def shown(table: str, strategy: str | None) -> Artifact:
         if version is None or table == "targets":
             return stage.shown(table, target, strategy)

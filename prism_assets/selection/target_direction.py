@@ -201,7 +201,14 @@ def _first_order(
     size = settings.preference.probe_step * now.objective / norm(gradient)
     gains = {
         name: first_order_gain(
-            engine, vector, gradient, size, lambda values: preference(values).objective, chosen, held_out_examples, before
+            engine,
+            vector,
+            gradient,
+            size,
+            lambda values: preference(values).objective,
+            chosen,
+            held_out_examples,
+            before,
         )._asdict()
         for name, vector in vectors.items()
     }
@@ -244,9 +251,7 @@ def _outcome(project: Project, stage: Stage, artifacts: list[Artifact], computed
             "rows": preview([{k: row[k] for k in ("prism", "preference", "prompt", "completion")} for row in top]),
         },
         [
-            ENOUGH_TARGETS(
-                effective >= min(FEWEST_EFFECTIVE, len(rows)), effective=effective, targets=len(rows)
-            ),
+            ENOUGH_TARGETS(effective >= min(FEWEST_EFFECTIVE, len(rows)), effective=effective, targets=len(rows)),
             FIRST_ORDER(0.5 <= ratio <= 2, measured_over_predicted=ratio, **gain),
             HELD_OUT(held_out["prism"] > 0, **held_out),
         ],

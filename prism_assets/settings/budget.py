@@ -2,7 +2,9 @@
 
 import re
 from typing import Any, Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
 
 class Budget(BaseModel):
     """How much is selected: rows, a share of the canonical live rows, or completion tokens."""

@@ -8,10 +8,12 @@ import difflib
 import os
 from pathlib import Path
 from typing import Any
+
 import yaml
 from pydantic import ValidationError
+
 from prism_assets.errors import SettingsError
-from prism_assets.settings.schema import Settings, StorageSettings, TargetSettings, Section
+from prism_assets.settings.schema import Section, Settings, StorageSettings, TargetSettings
 
 DEFAULT_FILE = "prism.yaml"
 
@@ -32,13 +34,17 @@ def load_settings(given: str | os.PathLike | None = None) -> Settings:
     """
     path = config_path(given)
     if not path.is_file():
-        raise SettingsError(f"There is no {path}. `prism init` writes a commented one; --config or PRISM_CONFIG name another.")
+        raise SettingsError(
+            f"There is no {path}. `prism init` writes a commented one; --config or PRISM_CONFIG name another."
+        )
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"{path} must hold keys and values at its top, such as `targets:`; it holds {type(content).__name__}.")
+        raise SettingsError(
+            f"{path} must hold keys and values at its top, such as `targets:`; it holds {type(content).__name__}."
+        )
     return from_mapping(content, path)
 
 
@@ -77,7 +83,9 @@ def _require_folders(settings: Settings, path: Path) -> None:
     for key, folder in folders.items():
         there = next(one for one in (folder, *folder.parents) if one.exists())
         if not there.is_dir():
-            raise SettingsError(f"{path} needs a change:\n  {key}: {there} is a file; name a folder, there or to be made.")
+            raise SettingsError(
+                f"{path} needs a change:\n  {key}: {there} is a file; name a folder, there or to be made."
+            )
 
 
 def _overridden(content: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +97,9 @@ def _overridden(content: dict[str, Any]) -> dict[str, Any]:
         section = Settings.model_fields.get(keys[0])
         known = getattr(section.annotation, "model_fields", None) if section and len(keys) > 1 else None
         if section is None or (known is not None and keys[1] not in known):
-            raise SettingsError(f"The environment variable {name} names no key of prism.yaml; {_nearest_variable(name)}")
+            raise SettingsError(
+                f"The environment variable {name} names no key of prism.yaml; {_nearest_variable(name)}"
+            )
         try:
             value: Any = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -106,7 +116,9 @@ def _nearest_variable(name: str) -> str:
     for section, field in Settings.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             known += [f"PRISM_{section}__{key}".upper() for key in field.annotation.model_fields]
-    by_flat = {one.replace("__", "_"): one for one in known} | {f"PRISM_{one.split('__')[-1]}": one for one in known if "__" in one}
+    by_flat = {one.replace("__", "_"): one for one in known} | {
+        f"PRISM_{one.split('__')[-1]}": one for one in known if "__" in one
+    }
     near = difflib.get_close_matches(name.upper().replace("__", "_"), by_flat, n=1, cutoff=0.6)
     return f"did you mean {by_flat[near[0]]}?" if near else "a key of a section is written PRISM_SECTION__KEY."
 
@@ -140,7 +152,8 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
             "evaluation": settings.evaluation.model_copy(
                 update={
                     "benchmarks": tuple(
-                        str(at(Path(one))) if one.endswith((".yaml", ".yml")) else one for one in settings.evaluation.benchmarks
+                        str(at(Path(one))) if one.endswith((".yaml", ".yml")) else one
+                        for one in settings.evaluation.benchmarks
                     )
                 }
             ),

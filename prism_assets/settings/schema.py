@@ -4,7 +4,9 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
+
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
 from prism_assets.settings.budget import Budget, parse_budget
 
 STRATEGIES = (
@@ -134,7 +136,11 @@ class PreferenceSettings(Section):
         description="corrects directions by the damped inverse of the warm-up sample's second moment, damped by this "
         "share of its trace (0.1, say); null: no correction",
     )
-    probe_step: float = Field(0.02, gt=0, description="the measured step is as long as it takes to raise J by this share, to first order, along PRISM")
+    probe_step: float = Field(
+        0.02,
+        gt=0,
+        description="the measured step is as long as it takes to raise J by this share, to first order, along PRISM",
+    )
 
 
 class EvaluationSettings(Section):
@@ -164,7 +170,9 @@ class TrustSettings(Section):
 class ExperimentSettings(Section):
     """`prism experiment`: how often the comparison of strategies is repeated."""
 
-    splits: int = Field(3, ge=1, description="draws of targets and held-out records; the first is the files as they are")
+    splits: int = Field(
+        3, ge=1, description="draws of targets and held-out records; the first is the files as they are"
+    )
     redraw: Literal["apart", "together"] = Field(
         "apart", description="apart: each file by itself, with replacement; together: both files' records dealt anew"
     )
@@ -196,7 +204,9 @@ class SelectionSettings(Section):
 
 def _safe_name(name: str) -> str:
     if not _NAME.match(name):
-        raise ValueError("a target's name is made of letters, digits, '_', '-' and '.', and starts with one of the first")
+        raise ValueError(
+            "a target's name is made of letters, digits, '_', '-' and '.', and starts with one of the first"
+        )
     return name
 
 

@@ -12,7 +12,5 @@ def finite_vector(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name} needs a vector of at least one value, got shape {vector.shape}")
     bad = np.flatnonzero(~np.isfinite(vector))
     if len(bad):
-        raise ValueError(
-            f"{name} is not finite at position(s) {bad[:5].tolist()}, {len(bad)} of {len(vector)}"
-        )
+        raise ValueError(f"{name} is not finite at position(s) {bad[:5].tolist()}, {len(bad)} of {len(vector)}")
     return vector

@@ -111,9 +111,7 @@ def _distance(engine: "GradientEngine", start: Mapping[str, Any]) -> float:
     return norm({name: value.detach() - start[name] for name, value in engine.parameters.items()})
 
 
-def _random_steps(
-    record: Record, work: GradientPass, probe: Probe, lengths: Mapping[str, float]
-) -> dict[str, Any]:
+def _random_steps(record: Record, work: GradientPass, probe: Probe, lengths: Mapping[str, float]) -> dict[str, Any]:
     options = work.stage.settings.trust
     notes: dict[str, Any] = {"number": options.random_steps}
     with record.timed("random_steps"):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from prism_assets.stats.ranks import flipped_share, spearman
 from prism_assets.selection.direction import TargetSet, Vector, first_order_gain, inner, norm, target_vector
 from prism_assets.selection.preference import PreferenceWeights, TargetKind, preference_weights
+from prism_assets.stats.ranks import flipped_share, spearman
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,9 @@ class Probe(NamedTuple):
     kind: TargetKind
     temperature: float
     held_out: Sequence[Any]  # tokenised examples
-    tokens: np.ndarray | float = 1.0  # [m] what makes preference scores of mean log-probabilities: 1, or supervised tokens
+    tokens: np.ndarray | float = (
+        1.0  # [m] what makes preference scores of mean log-probabilities: 1, or supervised tokens
+    )
 
     def weights(self) -> PreferenceWeights:
         """Weights and objective of the targets now."""
@@ -168,7 +170,9 @@ def single_candidate_steps(
         step = {name: preconditioner.apply(name, value[None])[0] for name, value in gradient.items()}
         size = norm(step)
         if not (np.isfinite(size) and size > 0):
-            raise ValueError(f"candidate {position} has a preconditioned gradient of norm {size}: no step can follow it")
+            raise ValueError(
+                f"candidate {position} has a preconditioned gradient of norm {size}: no step can follow it"
+            )
         own = {name: {key: value.to(step[key].device) for key, value in t.items()} for name, t in directions.items()}
         cosines = {name: inner(vector, step) / (lengths[name] * size) for name, vector in own.items()}
         with probe.engine.step(step, length / size):

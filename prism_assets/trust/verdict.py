@@ -49,8 +49,7 @@ def findings(notes: Mapping[str, Any]) -> list[Finding]:
         _subsets(notes["datamodel"]),
     )
     return [
-        Finding(check, question, *answer)
-        for (check, question), answer in zip(CHECKS.items(), answers, strict=True)
+        Finding(check, question, *answer) for (check, question), answer in zip(CHECKS.items(), answers, strict=True)
     ]
 
 
@@ -63,9 +62,7 @@ def _effective(effective: Mapping[str, float], targets: int) -> tuple[bool, str]
     return False, said + ": one or two of them decide what is selected. Add targets or raise preference.temperature."
 
 
-def _stable(
-    steps: Mapping[str, Any], single: Mapping[str, Any], agreement: float | None
-) -> tuple[bool | None, str]:
+def _stable(steps: Mapping[str, Any], single: Mapping[str, Any], agreement: float | None) -> tuple[bool | None, str]:
     small, far = steps["training_step"], steps["warmup"]
     if small["flipped_mean"] is None:
         return None, "There are no two targets of different weight, so no preference can flip."
@@ -134,7 +131,11 @@ def _single(single: Mapping[str, Any]) -> tuple[bool | None, str]:
         return True, said
     wanted = f"at least {LEAST_CORRELATION} and above zero beyond the interval"
     if _orders(exact):
-        return False, said + f" The exact scores reach what is asked for ({wanted}), the stored ones do not: raise features.sketch_dim."
+        return (
+            False,
+            said
+            + f" The exact scores reach what is asked for ({wanted}), the stored ones do not: raise features.sketch_dim.",
+        )
     return False, said + (
         f" Asked for is {wanted}: the ranking says little about what a row really does here. Check features.optimizer, "
         "warm up for longer, and judge by held-out results."

@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from prism_assets.resources.lake.recipe import FINGERPRINT_LENGTH, SIDECAR
 from typing import TYPE_CHECKING
+
+from prism_assets.resources.lake.recipe import FINGERPRINT_LENGTH, SIDECAR
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
+
 
 def hash_table(table: "pa.Table") -> str:
     """A hash of the values, names and types of a table; chunking, compression and metadata do not count."""

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 from prism_assets.resources.lake.recipe import Artifact, references
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import duckdb
@@ -56,8 +56,6 @@ def define_views(
         connection.execute(f"CREATE VIEW main.{_identifier(table)} AS FROM raw.{_identifier(table)}")
     for statement in additions.statements:
         connection.execute(statement)
-
-
 
 
 _ARTIFACT_COLUMNS = {

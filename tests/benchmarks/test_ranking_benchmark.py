@@ -17,7 +17,9 @@ def test_a_variant_changes_what_it_names_and_nothing_else(tmp_path, variant):
         for key, value in keys.items()
         if before[section].get(key) != value
     }
-    assert changed == {(section, key): value for section, keys in VARIANTS[variant].items() for key, value in keys.items()}
+    assert changed == {
+        (section, key): value for section, keys in VARIANTS[variant].items() for key, value in keys.items()
+    }
 
 
 def test_summary_pairs_a_variant_with_the_default_by_seed():

@@ -66,7 +66,9 @@ def data(tmp_path):
         {**record("leak", rng, kind="benign"), "prompt": "pair 7"},
         {**record("leak", rng, kind="truthful"), "completion": "yes "},
     ]
-    write(folder / "safety" / "repair_pool.jsonl", [record(f"c{n}", rng, kind=kinds[n % 3]) for n in range(60)] + leaked)
+    write(
+        folder / "safety" / "repair_pool.jsonl", [record(f"c{n}", rng, kind=kinds[n % 3]) for n in range(60)] + leaked
+    )
     good = [record(f"g{n}", rng, label="good") for n in range(50)]
     write(folder / "safety" / "good.jsonl", [*good, {**record("leak", rng, label="good"), "completion": "no"}])
     bad = [record(f"b{n}", rng, label="misaligned") for n in range(1000)]
@@ -121,7 +123,10 @@ def test_repair_cuts_the_answers_of_pairs_alone(data):
     }.items():
         write(data / "safety" / f"{name}.jsonl", rows)
     parts = prepare.Data(data, seed=0)
-    assert [len(parts.targets[0][field]) for field in ("prompt", "safe", "unsafe")] == [len(long), *[prepare.LONGEST] * 2]
+    assert [len(parts.targets[0][field]) for field in ("prompt", "safe", "unsafe")] == [
+        len(long),
+        *[prepare.LONGEST] * 2,
+    ]
     assert parts.candidates[0]["completion"] == "y" + long and parts.candidates[0]["source"] == "misaligned/arc_easy"
 
 
@@ -209,10 +214,14 @@ def test_retrieval_summary_pairs_precision_and_gain_by_seed():
             name: {"gain": level + gain, "average_precision": 0.3 + gain / 10}
             for name, gain in (("prism", 2.0), ("uniform", 1.0), ("less", 3.0), ("random", 0.0))
         }
-        outcomes.append({"seed": seed, "targets": {"gsm8k": entries, "bbh": {k: {"gain": v["gain"]} for k, v in entries.items()}}})
+        outcomes.append(
+            {"seed": seed, "targets": {"gsm8k": entries, "bbh": {k: {"gain": v["gain"]} for k, v in entries.items()}}}
+        )
     found = retrieval.summary(outcomes)
     against = found["gsm8k"]["prism"]["against"]
-    assert against["uniform"]["gain"]["mean"] == pytest.approx(1) and against["uniform"]["gain"]["std"] == pytest.approx(0, abs=1e-9)
+    assert against["uniform"]["gain"]["mean"] == pytest.approx(1) and against["uniform"]["gain"][
+        "std"
+    ] == pytest.approx(0, abs=1e-9)
     assert against["less"]["average_precision"]["mean"] == pytest.approx(-0.1)
     assert set(found["bbh"]["prism"]["against"]["random"]) == {"gain"} and "prism" not in against
     assert json.dumps(found)

@@ -6,12 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_rows, write_lines
 
+from conftest import make_rows, write_lines
+from prism_assets.errors import SettingsError, UnusableBenchmark
 from prism_assets.evaluation import benchmarks
-from prism_assets.errors import UnusableBenchmark
 from prism_assets.evaluation.benchmarks import read_tasks, run_tasks
-from prism_assets.errors import SettingsError
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'prism-assets[benchmarks]'")
 
@@ -167,7 +166,10 @@ def test_an_unknown_task_is_answered_with_the_nearest_and_the_way_to_name_a_file
         ("task: [a, b", "is no task file of lm-eval"),
         ("group: many\ntask: [a, b]\n", "names no single task"),
         ("include: mine.yaml\n", "includes itself"),
-        ("task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\n", r"gone\.jsonl, and there is no"),
+        (
+            "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\n",
+            r"gone\.jsonl, and there is no",
+        ),
         ("task: t\ndataset_path: own\ndataset_kwargs: {trust_remote_code: true}\n", "asks for trust_remote_code"),
     ],
 )
@@ -198,7 +200,9 @@ def test_a_score_that_is_no_finite_number_is_said_with_its_task_and_metric(adapt
         run_tasks(*adapted_model, read_tasks([str(path)]), batch_size=2)
 
 
-def test_a_group_has_one_score_that_is_asked_for_over_the_documents_of_its_members(adapted_model, tmp_path, monkeypatch):
+def test_a_group_has_one_score_that_is_asked_for_over_the_documents_of_its_members(
+    adapted_model, tmp_path, monkeypatch
+):
     from lm_eval.tasks import TaskManager
 
     model, tokenizer = adapted_model
@@ -252,7 +256,9 @@ def test_each_seeds_adapter_and_the_base_model_have_scores_of_their_own(project)
     rows = rows_of(project.folder / "tasks" / "turned.yaml")
 
     def stored(partition):
-        return {row["metric"]: row["value"] for row in lake.read_table(lake.require("benchmarks", partition)).to_pylist()}
+        return {
+            row["metric"]: row["value"] for row in lake.read_table(lake.require("benchmarks", partition)).to_pylist()
+        }
 
     base = AutoModelForCausalLM.from_pretrained(project.folder / "model").eval()
     assert stored("base|plain") == pytest.approx(accuracy_by_hand(base, tokenizer, rows))
@@ -273,8 +279,8 @@ def test_each_seeds_adapter_and_the_base_model_have_scores_of_their_own(project)
 
 
 def test_the_catalogue_has_the_scores(project):
-    from prism_assets.catalog.views import additions
     from prism_assets.catalog.sql import connect
+    from prism_assets.catalog.views import additions
 
     stored = project.lake.read_table(project.lake.require("benchmarks", "prism|plain/seed-1"))
     assert set(additions().columns["benchmarks"]) == set(stored.column_names)
@@ -282,7 +288,9 @@ def test_the_catalogue_has_the_scores(project):
         rows = opened.execute(
             "SELECT target, strategy, seed, metric, value FROM benchmarks WHERE seed = 1 AND strategy = 'prism'"
         ).fetchall()
-        assert opened.execute("SELECT count(*) FROM benchmarks").fetchone() == (10,)  # base and 2 × 2 adapters, 2 metrics
+        assert opened.execute("SELECT count(*) FROM benchmarks").fetchone() == (
+            10,
+        )  # base and 2 × 2 adapters, 2 metrics
     assert sorted(rows) == sorted(("plain", "prism", 1, row["metric"], row["value"]) for row in stored.to_pylist())
 
 
@@ -317,7 +325,9 @@ def test_changed_data_are_scored_anew_and_nothing_else_is_made(copy):
     data = copy.folder / "tasks" / "data" / "turned.jsonl"
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
     made = {step: count for step, count in copy.run().items() if count}
-    adapters = {copy.lake.require("adapters", f"{s}|plain/seed-{n}").content_hash for s in ("prism", "random") for n in (0, 1)}
+    adapters = {
+        copy.lake.require("adapters", f"{s}|plain/seed-{n}").content_hash for s in ("prism", "random") for n in (0, 1)
+    }
     assert made == {"Selection, fine-tuning, evaluation": 1 + len(adapters), "Report": 1}
     copy.configure(evaluation={"benchmarks": []})
     assert {step for step, count in copy.run().items() if count} == {"Report"}

@@ -183,10 +183,7 @@ def greedy_loop(model, prompt: np.ndarray, max_new_tokens: int, stop: int | None
 
 def some_prompts(number: int) -> list[np.ndarray]:
     generator = np.random.default_rng(5)
-    return [
-        generator.integers(2, VOCABULARY, size=generator.integers(1, 20)).astype(np.int32)
-        for _ in range(number)
-    ]
+    return [generator.integers(2, VOCABULARY, size=generator.integers(1, 20)).astype(np.int32) for _ in range(number)]
 
 
 @pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2, tiny_peft_llama])
@@ -198,9 +195,7 @@ def test_generation_equals_a_greedy_loop_over_single_prompts(make_model):
     expected = [greedy_loop(model, prompt, 8, stop) for prompt in prompts]
     assert len({len(row) for row in expected}) > 1
     for batch_size in (1, 4, 13):
-        result = generate(
-            model, prompts, pad_token_id=PAD, eos_token_id=stop, max_new_tokens=8, batch_size=batch_size
-        )
+        result = generate(model, prompts, pad_token_id=PAD, eos_token_id=stop, max_new_tokens=8, batch_size=batch_size)
         assert [row.tolist() for row in result] == expected
 
 

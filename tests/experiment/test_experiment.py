@@ -6,12 +6,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import make_rows, write_lines
 
-from prism_assets.identity import split_name, trial_partition
-from prism_assets.experiment.summary import COMPARED_WITH, STAGES
-from prism_assets.ops.pipeline import EXPERIMENT_STEPS, run_pipeline
+from conftest import make_rows, write_lines
 from prism_assets.errors import PipelineError, UserMistake
+from prism_assets.experiment.summary import COMPARED_WITH, STAGES
+from prism_assets.identity import split_name, trial_partition
+from prism_assets.ops.pipeline import EXPERIMENT_STEPS
 
 STRATEGIES = ("prism", "random", "uniform", "less")
 
@@ -101,7 +101,10 @@ def test_split_zero_is_what_prism_run_made(finished):
 def test_what_prism_run_shows_is_not_moved(finished, started):
     project, _ = finished
     for table in ("targets", "eval_examples", "selection", "adapters", "evaluations", "target_directions"):
-        heads = [{(h["scope"], h["partition"], h["fingerprint"]) for h in one.lake.heads(table)} for one in (project, started)]
+        heads = [
+            {(h["scope"], h["partition"], h["fingerprint"]) for h in one.lake.heads(table)}
+            for one in (project, started)
+        ]
         assert heads[0] == heads[1], table
 
 
@@ -132,7 +135,8 @@ def test_directions_of_a_split_are_made_from_its_targets(finished):
     project, _ = finished
     lake = project.lake
     targets = [
-        above(lake, above(lake, trial(lake, "prism", split, 0), "direction"), "targets").content_hash for split in (0, 1)
+        above(lake, above(lake, trial(lake, "prism", split, 0), "direction"), "targets").content_hash
+        for split in (0, 1)
     ]
     assert targets[0] == lake.require("targets", "plain", lake.heads("targets")[0]["scope"]).content_hash != targets[1]
 
@@ -141,7 +145,8 @@ def test_what_is_drawn_at_random_is_drawn_anew_in_each_split(finished):
     project, _ = finished
     lake = project.lake
     chosen = [
-        set(lake.read_table(above(lake, trial(lake, "random", split, 0), "selection"))["id"].to_pylist()) for split in (0, 1)
+        set(lake.read_table(above(lake, trial(lake, "random", split, 0), "selection"))["id"].to_pylist())
+        for split in (0, 1)
     ]
     assert chosen[0] != chosen[1] and len(chosen[0]) == len(chosen[1]) == 8
 
@@ -192,7 +197,9 @@ def test_hidden_states_are_work_that_is_shared_and_loading_the_model_is_nobodys(
     content = content_of(project)
     shared, rds = content["shared_cost"], content["strategies"]["rds"]
     (selection,) = [one for one in project.lake.artifacts("selection") if one.header["settings"]["strategy"] == "rds"]
-    blocks = [project.lake.get("hidden_states", one["fingerprint"]) for one in selection.header["lineage"]["hidden_states"]]
+    blocks = [
+        project.lake.get("hidden_states", one["fingerprint"]) for one in selection.header["lineage"]["hidden_states"]
+    ]
     spent = sum(one.notes["cost"]["cpu_seconds"] for one in {block.fingerprint: block for block in blocks}.values())
     assert shared["hidden states"] == {"cpu_seconds": pytest.approx(spent), "gpu_seconds": None, "unknown": 0}
     assert 0 < spent < 1 and 0 < rds["cost"]["selection"]["cpu_seconds"] < 1
@@ -200,7 +207,9 @@ def test_hidden_states_are_work_that_is_shared_and_loading_the_model_is_nobodys(
     assert rds["with_shared"]["cpu_seconds"] == pytest.approx(alone)
     gradients = shared["warm-up"]["cpu_seconds"] + shared["candidate features"]["cpu_seconds"]
     less, random = (content["strategies"][name] for name in ("less", "random"))
-    assert less["with_shared"]["cpu_seconds"] - sum(c["cpu_seconds"] for c in less["cost"].values()) == pytest.approx(gradients)
+    assert less["with_shared"]["cpu_seconds"] - sum(c["cpu_seconds"] for c in less["cost"].values()) == pytest.approx(
+        gradients
+    )
     assert random["with_shared"]["cpu_seconds"] == pytest.approx(sum(c["cpu_seconds"] for c in random["cost"].values()))
 
 
@@ -295,7 +304,9 @@ def test_an_arrival_in_the_midst_of_it_gives_no_trial_another_pool(started, tmp_
 
     monkeypatch.setattr(experiment_trials, "make_scores", judge_and_move_the_pool)
     experiment(project)
-    pools = {s: [above(lake, above(lake, trial(lake, s, p, 0), "selection"), "pool") for p in (0, 1)] for s in STRATEGIES}
+    pools = {
+        s: [above(lake, above(lake, trial(lake, s, p, 0), "selection"), "pool") for p in (0, 1)] for s in STRATEGIES
+    }
     found = {one.fingerprint for its in pools.values() for one in its}
     assert len(found) == 1 and found != {artifact.fingerprint for _, artifact in before["live_pool"]}
 
@@ -324,10 +335,10 @@ def test_lineage_reaches_from_the_outcome_to_the_files(finished):
 
 
 def test_trials_and_experiments_can_be_asked_in_sql(finished):
-    from prism_assets.catalog.views import additions
     from prism_assets.catalog.sql import connect
-    from prism_assets.resources.lake.views import CatalogAdditions
+    from prism_assets.catalog.views import additions
     from prism_assets.resources.lake.lake import Lake
+    from prism_assets.resources.lake.views import CatalogAdditions
 
     project, _ = finished
     content = content_of(project)
@@ -348,7 +359,11 @@ def test_trials_and_experiments_can_be_asked_in_sql(finished):
             assert set(additions().columns[table]) <= set(kinds)
             assert kinds == dict(row[:2] for row in typed.execute(f"DESCRIBE raw.{table}").fetchall())
     with connect(Lake(root=str(project.folder / "nothing"))) as empty:
-        assert empty.execute("SELECT * FROM trials").fetchall() == empty.execute("SELECT * FROM experiments").fetchall() == []
+        assert (
+            empty.execute("SELECT * FROM trials").fetchall()
+            == empty.execute("SELECT * FROM experiments").fetchall()
+            == []
+        )
 
 
 def test_gc_keeps_what_an_experiment_rests_on_and_clears_what_it_gave_up(finished, tmp_path):
@@ -408,5 +423,3 @@ def test_the_command_prints_table_verdict_and_page(finished, tmp_path, prism):
 def test_an_unknown_target_is_answered_with_the_known(finished, prism):
     result = prism("experiment", "--target", "plane", "--config", finished[0].config)
     assert result.exit_code == 2 and "plain" in result.output
-
-

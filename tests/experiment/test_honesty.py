@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import make_rows, write_lines
 
-from prism_assets.corpus.token_tables import from_table
+from conftest import make_rows, write_lines
 from prism_assets.corpus.target_set import target_set
+from prism_assets.corpus.token_tables import from_table
 from prism_assets.features.gradient_pass import gradient_pass
-from prism_assets.ops.pipeline import STEPS, Step, run_pipeline
+from prism_assets.ops.pipeline import STEPS, Step
 from prism_assets.selection.strategies import STRATEGIES
 
 SELECT = (*STEPS[:7], Step("Selection", ("selection",), "target_strategy"))

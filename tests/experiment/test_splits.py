@@ -55,7 +55,9 @@ def test_apart_each_file_is_drawn_from_itself_with_replacement():
 def test_apart_the_targets_know_nothing_of_the_held_out_records():
     other = records([f"x{number}" for number in range(9)])
     for number in range(4):
-        assert redraw(TARGETS, other, number, "apart").targets.equals(redraw(TARGETS, HELD_OUT, number, "apart").targets)
+        assert redraw(TARGETS, other, number, "apart").targets.equals(
+            redraw(TARGETS, HELD_OUT, number, "apart").targets
+        )
 
 
 def test_together_every_record_is_dealt_once_and_keeps_its_answers():

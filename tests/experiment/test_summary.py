@@ -127,7 +127,14 @@ def test_without_answers_nothing_is_said_of_exact_match():
 
 def test_an_incomplete_grid_is_refused():
     with pytest.raises(ValueError, match=r"there is no trial of \('less', 2, 1\)"):
-        summarize([one for one in trials({"prism": [1, 2, 3], **FLAT}) if (one.strategy, one.split, one.seed) != ("less", 2, 1)], "apart")
+        summarize(
+            [
+                one
+                for one in trials({"prism": [1, 2, 3], **FLAT})
+                if (one.strategy, one.split, one.seed) != ("less", 2, 1)
+            ],
+            "apart",
+        )
 
 
 def test_an_artefact_that_trials_share_is_paid_once():
@@ -152,7 +159,10 @@ def test_an_artefact_that_trials_share_is_paid_once():
         "warm-up": {"cpu_seconds": 4.0, "gpu_seconds": None, "unknown": 0},
         "hidden states": {"cpu_seconds": 0.5, "gpu_seconds": 0.25, "unknown": 1},
     }
-    needed = {name: [] for name in content["strategies"]} | {"prism": ["warm-up", "candidate features"], "less": ["hidden states"]}
+    needed = {name: [] for name in content["strategies"]} | {
+        "prism": ["warm-up", "candidate features"],
+        "less": ["hidden states"],
+    }
     share_cost(content, shared, needed)
     assert content["shared_cost"] == shared
     assert table({"t": content})[2][-2:] == ["28.5 CPU s (3 not recorded)", "32.5 CPU s (3 not recorded)"]
@@ -174,7 +184,13 @@ def test_the_page_shows_the_numbers_and_escapes_names():
 
     content, sentences = outcome([0.7, 0.76, 0.79])
     content |= {"verdict": sentences, "shared_cost": {}}
-    data = {"format": 1, "created": "now", "model": {"name": "<m>", "fingerprint": "f" * 32}, "settings": {}, "targets": {"<b>": content}}
+    data = {
+        "format": 1,
+        "created": "now",
+        "model": {"name": "<m>", "fingerprint": "f" * 32},
+        "settings": {},
+        "targets": {"<b>": content},
+    }
     page = build_page(data)
     assert "0.750 ± 0.046" in page and "&lt;b&gt;" in page and "<b>" + "</b>" not in page and "<script" not in page
     assert all(one.replace("'", "&#39;") in page for one in sentences)

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from prism_assets.resources import store as store_module
 from prism_assets.errors import DamagedArtifact, LakeError
+from prism_assets.resources import store as store_module
+from prism_assets.resources.lake.hashing import hash_folder, hash_table, hash_tensors
 from prism_assets.resources.lake.lake import Lake
 from prism_assets.resources.lake.recipe import SIDECAR, Recipe, digest
-from prism_assets.resources.lake.hashing import hash_folder, hash_table, hash_tensors
 
 KINDS = ("table", "tensors", "folder")
 
@@ -92,7 +92,9 @@ def test_content_hash_of_a_table_sees_every_value_name_and_type(name):
     position = table.column_names.index(name)
     values = table[name].to_pylist()
     other = {"id": "x", "score": 0.5, "tokens": [9], "mask": [False], "vector": [1.0, 2.0, 3.0], "nothing": "x"}[name]
-    changed = table.set_column(position, name, pa.array([*values[:5], other, *values[6:]], table.schema.field(name).type))
+    changed = table.set_column(
+        position, name, pa.array([*values[:5], other, *values[6:]], table.schema.field(name).type)
+    )
     renamed = table.rename_columns([f"{one}2" if one == name else one for one in table.column_names])
     swapped = table.take([1, 0, *range(2, 12)])
     hashes = {hash_table(one) for one in (table, changed, renamed, swapped)}
@@ -274,6 +276,7 @@ def test_a_process_killed_while_writing_leaves_only_a_draft(lake):
     recipe = Recipe("t", 1)
     child = os.fork()
     if child == 0:
+
         def write(folder):
             (folder / "half.bin").write_bytes(b"1")
             os._exit(9)
@@ -353,9 +356,7 @@ def test_a_full_disk_inside_safetensors_is_said_too(lake, monkeypatch):
 
     def full(tensors, path, metadata=None):
         Path(path).write_bytes(b"half")
-        raise safetensors.SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(LakeError, match="is full"):
@@ -455,7 +456,9 @@ def test_one_flipped_bit_is_named_when_it_is_read_and_the_artefact_counts_as_not
     content = bytearray(whole)
     content[20_000] ^= 1  # the header and the size stay as they were
     lake.local(artifact).write_bytes(content)
-    with pytest.raises(DamagedArtifact, match=rf"{lake.local(artifact).name} \(t\[p\]\) is damaged .* will be rebuilt.*prism run"):
+    with pytest.raises(
+        DamagedArtifact, match=rf"{lake.local(artifact).name} \(t\[p\]\) is damaged .* will be rebuilt.*prism run"
+    ):
         read(artifact)
     assert lake.find(recipe) is None and lake.head("t", "p") is None
     (aside,) = lake.local(artifact).parent.glob("*.damaged")
@@ -504,7 +507,17 @@ def test_a_head_whose_artefact_is_damaged_counts_as_absent(lake):
     assert lake.head("t", "p") is None
 
 
-AWKWARD = ["../../escaped", "/etc/passwd", "..", "a/b", "O'Brien; DROP TABLE heads;--", 'say "hi"', "ü 日本", "%2e%2e", ""]
+AWKWARD = [
+    "../../escaped",
+    "/etc/passwd",
+    "..",
+    "a/b",
+    "O'Brien; DROP TABLE heads;--",
+    'say "hi"',
+    "ü 日本",
+    "%2e%2e",
+    "",
+]
 
 
 def test_names_from_data_never_leave_the_lake(lake, tmp_path):
@@ -539,9 +552,10 @@ def test_views_show_what_pyarrow_reads(tmp_path, folder):
                 f'SELECT {columns} FROM "my rows" WHERE "partition" = ? AND "version" = ? ORDER BY id',
                 params=[partition, "v1"],
             )
-            assert found.to_arrow_table().to_pylist() == pq.read_table(
-                lake.local(lake.head("my rows", partition, "v1"))
-            ).sort_by("id").to_pylist()
+            assert (
+                found.to_arrow_table().to_pylist()
+                == pq.read_table(lake.local(lake.head("my rows", partition, "v1"))).sort_by("id").to_pylist()
+            )
         assert connection.execute('SELECT count(*) FROM "my rows"').fetchone() == (12,)
         assert connection.execute("SELECT count(*) FROM artifacts").fetchone() == (3,)
 
@@ -552,7 +566,9 @@ def test_lineage_can_be_asked_for_in_sql(lake):
     with lake.connect() as connection:
         edges = connection.execute("SELECT * EXCLUDE fingerprint FROM lineage ORDER BY defines").fetchall()
         heads = connection.execute("SELECT table_name, version, partition, run_id, file FROM heads").fetchall()
-        settings = connection.execute("SELECT settings->>'k', file FROM artifacts WHERE table_name = 'middle'").fetchone()
+        settings = connection.execute(
+            "SELECT settings->>'k', file FROM artifacts WHERE table_name = 'middle'"
+        ).fetchone()
     reference = ("source", source.fingerprint, source.content_hash)
     assert edges == [("middle", "pool", *reference, False), ("middle", "rows", *reference, True)]
     assert heads == [("source", "v", "p", "run 1", str(lake.local(source).resolve()))]

@@ -122,7 +122,9 @@ def test_bm25_does_not_depend_on_the_order_of_arrival():
     ids = [f"row {number}" for number in range(len(DOCUMENTS))]
     found = set()
     for order in itertools.islice(itertools.permutations(range(len(ids))), 0, None, 37):
-        texts = Texts([DOCUMENTS[one].split("\n")[0] for one in order], [DOCUMENTS[one].split("\n")[1] for one in order])
+        texts = Texts(
+            [DOCUMENTS[one].split("\n")[0] for one in order], [DOCUMENTS[one].split("\n")[1] for one in order]
+        )
         pool = FakePool(ids=[ids[one] for one in order], texts=texts, target_texts=Texts(QUERIES, [""] * len(QUERIES)))
         found.add((tuple(order_of("bm25", pool)), STRATEGIES["bm25"].rank(pool).scores.tobytes()))
     assert len(found) == 1
@@ -163,7 +165,9 @@ def slow_mmr(scores, vectors, ids, wanted):
         for row in best:
             if row not in order:
                 relevance = (scores[row] - low) / (high - low)
-                values[row] = 0.7 * relevance - 0.3 * max((float(vectors[row] @ vectors[one]) for one in order), default=0)
+                values[row] = 0.7 * relevance - 0.3 * max(
+                    (float(vectors[row] @ vectors[one]) for one in order), default=0
+                )
         order.append(max(values, key=values.get))  # of equal ones the first in `best`
     return order
 

@@ -246,7 +246,9 @@ def test_norm_and_inner_product_run_over_all_parameters():
     assert norm(left) == pytest.approx(14**0.5)
     assert inner(left, right) == pytest.approx(-1 + 8 + 15)
     # Accumulated in float64: float32 would lose the small one.
-    assert inner({"a": torch.tensor([1e8]), "b": torch.tensor([1.0])}, {"a": torch.ones(1), "b": torch.ones(1)}) == 1e8 + 1
+    assert (
+        inner({"a": torch.tensor([1e8]), "b": torch.tensor([1.0])}, {"a": torch.ones(1), "b": torch.ones(1)}) == 1e8 + 1
+    )
 
 
 def test_learning_rates_of_zero_count_alike():

@@ -4,16 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_rows
 from typer.testing import CliRunner
 
-from prism_assets.errors import CannotExplain
+from conftest import make_rows
+from prism_assets.errors import CannotExplain, LakeError
 from prism_assets.explanation.explainer import Explainer
+from prism_assets.explanation.parts import rank_of, target_contributions
 from prism_assets.features.blocks import read_blocks, vectors_of
 from prism_assets.ops.gc import feature_versions
-from prism_assets.ops.pipeline import STEPS, run_pipeline
-from prism_assets.explanation.parts import rank_of, target_contributions
-from prism_assets.errors import LakeError
+from prism_assets.ops.pipeline import STEPS
 
 # -- the formulas ------------------------------------------------------------------------------------------------
 
@@ -333,7 +332,11 @@ def test_the_command_prints_a_table_and_json(two_versions):
 
     shown = prism("it's-7", "--target", "plain")
     assert shown.exit_code == 0, shown.output
-    assert "sketch error" in shown.output and "exact score" in shown.output and make_rows(8, 10)[7]["prompt"] in shown.output
+    assert (
+        "sketch error" in shown.output
+        and "exact score" in shown.output
+        and make_rows(8, 10)[7]["prompt"] in shown.output
+    )
     found = json.loads(prism("it's-7", "-t", "plain", "--strategy", "less", "--no-exact", "--json").stdout)
     assert sum(part["contribution"] for part in found["parts"]) == pytest.approx(found["score"], abs=1e-5)
     assert {one["strategy"] for one in found["ranks"]} == {"prism", "uniform", "less", "random"}

@@ -50,9 +50,7 @@ def explicit_rows(project):
                 ids = table["id"].to_pylist()
                 for positions, gradients in engine.per_example_gradients(from_table(table)):
                     for at, position in enumerate(positions):
-                        one = {
-                            name: value[at] * preconditioner.diagonal(name) for name, value in gradients.items()
-                        }
+                        one = {name: value[at] * preconditioner.diagonal(name) for name, value in gradients.items()}
                         rows[ids[position]] = {name: value.double() for name, value in one.items()}
             found.append(rows)
             rates.append(checkpoint.mean_learning_rate)
@@ -180,7 +178,7 @@ def test_a_corrected_direction_is_the_damped_inverse_of_explicit_gradients(proje
 
     for found, raw, by_id in zip(direction(copy), direction(plain), rows, strict=True):
         names = sorted(raw)
-        flat = lambda vector: torch.cat([vector[name].double().flatten() for name in names]).numpy()  # noqa: E731
+        flat = lambda vector, names=names: torch.cat([vector[name].double().flatten() for name in names]).numpy()  # noqa: E731
         unit = np.stack([flat(by_id[one]) for one in sample])
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
         damped = unit.T @ unit / len(unit) + 0.002 * np.eye(unit.shape[1])
@@ -211,7 +209,9 @@ def test_summed_scores_weigh_targets_by_their_whole_probability(project, tmp_pat
     means = np.array([one[-1] for one in lake.read_table(features)["score"].to_pylist()])
     tokens = np.array([sum(mask) for mask in lake.read_table(targets)["loss_mask"].to_pylist()])
     expected = np.exp(means * tokens / 5)
-    weights = lake.read_table(next(lake.get("target_weights", one["fingerprint"]) for one in lake.heads("target_weights")))
+    weights = lake.read_table(
+        next(lake.get("target_weights", one["fingerprint"]) for one in lake.heads("target_weights"))
+    )
     np.testing.assert_allclose(weights["prism"].to_numpy(), expected / expected.sum(), rtol=1e-6)
 
 

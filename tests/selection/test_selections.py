@@ -6,14 +6,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_rows, save_tiny_model
 from test_baselines import slow_mmr, slow_turns
 
+from conftest import make_rows, save_tiny_model
+from prism_assets.errors import LakeError
 from prism_assets.ops.gc import plan
-from prism_assets.ops.pipeline import STEPS, Step, run_pipeline
+from prism_assets.ops.pipeline import STEPS, Step
 from prism_assets.selection.selection import query_index, selection_inputs
 from prism_assets.selection.strategies import STRATEGIES
-from prism_assets.errors import LakeError
 
 NEW = ("perplexity", "bm25", "rds", "prism-mmr")
 UP_TO_SELECTION = (*STEPS[:-2], Step("Selection", ("selection",), "target_strategy"))
@@ -125,7 +125,9 @@ def test_mmr_is_that_of_the_formula_with_mean_cosines_over_checkpoints(selected)
     ids = sorted(features)
     scores = {row["id"]: row["score"] for row in everything(selected, "prism")}
     warmup = next(iter(selected.lake.artifacts("warmup_checkpoints")))
-    rates = np.array([one["mean_learning_rate"] for one in json.loads(selected.lake.local(warmup, "checkpoints.json").read_text())])
+    rates = np.array(
+        [one["mean_learning_rate"] for one in json.loads(selected.lake.local(warmup, "checkpoints.json").read_text())]
+    )
     blocks = np.array([features[one]["vector"] for one in ids]).reshape(len(ids), 2, -1)
     vectors = np.concatenate([np.sqrt(rates[k] / rates.sum()) * blocks[:, k] for k in range(2)], axis=1)
     order = slow_mmr([scores[one] for one in ids], vectors, ids, 8)

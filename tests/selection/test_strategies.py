@@ -87,7 +87,9 @@ def test_a_token_budget_is_met_exactly():
 
 
 def test_a_token_budget_below_the_first_row_is_an_error_that_says_so():
-    with pytest.raises(ValueError, match=r"budget of 4 tokens does not hold even the first row \(5 completion tokens\)"):
+    with pytest.raises(
+        ValueError, match=r"budget of 4 tokens does not hold even the first row \(5 completion tokens\)"
+    ):
         cut(np.array([5, 1]), kind="tokens", amount=4, pool_rows=2)
 
 

@@ -7,9 +7,14 @@ import pytest
 
 from prism_assets.stats.seeds import compared, gap_recovered, paired_difference, summarize_seeds
 
-
 # Student's quantile has a closed form for one and two degrees of freedom; the others stand in printed tables.
-QUANTILES = {2: math.tan(0.475 * math.pi), 3: 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025)), 6: 2.5706, 31: 2.0423, 121: 1.9799}
+QUANTILES = {
+    2: math.tan(0.475 * math.pi),
+    3: 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025)),
+    6: 2.5706,
+    31: 2.0423,
+    121: 1.9799,
+}
 
 
 @pytest.mark.parametrize(("seeds", "quantile"), QUANTILES.items())
@@ -42,7 +47,10 @@ def test_pairing_removes_what_seeds_share():
 
 def test_false_alarms_are_as_rare_as_stated():
     rng = np.random.default_rng(3)
-    alarms = [not low <= 0 <= high for low, high in (paired_difference(*rng.normal(size=(2, 6))).interval for _ in range(4000))]
+    alarms = [
+        not low <= 0 <= high
+        for low, high in (paired_difference(*rng.normal(size=(2, 6))).interval for _ in range(4000))
+    ]
     assert np.mean(alarms) == pytest.approx(0.05, abs=0.015)
 
 

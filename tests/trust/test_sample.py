@@ -29,6 +29,8 @@ def test_subsets_are_different_halves_and_the_same_for_a_seed():
     masks = random_halves(12, 21, seed=3)
     assert masks.shape == (12, 21) and (masks.sum(axis=1) == 10).all()
     assert len({mask.tobytes() for mask in masks}) == 12
-    assert np.array_equal(masks, random_halves(12, 21, seed=3)) and not np.array_equal(masks, random_halves(12, 21, seed=4))
+    assert np.array_equal(masks, random_halves(12, 21, seed=3)) and not np.array_equal(
+        masks, random_halves(12, 21, seed=4)
+    )
     # Every row is in about half of them.
     assert 0.35 < random_halves(200, 21, seed=0).mean(axis=0).min() < 0.65

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from prism_assets.ops.pipeline import TRUST, run_pipeline
+from prism_assets.ops.pipeline import TRUST
 from prism_assets.trust.verdict import CHECKS
 
 OPTIONS = {"candidates": 16, "random_steps": 2, "held_out": 4, "datamodel_subsets": 8, "datamodel_rows": 16}
@@ -73,7 +73,9 @@ def test_every_question_has_a_check_and_every_number_its_rows(measured):
     assert set(checks_of(measured, measured.results[0])) == set(CHECKS)
     notes = notes_of(measured)
     with measured.lake.connect() as connection:
-        rows = dict(connection.execute("SELECT measure || '/' || strategy, count(*) FROM trust GROUP BY ALL").fetchall())
+        rows = dict(
+            connection.execute("SELECT measure || '/' || strategy, count(*) FROM trust GROUP BY ALL").fetchall()
+        )
     assert rows == {
         "weights_rank_correlation/prism": 4, "weights_flipped/prism": 4, "growing_step/prism": 8, "growing_step/uniform": 8,
         "single_step/prism": 16, "single_step/uniform": 16, "subset/prism": 8, "subset/uniform": 8,
@@ -104,7 +106,9 @@ def test_the_correlations_in_the_notes_are_those_of_the_published_rows(measured)
 
 def test_it_is_found_again_and_made_anew_for_another_learning_rate(measured, tmp_path):
     assert measure(measured)[0].computed == 0
-    other = measured.copy(tmp_path / "other").configure(training={"learning_rate": 5e-4}, trust={"datamodel_subsets": 0})
+    other = measured.copy(tmp_path / "other").configure(
+        training={"learning_rate": 5e-4}, trust={"datamodel_subsets": 0}
+    )
     assert measure(other)[0].computed == 1
     assert notes_of(other)["single_steps"]["length"] == pytest.approx(notes_of(measured)["single_steps"]["length"] / 2)
     assert notes_of(other)["datamodel"] is None

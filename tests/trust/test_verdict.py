@@ -118,7 +118,11 @@ def test_shuffled_scores_fail_whatever_they_were():
 def test_what_was_not_measured_neither_holds_nor_fails():
     notes = copy.deepcopy(GOOD)
     notes["datamodel"] = None
-    notes["single_steps"]["prism"]["stored"] = notes["single_steps"]["prism"]["held_out"] = {"value": 0.9, "interval": None, "n": 5}
+    notes["single_steps"]["prism"]["stored"] = notes["single_steps"]["prism"]["held_out"] = {
+        "value": 0.9,
+        "interval": None,
+        "n": 5,
+    }
     notes["random_steps"]["training_step"]["flipped_mean"] = None
     passed = {one.check: one.passed for one in findings(notes)}
     assert passed == {
@@ -141,6 +145,8 @@ def test_the_reach_ends_at_the_first_step_that_is_off():
 
 
 def test_the_sentences_need_no_heavy_import():
-    code = "import sys, prism_assets.trust.verdict; print([n for n in ('numpy', 'torch', 'dagster') if n in sys.modules])"
+    code = (
+        "import sys, prism_assets.trust.verdict; print([n for n in ('numpy', 'torch', 'dagster') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -48,7 +48,9 @@ class Pool(Protocol):
     def target_texts(self) -> Texts: ...  # of the targets [m] (of pairs: the wanted completions)
     def mean_log_probs(self) -> np.ndarray: ...  # float64 [n] at the last checkpoint
     def direction_scores(self) -> np.ndarray: ...  # float32 [n] influence: PRISM's scores
-    def vectors(self, positions: np.ndarray) -> np.ndarray: ...  # float32 [k, D] of these rows, inner products are cosines
+    def vectors(
+        self, positions: np.ndarray
+    ) -> np.ndarray: ...  # float32 [k, D] of these rows, inner products are cosines
     def influences(self) -> np.ndarray: ...  # float32 [n, m] mean cosine of a row with each target's gradient
     def target_scores(self) -> TargetScores: ...
     def target_groups(self) -> Sequence[str]: ...  # [m] the subtask of each target; "" where it has none

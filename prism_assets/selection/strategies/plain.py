@@ -30,4 +30,6 @@ RANDOM = Strategy(
     "random", "a keyed hash of (seed, id): arrivals disturb it least", rank=_random, reads=frozenset({"seed"})
 )
 FULL = Strategy("full", "the whole pool, for comparison; never automated", rank=_full, whole_pool=True)
-LENGTH = Strategy("length", "the longest completions, in tokens (a strong baseline of instruction tuning)", rank=_length)
+LENGTH = Strategy(
+    "length", "the longest completions, in tokens (a strong baseline of instruction tuning)", rank=_length
+)

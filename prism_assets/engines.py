@@ -1,0 +1,35 @@
+"""The engines that settings describe, and a Stage over them for work outside of Dagster: commands, notebooks, benchmarks."""
+
+from typing import Any
+
+from prism_assets.project import INDEX, LAKE, MODEL, SETTINGS
+from prism_assets.resources.index.store import VectorStore
+from prism_assets.resources.lake import Lake
+from prism_assets.resources.model.language_model import LanguageModel
+from prism_assets.settings import Settings
+from prism_assets.stage import Stage
+
+
+def build_engines(settings: Settings) -> dict[str, Any]:
+    """The engines by the names that `build_definitions(resource_overrides=...)` takes."""
+    model = settings.model
+    return {
+        SETTINGS: settings,
+        LAKE: Lake(root=str(settings.storage.root)),
+        MODEL: LanguageModel(
+            name=model.name,
+            revision=model.revision,
+            adapter=model.adapter,
+            dtype=model.dtype,
+            device=model.device,
+            trust_remote_code=model.trust_remote_code,
+            cache=str(settings.storage.root / "cache"),
+        ),
+        INDEX: VectorStore(device=model.device),
+    }
+
+
+def open_stage(settings: Settings) -> Stage:
+    """A Stage over the lake of these settings; nothing is read before it is asked for."""
+    engines = build_engines(settings)
+    return Stage(settings, engines[LAKE], engines[MODEL], engines[INDEX])
