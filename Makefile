@@ -25,7 +25,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	rm -rf build/installed && mkdir -p build/installed
 	cp -r prism_assets build/installed/ && cp -r resources build/installed/prism_assets/
-	PYTHONPATH=build/installed $(BIN)/lint-imports pyproject.toml
+	cp pyproject.toml build/installed/
+	cd build/installed && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --config pyproject.toml
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # A fresh environment with the built wheel, tried from a folder that holds no clone.

@@ -165,7 +165,7 @@ def _collect(stage: Any, name: str, seed: int) -> dict[str, Any]:
     lake = stage.lake
     right = set(SITUATIONS[name].right)
     pool = stage.shown("live_pool")
-    rows_right = _right_rows(lake, pool, right)
+    rows_right = right_rows(lake, pool, right)
     found: dict[str, Any] = {"base": _metrics(stage.shown("evaluations", base_key(name)).notes)}
     for strategy in stage.settings.strategies:
         key = join_key(name, strategy)
@@ -184,7 +184,7 @@ def _metrics(notes: dict[str, Any]) -> dict[str, float]:
     return {metric: notes[metric] for metric in ("target_preference", "exact_match")}
 
 
-def _right_rows(lake: Any, pool: Any, right: set[str]) -> Any:
+def right_rows(lake: Any, pool: Any, right: set[str]) -> Any:
     """The canonical live candidates whose source is right."""
     import pyarrow as pa
 

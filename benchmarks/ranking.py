@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import GRADIENT, SITUATIONS, _right_rows, project_settings, write_project
+from benchmarks.quality import GRADIENT, SITUATIONS, project_settings, right_rows, write_project
 
 # One section of prism.yaml changed at a time. A temperature of 1,000 is `uniform` but for rounding.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -82,7 +82,7 @@ def precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) -> d
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in situations:
         right = set(SITUATIONS[name].right)
-        number = _right_rows(stage.lake, pool, right).num_rows
+        number = right_rows(stage.lake, pool, right).num_rows
         found[name] = {}
         for strategy in GRADIENT:
             rows = query_index(

@@ -29,6 +29,10 @@ _WHERE = {
 }
 
 
+def __dir__() -> list[str]:
+    return __all__  # `dg` looks here for the component
+
+
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -70,7 +70,7 @@ def each_partition(
             f"{len(failures)} of {len(keys)} partitions failed; the others are finished and kept.\n{reasons}"
         ) from next(iter(failures.values()))
     if len(outcomes) == 1:
-        return _result(context, *outcomes.values(), stage.lake)
+        return _result(context, next(iter(outcomes.values())), stage.lake)
     for key in outcomes:
         context.add_asset_metadata(metadata[key], partition_key=key)
     return dg.MaterializeResult(

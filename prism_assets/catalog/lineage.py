@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from prism_assets.errors import UnknownThing
 from prism_assets.resources.lake.lake import Lake
@@ -124,7 +124,8 @@ def trace(lake: Lake, artifact: Artifact) -> dict[str, Any]:
             continue
         edges, above = [], []
         for reference in all_references(lake, one):
-            parent = lake.get(reference.table, reference.fingerprint) if reference.table else None
+            # What stands in a table has a fingerprint.
+            parent = lake.get(reference.table, cast("str", reference.fingerprint)) if reference.table else None
             edges.append(Edge(*reference, missing=bool(reference.table) and parent is None))
             if parent is not None:
                 above.append(parent)

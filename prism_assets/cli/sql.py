@@ -29,7 +29,7 @@ def sql(
     """Ask the lake in SQL: candidates, rejects, features, weights, scores, selections, evaluations, artifacts, lineage."""
     with expected_failures():
         settings = read_settings(config)
-        values = dict(one.partition("=")[::2] for one in parameter or ())
+        values = {name: value for name, _, value in (one.partition("=") for one in parameter or ())}
         import duckdb
 
         from prism_assets.catalog.sql import ask, refresh

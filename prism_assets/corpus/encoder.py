@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class Encoder:
         self.max_length = max_length
         self.separator = separator
         special_tokens = _special_tokens(tokenizer)
-        self._special_ids = set(tokenizer.convert_tokens_to_ids(sorted(special_tokens)))
+        self._special_ids = set(cast("list[int]", tokenizer.convert_tokens_to_ids(sorted(special_tokens))))
         self._special_pattern = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))))
         text = resolve_template(tokenizer, template)
         self._template = None if text is None else ChatTemplate(tokenizer, text, self._special_pattern)
@@ -176,7 +176,8 @@ class Encoder:
     def _token_ids(self, text: str, first: bool) -> list[int]:
         if first or not self._anchored:
             return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return self.tokenizer.encode(self.tokenizer.eos_token + text, add_special_tokens=False, verbose=False)[1:]
+        behind = cast("str", self.tokenizer.eos_token) + text
+        return self.tokenizer.encode(behind, add_special_tokens=False, verbose=False)[1:]
 
     def _adds_a_leading_space(self) -> bool:
         """Whether the tokenizer writes a space before the first word (SentencePiece's dummy prefix).
@@ -185,11 +186,11 @@ class Encoder:
         are tokenised behind an EOS token, which is then dropped.
         """
         alone = self.tokenizer.encode("a", add_special_tokens=False)
-        behind = self.tokenizer.encode(self.tokenizer.eos_token + "a", add_special_tokens=False)
+        behind = self.tokenizer.encode(cast("str", self.tokenizer.eos_token) + "a", add_special_tokens=False)
         return behind[:1] == [self.tokenizer.eos_token_id] and behind[1:] != alone
 
     def _bos_added_by_default(self) -> int | None:
-        bos = self.tokenizer.bos_token_id
+        bos = cast("int | None", self.tokenizer.bos_token_id)
         return bos if bos is not None and self.tokenizer.encode("a")[:1] == [bos] else None
 
     def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
@@ -204,7 +205,7 @@ class Encoder:
 
     def _stop_token_ids(self) -> tuple[int, ...]:
         """EOS and, where the template ends the assistant's turn with another token, that one too."""
-        eos = self.tokenizer.eos_token_id
+        eos = cast("int", self.tokenizer.eos_token_id)
         if self._template is None:
             return (eos,)
         try:

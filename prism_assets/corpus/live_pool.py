@@ -1,6 +1,7 @@
 """The asset `live_pool`: the manifest of live shards, and which of their rows count."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import dagster as dg
 
@@ -31,7 +32,7 @@ def build(project: Project) -> dg.AssetsDefinition:
         or eval record is kept out of every ranking. Shares, budgets and top-k count the rows that remain.
         """
         stage = stage_of(project, context)
-        keys = context.instance.get_dynamic_partitions(project.shards.name)
+        keys = context.instance.get_dynamic_partitions(cast("str", project.shards.name))
         found = {key: stage.shown_or_none("candidates", key) for key in sorted(keys)}
         live = {key: artifact for key, artifact in found.items() if artifact is not None}
         return the_whole(context, stage, _list_pool(stage, live, sorted(set(keys) - set(live))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prism_assets.corpus.records import Message, shorten
 from prism_assets.errors import UnusableTokenizer
@@ -204,12 +204,13 @@ class ChatTemplate:
 
         turns = [message._asdict() for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(
+            rendered = self.tokenizer.apply_chat_template(
                 turns,
                 chat_template=self._text,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **(arguments or TEMPLATE_ARGUMENTS),
             )
+            return cast("str", rendered)  # text, as it is not tokenised
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise Refused(f"the chat template refuses the conversation: {error}", "messages") from None

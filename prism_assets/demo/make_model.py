@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -90,9 +90,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_key_value_heads=4,
             max_position_embeddings=128,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=cast("int", tokenizer.bos_token_id),
+            eos_token_id=cast("int", tokenizer.eos_token_id),
+            pad_token_id=cast("int", tokenizer.pad_token_id),
         )
     )
 
@@ -106,7 +106,7 @@ def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> 
         ids.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([IGNORED] * len(prompt) + completion))
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(ids, True, tokenizer.pad_token_id), pad(labels, True, IGNORED)
+    return pad(ids, True, cast("int", tokenizer.pad_token_id)), pad(labels, True, IGNORED)
 
 
 def train(

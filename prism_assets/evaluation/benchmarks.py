@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prism_assets.compat import harness_yaml_loader
 from prism_assets.errors import UnusableBenchmark
@@ -40,7 +40,7 @@ class Task(NamedTuple):
     """An entry of `evaluation.benchmarks`."""
 
     name: str  # a task, group or tag of the harness, or what the task file says of itself
-    config: Mapping[str, Any] | None  # content of a task file, its data named by absolute paths; None for a name
+    config: dict[str, Any] | None  # content of a task file, its data named by absolute paths; None for a name
     content: str | None  # a hash of the task file, what it includes, the Python beside it and its data
 
 
@@ -196,10 +196,13 @@ def run_tasks(
         with _only_errors("lm_eval.models.huggingface"):  # it warns of every model that is given in memory
             # A copy: the harness may add a padding token.
             harness = HFLM(
-                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, trust_remote_code=False
+                pretrained=model,  # pyright: ignore[reportCallIssue]
+                tokenizer=copy.deepcopy(tokenizer),  # pyright: ignore[reportCallIssue]
+                batch_size=batch_size,  # pyright: ignore[reportCallIssue]
+                trust_remote_code=False,  # pyright: ignore[reportCallIssue]
             )
-        results = evaluate(lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-    return list(_scores(results, asked))
+        results = evaluate(lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)  # pyright: ignore[reportCallIssue]
+    return list(_scores(cast("Mapping[str, Any]", results), asked))
 
 
 def _load(tasks: Sequence[Task]) -> tuple[dict[str, Any], list[str]]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # ---- generation
 
@@ -36,7 +40,8 @@ def generate(
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be positive, got {max_new_tokens} and {batch_size}")
     # PEFT puts LoRA layers into the model itself, so the model inside a PeftModel is the adapted one.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    given = cast("Any", model)
+    inner = given.get_base_model() if hasattr(model, "get_base_model") else given
     limit = context_length or getattr(inner.config, "max_position_embeddings", None)
     if limit is not None and limit <= max_new_tokens:
         raise ValueError(
@@ -70,7 +75,7 @@ def generate(
 
 
 @contextmanager
-def _plain_decoding(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
+def _plain_decoding(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, and `config` as the model's own: generate() takes what it is not told from there."""
     own_config, was_training = model.generation_config, model.training
     model.generation_config = config

@@ -1,6 +1,6 @@
 """Scores of held-out records under one adapter, as artefacts."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prism_assets.corpus.encoding import encoder_of
 from prism_assets.corpus.target_set import target_set
@@ -77,9 +77,9 @@ def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> t
             batch_size=settings.evaluation.batch_size,
         )
         for position, tokens in zip(asked, generated, strict=True):
-            prediction = tokenizer.decode(tokens, skip_special_tokens=True)
+            prediction = cast("str", tokenizer.decode(tokens, skip_special_tokens=True))
             predictions[position], matches[position] = prediction, exact_match(prediction, answers[position])
-        means["exact_match"] = float(np.mean([matches[position] for position in asked]))
+        means["exact_match"] = float(np.mean([bool(matches[position]) for position in asked]))
     columns = {
         "mean_log_prob": pa.array(chosen, pa.float64()),
         "margin": pa.array(margins, pa.float64()) if margins is not None else pa.nulls(records.size, pa.float64()),

@@ -55,12 +55,17 @@ def summarize(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
 
     def values(strategy: str, metric: str) -> list[float] | None:
         """One number per unit; None where the target's records have no such metric."""
-        found = [[by_place[strategy, *place].metrics[metric] for place in its] for its in units]
-        return None if any(one is None for its in found for one in its) else [_mean(its) for its in found]
+        means = []
+        for its in units:
+            found = _known([by_place[strategy, *place].metrics[metric] for place in its])
+            if found is None:
+                return None
+            means.append(_mean(found))
+        return means
 
     measured = {name: {metric: values(name, metric) for metric in METRICS} for name in strategies}
     base = {
-        metric: _described(_bases([by_place[strategies[0], p, seeds[0]].base[metric] for p in splits]))
+        metric: _described(_known([by_place[strategies[0], p, seeds[0]].base[metric] for p in splits]))
         for metric in METRICS
     }
     differences = {
@@ -102,8 +107,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _bases(values: Sequence[float | None]) -> list[float] | None:
-    return None if any(one is None for one in values) else list(values)
+def _known(values: Sequence[float | None]) -> list[float] | None:
+    known = [one for one in values if one is not None]
+    return known if len(known) == len(values) else None
 
 
 def _described(values: Sequence[float] | None) -> dict[str, Any] | None:

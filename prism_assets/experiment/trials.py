@@ -51,7 +51,10 @@ class Split(NamedTuple):
 
     def of_target(self) -> OfTarget:
         """What `selection_inputs` asks of a target, answered with this split's own."""
-        known = {("targets", None): self.targets, ("target_features", None): self.features}
+        known: dict[tuple[str, str | None], Artifact] = {
+            ("targets", None): self.targets,
+            ("target_features", None): self.features,
+        }
         known |= {("target_directions", name): one for name, one in self.directions.items()}
         return lambda table, strategy: known[table, strategy]
 
@@ -95,9 +98,9 @@ def _redrawn(stage: Stage, target: str, number: int, targets: Artifact, held_out
     how = stage.settings.experiment.redraw
 
     def drawn(which: int) -> Rows:
-        tables = (stage.lake.read_table(one) for one in (targets, held_out))
+        read = stage.lake.read_table
         try:
-            return Rows(redraw(*tables, number, how)[which])
+            return Rows(redraw(read(targets), read(held_out), number, how)[which])
         except ValueError as error:
             raise UnusableTargets(f"targets.{target}: {error}.") from error
 

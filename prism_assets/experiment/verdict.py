@@ -129,6 +129,7 @@ def _limits(content: Mapping[str, Any]) -> list[str]:
 def _interval_width(units: int) -> float:
     """Half of a 95% interval of a mean of so many units, in standard deviations."""
     spread = summarize_seeds([0.0] * (units - 1) + [1.0])
+    assert spread.mean is not None and spread.std is not None and spread.interval is not None, units
     return (spread.interval[1] - spread.mean) / spread.std
 
 

@@ -23,8 +23,10 @@ Progress = Callable[[int, int], None]  # called with (examples done, examples in
 class Example(Protocol):
     """What a gradient pass needs: `prism_assets.corpus.encoder.TokenizedExample` has it."""
 
-    input_ids: np.ndarray  # int [T]
-    loss_mask: np.ndarray  # bool [T], True where the token is supervised; never at position 0
+    @property
+    def input_ids(self) -> np.ndarray: ...  # int [T]
+    @property
+    def loss_mask(self) -> np.ndarray: ...  # bool [T], True where the token is supervised; never at position 0
 
 
 class Batch(NamedTuple):

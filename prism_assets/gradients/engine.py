@@ -161,8 +161,8 @@ class GradientEngine:
             if progress is not None:
                 progress(done, count)
         norms, log_probs, gradient_norms = figures.T.copy()
-        finite = np.isfinite(rows).all(axis=1)
-        refused = [_refusal(*figures[i], finite[i]) for i in range(count)]
+        finite = np.all(np.isfinite(rows), axis=1)
+        refused = [_refusal(*figure) for figure in zip(norms, log_probs, gradient_norms, finite, strict=True)]
         rows[[reason is not None for reason in refused]] = 0
         return FeatureRows(rows, norms, log_probs, gradient_norms, refused)
 
@@ -181,7 +181,7 @@ class GradientEngine:
         for batch, gradients in self._run(examples, run_batch):
             yield batch.positions, gradients
 
-    def weighted_gradient(self, examples: Sequence[Example], weights: Sequence[float]) -> WeightedGradient:
+    def weighted_gradient(self, examples: Sequence[Example], weights: Sequence[float] | np.ndarray) -> WeightedGradient:
         """The gradient of sum_j w_j s_j, summed over the examples inside the matrix products of the backward
         pass."""
         weights = np.asarray(weights, dtype=np.float64)

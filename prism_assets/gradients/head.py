@@ -86,9 +86,9 @@ class _TokenLogProbs(torch.autograd.Function):
             logits = logits if logits.dtype == torch.float64 else logits.float()
             all_log_probs = torch.log_softmax(logits, dim=-1)
             log_probs.append(all_log_probs.gather(1, targets[chunk, None])[:, 0])
-            if needs_gradient:
+            if jacobian is not None:
                 jacobian[chunk] = _hidden_gradient(all_log_probs, logits, targets[chunk], weight, transform)
-        if needs_gradient:
+        if jacobian is not None:
             ctx.save_for_backward(jacobian)
         return torch.cat(log_probs) if log_probs else hidden.new_zeros(0, dtype=torch.float32)
 

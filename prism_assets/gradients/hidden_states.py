@@ -11,6 +11,7 @@ count, those of the prompt too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 from prism_assets.gradients.batching import Example, Progress, check_examples, default_token_budget, plan_batches
 from prism_assets.gradients.memory import is_out_of_memory
 from prism_assets.gradients.transfer import HostCopy, a_batch_late, to_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -36,7 +40,8 @@ def representations(
     example's index, for one that the model cannot read or whose r is not finite or zero; MemoryError with advice.
     """
     model.eval()  # a starting adapter may have dropout
-    decoder, config = model.get_base_model().get_decoder(), model.config.get_text_config()
+    decoder = cast("PreTrainedModel", model.get_base_model()).get_decoder()
+    config = model.config.get_text_config()
     embeddings = model.get_input_embeddings()
     device = embeddings.weight.device
     check_examples(examples, embeddings.num_embeddings, getattr(config, "max_position_embeddings", None))
@@ -65,7 +70,7 @@ def representations(
         done += len(positions)
         if progress is not None:
             progress(done, len(examples))
-    usable = np.isfinite(rows).all(axis=1) & rows.any(axis=1)
+    usable = np.all(np.isfinite(rows), axis=1) & np.any(rows, axis=1)
     if not usable.all():
         raise ValueError(
             f"the hidden states of example {int(np.argmin(usable))} have a mean that is zero or not finite "

@@ -28,8 +28,8 @@ class LastLayer:
     """A decoder layer of the shape above. `per_token` are its modules that see supervised positions only."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.per_token = {layer.self_attn.o_proj, *layer.mlp.modules()}
+        self.layer: Any = layer  # a module whose parts go by name
+        self.per_token = {self.layer.self_attn.o_proj, *self.layer.mlp.modules()}
 
     @classmethod
     def find(cls, layers: nn.Module | None) -> LastLayer | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class AdaptedLinear:
         self.factor_a: nn.Parameter = module.lora_A[adapter].weight  # [r, in]
         self.factor_b: nn.Parameter = module.lora_B[adapter].weight  # [out, r]
         self.scaling = float(module.scaling[adapter])
-        self.base = module.get_base_layer()
+        self.base: Any = module.get_base_layer()  # a linear layer or GPT-2's Conv1D
         self.collector: GradientCollector | None = None  # where the next backward pass reports to
 
     @property

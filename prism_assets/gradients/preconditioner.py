@@ -45,7 +45,8 @@ class Preconditioner:
         self.betas = betas
         self.eps = eps
         self._moments = dict(moments)
-        self._cache: dict[tuple[str, torch.device, torch.dtype], Tensor | Moments] = {}
+        self._diagonals: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._moments_there: dict[tuple[str, torch.device, torch.dtype], Moments] = {}
 
     @classmethod
     def build(
@@ -122,13 +123,13 @@ class Preconditioner:
 
     def _diagonal(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (name, device, dtype)
-        if key not in self._cache:
+        if key not in self._diagonals:
             corrected = self._moments[name].exp_avg_sq.double() / (1 - self.betas[1] ** self.step)
-            self._cache[key] = (1 / (corrected.sqrt() + self.eps)).to(device, dtype)
-        return self._cache[key]
+            self._diagonals[key] = (1 / (corrected.sqrt() + self.eps)).to(device, dtype)
+        return self._diagonals[key]
 
     def _moments_on(self, name: str, device: torch.device, dtype: torch.dtype) -> Moments:
         key = (name, device, dtype)
-        if key not in self._cache:
-            self._cache[key] = Moments(*(moment.to(device, dtype) for moment in self._moments[name]))
-        return self._cache[key]
+        if key not in self._moments_there:
+            self._moments_there[key] = Moments(*(moment.to(device, dtype) for moment in self._moments[name]))
+        return self._moments_there[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from prism_assets.errors import UnsupportedModelError
 from prism_assets.gradients.head import LogitTransform, ramp_logits
 from prism_assets.gradients.last_layer import LastLayer, replaced_forward
 from prism_assets.gradients.lora import AdaptedLinear, is_plain_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE_SHAPE = (2, 3)  # examples, tokens
 
@@ -21,7 +26,7 @@ class OutputEmbeddings:
     """
 
     def __init__(self, model: PeftModel, layers: list[AdaptedLinear]) -> None:
-        module = model.get_base_model().get_output_embeddings()
+        module = cast("PreTrainedModel", model.get_base_model()).get_output_embeddings()
         if module is None:
             raise UnsupportedModelError(
                 f"{type(model.get_base_model()).__name__} has no output embeddings: no causal LM?"
@@ -32,7 +37,7 @@ class OutputEmbeddings:
     @property
     def weight(self) -> Tensor:
         """The frozen weight, [V, H]."""
-        return self.module.weight if self.layer is None else self.layer.weight
+        return cast("Tensor", self.module.weight) if self.layer is None else self.layer.weight
 
 
 @torch.no_grad()
@@ -86,7 +91,8 @@ def probe(model: PeftModel, layers: list[AdaptedLinear], head: OutputEmbeddings)
 @torch.no_grad()
 def find_last_layer(model: PeftModel, head: OutputEmbeddings) -> LastLayer | None:
     """The last decoder layer if it can run at supervised positions only; tried on 2 x 3 tokens."""
-    layer = LastLayer.find(getattr(model.get_base_model().get_decoder(), "layers", None))
+    decoder = cast("PreTrainedModel", model.get_base_model()).get_decoder()
+    layer = LastLayer.find(getattr(decoder, "layers", None))
     ids = torch.arange(6, device=head.weight.device).view(PROBE_SHAPE) % head.weight.shape[0]
     if layer is None or not layer.agrees(lambda: model(input_ids=ids, use_cache=False)):
         return None

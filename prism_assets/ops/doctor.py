@@ -41,7 +41,7 @@ def _versions() -> list[Finding]:
     found = [Finding("ok", "python", platform.python_version())]
     for package in PACKAGES:
         names = ("faiss-cpu", "faiss-gpu") if package == "faiss" else (package,)
-        installed = [(name, _installed(name)) for name in names if _installed(name)]
+        installed = [(name, number) for name in names if (number := _installed(name))]
         if len(installed) == 1:
             found.append(Finding("ok", package, " ".join(installed[0])))
         elif installed:
@@ -118,7 +118,7 @@ def _stale(stage: Stage) -> list[Finding]:
 
     settings = stage.settings
     try:
-        stage.corpus_version, stage.dtype  # noqa: B018
+        _ = stage.corpus_version, stage.dtype
     except ModelError:
         return []  # said above
     if not settings.candidates.inbox.is_dir():

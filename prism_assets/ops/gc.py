@@ -210,7 +210,7 @@ def _selections_of(lake: Lake, artifacts: Mapping[_Key, Artifact], versions: Col
     last: dict[tuple[str, str | None], Artifact] = {}
     for (table, _), one in artifacts.items():
         version = one.header.get("version")
-        if table == "selection" and version in versions:
+        if table == "selection" and version is not None and version in versions:
             before = last.get((version, one.partition))
             if before is None or lake.store.changed(before.key) < lake.store.changed(one.key):
                 last[version, one.partition] = one

@@ -41,7 +41,7 @@ def steps_of_run() -> tuple[Step, ...]:
 
 
 def _step(title: str, names: Sequence[str]) -> Step:
-    partitions = {one.partitions for one in ASSETS if one.name in names}
+    partitions: set[Partitions] = {one.partitions for one in ASSETS if one.name in names}
     assert len(partitions) == 1, (title, partitions)
     return Step(title, tuple(names), partitions.pop())
 

@@ -56,7 +56,9 @@ def work_on(run: dg.DagsterRun, instance: dg.DagsterInstance) -> None:
 
 def _executor(context: dg.InitExecutorContext) -> dg.Executor:
     """Dagster's in-process executor, which says what it works on before its first step waits for a slot."""
-    executor = dg.in_process_executor.executor_creation_fn(context)
+    create = dg.in_process_executor.executor_creation_fn
+    assert create is not None
+    executor = create(context)
     execute = executor.execute
 
     def watched(plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
@@ -71,7 +73,7 @@ def _executor(context: dg.InitExecutorContext) -> dg.Executor:
 # All steps of a run in its one process: only so does the life of the process say whether the run lives.
 one_process = dg.ExecutorDefinition(
     name="in_process",
-    config_schema=dg.in_process_executor.config_schema,
+    config_schema=dg.in_process_executor.config_schema,  # pyright: ignore[reportArgumentType]
     executor_creation_fn=_executor,
     description="Execute all steps in a single process, which says that it works on the run.",
 )

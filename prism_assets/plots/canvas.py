@@ -7,7 +7,7 @@ import io
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +16,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 DPI = 110
 INK, MUTED, GRID = "#26303b", "#6b7785", "#e6e9ee"
@@ -37,7 +40,7 @@ METRICS = {
     "mean_log_prob": "mean log-probability\n(nats per token)",
     "exact_match": "exact match\n(share of examples)",
 }
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "text.parse_math": False,  # names come from data: "$" is a dollar sign
@@ -70,7 +73,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def finish(axes: Axes, title: str, xlabel: str, ylabel: str, grid: str | None = None) -> None:
+def finish(axes: Axes, title: str, xlabel: str, ylabel: str, grid: Literal["both", "x", "y"] | None = None) -> None:
     if title:
         axes.set_title(title, pad=8)
     axes.set_xlabel(xlabel)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from prism_assets.plots import canvas
 from prism_assets.plots.canvas import (
@@ -48,8 +49,7 @@ def strategies_comparison(
     ]
     with rc_context(STYLE):
         height = 1.45 + 0.3 * max(len(strategies), 1)
-        figure = Figure(figsize=(8.6, height), dpi=DPI, layout="constrained")
-        figure.get_layout_engine().set(wspace=0.07)
+        figure = Figure(figsize=(8.6, height), dpi=DPI, layout=ConstrainedLayoutEngine(wspace=0.07))
         panels = figure.subplots(1, max(len(present), 1), sharey=True, squeeze=False)[0]
         for axes, metric in zip(panels, present, strict=False):
             for row, (name, values) in enumerate(strategies.items()):
@@ -96,8 +96,9 @@ def paired_differences(
     pairs = [(name, other, metrics) for name, others in differences.items() for other, metrics in others.items()]
     present = [metric for metric in METRICS if any(metrics.get(metric) for *_, metrics in pairs)]
     with rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 1.45 + 0.26 * max(len(pairs), 1)), dpi=DPI, layout="constrained")
-        figure.get_layout_engine().set(wspace=0.07)
+        figure = Figure(
+            figsize=(8.6, 1.45 + 0.26 * max(len(pairs), 1)), dpi=DPI, layout=ConstrainedLayoutEngine(wspace=0.07)
+        )
         panels = figure.subplots(1, max(len(present), 1), sharey=True, squeeze=False)[0]
         positions = {name: position for position, name in enumerate(differences)}  # colours as in the other plots
         for axes, metric in zip(panels, present, strict=False):

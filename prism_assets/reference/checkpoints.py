@@ -65,7 +65,8 @@ def read_checkpoints(folder: Path) -> list[WarmupCheckpoint]:
             kind, _, parameter = name.partition("/")
             kinds[kind][parameter] = tensor
         entry["betas"] = tuple(entry["betas"])
-        checkpoints.append(WarmupCheckpoint(**entry, **kinds))
+        lora, exp_avg, exp_avg_sq = (kinds[kind] for kind in ("lora", "exp_avg", "exp_avg_sq"))
+        checkpoints.append(WarmupCheckpoint(**entry, lora=lora, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq))
     return checkpoints
 
 

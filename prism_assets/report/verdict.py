@@ -77,10 +77,10 @@ def _paired_sentence(other: str, strategies: Mapping[str, Any]) -> str | None:
 
 
 def _spread(difference: float, ours: Mapping[str, Any], theirs: Mapping[str, Any], metric: str) -> str:
-    deviations = [as_number((entry.get(metric) or {}).get("std")) for entry in (ours, theirs)]
-    if None in deviations:
+    our_std, their_std = (as_number((entry.get(metric) or {}).get("std")) for entry in (ours, theirs))
+    if our_std is None or their_std is None:
         return "spread over seeds unknown"
-    larger = max(deviations)
+    larger = max(our_std, their_std)
     if difference <= larger:
         return "within one standard deviation: no clear difference"
     if larger == 0:
@@ -98,21 +98,21 @@ def _direction_sentences(direction: Mapping[str, Any]) -> list[str]:
         )
     first_order = direction.get("first_order") or {}
     steps = {name: first_order.get(name) or {} for name in ("prism", "uniform")}
-    measured = {name: as_number(entry.get("measured")) for name, entry in steps.items()}
-    if None not in measured.values():
-        relation = _compared(measured["prism"], measured["uniform"])
+    ours, theirs = (as_number(entry.get("measured")) for entry in steps.values())
+    if ours is not None and theirs is not None:
+        relation = _compared(ours, theirs)
         sentences.append(
-            f"A small step along the prism direction changes J by {signed(measured['prism'])} (predicted "
+            f"A small step along the prism direction changes J by {signed(ours)} (predicted "
             f"{signed(steps['prism'].get('predicted'))}), {relation} the same step along the uniform "
-            f"direction, {signed(measured['uniform'])} "
+            f"direction, {signed(theirs)} "
             f"(predicted {signed(steps['uniform'].get('predicted'))})."
         )
-    held_out = {name: as_number(entry.get("held_out_mean_log_prob")) for name, entry in steps.items()}
-    if None not in held_out.values():
-        relation = _compared(held_out["prism"], held_out["uniform"])
+    ours, theirs = (as_number(entry.get("held_out_mean_log_prob")) for entry in steps.values())
+    if ours is not None and theirs is not None:
+        relation = _compared(ours, theirs)
         sentences.append(
             "The same steps change the mean log-probability of held-out examples by "
-            f"{signed(held_out['prism'])} for prism, {relation} uniform's {signed(held_out['uniform'])}."
+            f"{signed(ours)} for prism, {relation} uniform's {signed(theirs)}."
         )
     return sentences
 

@@ -1,6 +1,6 @@
 """The target direction: target gradients added up, as the query that the index answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,7 +25,9 @@ def relative_rates(learning_rates: Sequence[float]) -> list[float]:
     return [rate / total if total > 0 else 1 / len(learning_rates) for rate in learning_rates]
 
 
-def query_vector(sketches: Sequence[np.ndarray], norms: Sequence[float], learning_rates: Sequence[float]) -> np.ndarray:
+def query_vector(
+    sketches: Sequence[np.ndarray], norms: Sequence[float] | np.ndarray, learning_rates: Sequence[float]
+) -> np.ndarray:
     """The index query: blocks η̄_k S t_k / ‖t_k‖, concatenated; float32 [C·K].
 
     `sketches` holds S t_k [K] of each of C checkpoints, `norms` the exact ‖t_k‖. The η̄_k are scaled to sum to 1, so
@@ -69,7 +71,7 @@ def first_order_gain(
     along: Vector,
     gradient: Vector,
     size: float,
-    objective: "object",
+    objective: Callable[[np.ndarray], float],
     targets: TargetSet,
     held_out: Sequence,
     before: tuple[float, float],

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.direction_artifacts import load_direction
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from prism_assets.selection.representations import Representations
     from prism_assets.selection.strategies import Strategy
+    from prism_assets.selection.strategies.base import Pool
 
 
 class Ranked(NamedTuple):
@@ -107,8 +108,9 @@ def _top_by_order(
     from prism_assets.selection.ranking import cut
 
     assert strategy.rank is not None
+    seen = cast("Pool", pool)  # to the type checker a cached property is no attribute
     while True:
-        ranking = strategy.rank(pool)
+        ranking = strategy.rank(seen)
         order = ranking.order
         if strategy.whole_pool:
             taken = len(order)

@@ -7,13 +7,16 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
 from prism_assets.errors import SettingsError
 from prism_assets.settings.schema import Section, Settings, StorageSettings, TargetSettings
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 DEFAULT_FILE = "prism.yaml"
 
@@ -162,7 +165,7 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
     )
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: "ErrorDetails") -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _keys_beside(error["loc"])

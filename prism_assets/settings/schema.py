@@ -45,17 +45,21 @@ class ModelSettings(Section):
 
     name: str = "Qwen/Qwen3-0.6B"
     revision: str = "main"
-    adapter: str | None = Field(None, description="a PEFT LoRA folder to start from; its LoRA settings are then used")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
+    adapter: str | None = Field(
+        default=None, description="a PEFT LoRA folder to start from; its LoRA settings are then used"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on a GPU, else float32"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: bool = Field(False, description="runs code that comes with the model: leave it off")
+    trust_remote_code: bool = Field(default=False, description="runs code that comes with the model: leave it off")
 
 
 class LoraSettings(Section):
     """The low-rank adapter that is trained, and whose parameters carry the gradients."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
     target_modules: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
 
@@ -63,38 +67,38 @@ class LoraSettings(Section):
 class TokenizationSettings(Section):
     """How records become tokens."""
 
-    max_length: int = Field(1024, ge=8)
-    template: str = Field("auto", description="auto, chat, plain, or the text of a Jinja chat template")
-    separator: str = Field("\n", description="between prompt and completion where no chat template is used")
+    max_length: int = Field(default=1024, ge=8)
+    template: str = Field(default="auto", description="auto, chat, plain, or the text of a Jinja chat template")
+    separator: str = Field(default="\n", description="between prompt and completion where no chat template is used")
 
 
 class TrainingSettings(Section):
     """Fine-tuning on what was selected."""
 
-    epochs: float = Field(3.0, gt=0)
-    steps: int | None = Field(None, ge=1, description="the same number of optimiser steps for every strategy")
-    batch_size: int = Field(16, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
-    learning_rate: float = Field(2e-4, gt=0)
+    epochs: float = Field(default=3.0, gt=0)
+    steps: int | None = Field(default=None, ge=1, description="the same number of optimiser steps for every strategy")
+    batch_size: int = Field(default=16, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=2e-4, gt=0)
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
     # Left out of what is dumped: where losses are shown is no part of what an adapter is.
     report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], AfterValidator(_installed)] = Field(
-        (), exclude=True, description="trackers that get the loss and learning rate of every step"
+        default=(), exclude=True, description="trackers that get the loss and learning rate of every step"
     )
 
 
 class WarmupSettings(Section):
     """The short LoRA training whose checkpoints the gradients are taken at. Pinned until `generation` is raised."""
 
-    share: float = Field(0.05, gt=0, le=1)
-    min_rows: int = Field(64, ge=1, description="at least so many rows are sampled where the pool has them")
-    epochs: float = Field(4.0, gt=0)
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(2e-5, gt=0)
-    checkpoints: int = Field(1, ge=1)
-    generation: int = Field(1, ge=1)
+    share: float = Field(default=0.05, gt=0, le=1)
+    min_rows: int = Field(default=64, ge=1, description="at least so many rows are sampled where the pool has them")
+    epochs: float = Field(default=4.0, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    checkpoints: int = Field(default=1, ge=1)
+    generation: int = Field(default=1, ge=1)
     seed: int = 0
 
 
@@ -103,17 +107,17 @@ class FeatureSettings(Section):
 
     optimizer: Literal["sgd", "adam", "adam_step", "adam_less"] = "adam"
     sketch_dim: Annotated[int, Field(ge=1)] | Literal["exact"] = Field(
-        4096, description="dimensions per checkpoint; exact: no sketch"
+        default=4096, description="dimensions per checkpoint; exact: no sketch"
     )
     seed: int = 0
-    token_budget: int | None = Field(None, ge=1, description="tokens in a batch; null: found automatically")
+    token_budget: int | None = Field(default=None, ge=1, description="tokens in a batch; null: found automatically")
 
 
 class CandidateSettings(Section):
     """Where candidates arrive."""
 
     inbox: Path = Path("data/candidates")
-    at_rest_seconds: float = Field(2.0, ge=0, description="a file is taken once it has not changed for so long")
+    at_rest_seconds: float = Field(default=2.0, ge=0, description="a file is taken once it has not changed for so long")
 
 
 class TargetSettings(Section):
@@ -126,18 +130,20 @@ class TargetSettings(Section):
 class PreferenceSettings(Section):
     """How the model's preference weights the targets."""
 
-    temperature: float | None = Field(None, gt=0, description="null: 1, and for pairs a robust scale of the margins")
+    temperature: float | None = Field(
+        default=None, gt=0, description="null: 1, and for pairs a robust scale of the margins"
+    )
     score: Literal["mean", "sum"] = Field(
-        "mean", description="mean or sum of a target's token log-probabilities; sum for plain targets only"
+        default="mean", description="mean or sum of a target's token log-probabilities; sum for plain targets only"
     )
     fisher_damping: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="corrects directions by the damped inverse of the warm-up sample's second moment, damped by this "
         "share of its trace (0.1, say); null: no correction",
     )
     probe_step: float = Field(
-        0.02,
+        default=0.02,
         gt=0,
         description="the measured step is as long as it takes to raise J by this share, to first order, along PRISM",
     )
@@ -146,24 +152,28 @@ class PreferenceSettings(Section):
 class EvaluationSettings(Section):
     """How an adapter is judged on the held-out file."""
 
-    max_new_tokens: int = Field(128, ge=1)
-    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     benchmarks: Annotated[tuple[str, ...], AfterValidator(_harness_installed)] = Field(
-        (), description="tasks of lm-eval: names, or paths of task files (.yaml)"
+        default=(), description="tasks of lm-eval: names, or paths of task files (.yaml)"
     )
-    benchmark_limit: int | None = Field(None, ge=1, description="documents of each task at most; null: all")
+    benchmark_limit: int | None = Field(default=None, ge=1, description="documents of each task at most; null: all")
 
 
 class TrustSettings(Section):
     """How much `prism trust` measures; what each figure costs is in docs/operations.md."""
 
-    candidates: int = Field(48, ge=8, description="candidates on which a step of their own is taken")
-    random_steps: int = Field(8, ge=1, description="random steps of the model after which the weights are formed anew")
-    held_out: int = Field(128, ge=1, description="at most so many held-out records are looked at after each step")
-    datamodel_subsets: Annotated[int, Field(ge=8)] | Literal[0] = Field(
-        32, description="short fine-tunings on random subsets; 0: none"
+    candidates: int = Field(default=48, ge=8, description="candidates on which a step of their own is taken")
+    random_steps: int = Field(
+        default=8, ge=1, description="random steps of the model after which the weights are formed anew"
     )
-    datamodel_rows: int = Field(128, ge=16, description="candidates of which each subset holds half")
+    held_out: int = Field(
+        default=128, ge=1, description="at most so many held-out records are looked at after each step"
+    )
+    datamodel_subsets: Annotated[int, Field(ge=8)] | Literal[0] = Field(
+        default=32, description="short fine-tunings on random subsets; 0: none"
+    )
+    datamodel_rows: int = Field(default=128, ge=16, description="candidates of which each subset holds half")
     seed: int = 0
 
 
@@ -171,14 +181,17 @@ class ExperimentSettings(Section):
     """`prism experiment`: how often the comparison of strategies is repeated."""
 
     splits: int = Field(
-        3, ge=1, description="draws of targets and held-out records; the first is the files as they are"
+        default=3, ge=1, description="draws of targets and held-out records; the first is the files as they are"
     )
     redraw: Literal["apart", "together"] = Field(
-        "apart", description="apart: each file by itself, with replacement; together: both files' records dealt anew"
+        default="apart",
+        description="apart: each file by itself, with replacement; together: both files' records dealt anew",
     )
-    seeds: tuple[int, ...] | None = Field(None, min_length=1, description="of fine-tuning in each split; null: `seeds`")
-    strategies: tuple[Literal[STRATEGIES], ...] | None = Field(
-        None, min_length=1, description="null: `strategies`; uniform, less and random are always added"
+    seeds: tuple[int, ...] | None = Field(
+        default=None, min_length=1, description="of fine-tuning in each split; null: `seeds`"
+    )
+    strategies: tuple[Literal[STRATEGIES], ...] | None = Field(  # pyright: ignore[reportInvalidTypeForm]
+        default=None, min_length=1, description="null: `strategies`; uniform, less and random are always added"
     )
 
 
@@ -195,7 +208,7 @@ class SelectionSettings(Section):
     budget: Annotated[Budget, BeforeValidator(parse_budget)] = Budget(kind="share", amount=0.05)
     seed: int = 0
     rerank: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="strategies with one direction score the top of their ranking again without a sketch: so many "
         "budgets' worth of rows (4 is plenty); 0: off",
@@ -225,10 +238,10 @@ class Settings(Section):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     experiment: ExperimentSettings = ExperimentSettings()
-    strategies: tuple[Literal[STRATEGIES], ...] = Field(
-        ("prism", "prism-cover", "uniform", "less", "random"), min_length=1
+    strategies: tuple[Literal[STRATEGIES], ...] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        default=("prism", "prism-cover", "uniform", "less", "random"), min_length=1
     )
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     storage: StorageSettings = StorageSettings()
     trust: TrustSettings = TrustSettings()
 

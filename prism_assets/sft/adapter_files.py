@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ def save_adapter(
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config[model.active_adapter].to_dict()
+    config = model.peft_config[cast("str", model.active_adapter)].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     config |= {"inference_mode": True} | ({} if base_model is None else {"base_model_name_or_path": base_model})
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -46,7 +46,7 @@ def trainable_lora_names(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """
     if not isinstance(model, PeftModel):
         raise ValueError(f"fine-tuning needs a model with LoRA (peft.PeftModel), not {type(model).__name__}")
-    adapter = model.active_adapter
+    adapter = cast("str", model.active_adapter)
     names = {
         name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}"): parameter
         for name, parameter in model.named_parameters()
@@ -92,10 +92,10 @@ class Recorder(TrainerCallback):
             )
         self._loss += loss
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def on_pre_optimizer_step(self, args, state, control, optimizer: Any = None, **kwargs) -> None:
         self.learning_rates.append(float(optimizer.param_groups[0]["lr"]))
 
-    def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def on_step_end(self, args, state, control, optimizer: Any = None, **kwargs) -> None:
         self.step = state.global_step
         self.losses.append(self._loss)
         self._loss = 0.0
@@ -126,5 +126,5 @@ class Recorder(TrainerCallback):
         )
 
 
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -38,8 +38,10 @@ IGNORED = -100  # label of a token that is not supervised
 class Example(Protocol):
     """What training needs of an example (`corpus.encoder.TokenizedExample`)."""
 
-    input_ids: np.ndarray  # int [T]
-    loss_mask: np.ndarray  # bool [T], True where the token is supervised; never at position 0
+    @property
+    def input_ids(self) -> np.ndarray: ...  # int [T]
+    @property
+    def loss_mask(self) -> np.ndarray: ...  # bool [T], True where the token is supervised; never at position 0
 
 
 class TrainingResult(NamedTuple):
@@ -123,7 +125,7 @@ def fine_tune(
         trainer = _SftTrainer(
             model=model,
             args=arguments,
-            train_dataset=list(examples),
+            train_dataset=cast("Any", list(examples)),  # a list does for a data set
             compute_loss_func=loss_of_batch,
             data_collator=lambda batch: collate(batch, pad_token_id),
             callbacks=[recorder],
@@ -201,7 +203,7 @@ class _SftTrainer(TrainSampler, Trainer):
         self._recorder, self._seed = recorder, seed
 
     def train_sampler(self) -> _EpochSampler:
-        return _EpochSampler(len(self.train_dataset), self._seed)
+        return _EpochSampler(len(cast("list[Example]", self.train_dataset)), self._seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

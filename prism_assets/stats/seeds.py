@@ -23,7 +23,7 @@ class Summary(NamedTuple):
     n: int
 
 
-def summarize_seeds(values: Sequence[float]) -> Summary:
+def summarize_seeds(values: "Sequence[float] | np.ndarray") -> Summary:
     """Mean, standard deviation and Student's 95% interval of one number per seed [n].
 
     One seed has a mean and nothing else. Raises ValueError for no value or one that is not finite.
@@ -78,6 +78,7 @@ def gap_recovered(values: Sequence[float], low: Sequence[float], high: Sequence[
         rng=0,
     )
     low_end, high_end = drawn.confidence_interval
+    assert gain.mean is not None and gap.mean is not None  # these means are always there
     return Summary(gain.mean / gap.mean, float(drawn.standard_error), (float(low_end), float(high_end)), gap.n)
 
 

@@ -190,7 +190,7 @@ def subset_outcomes(
     examples: Sequence[Any],
     masks: np.ndarray,
     train: Callable[[Sequence[Any]], None],
-    restore: Callable[[], None],
+    restore: Callable[[], object],
     progress: Progress = lambda done: None,
 ) -> list[Outcome]:
     """What training on each subset (masks bool [M, n] over the examples) changes, always from the same parameters.
@@ -202,7 +202,7 @@ def subset_outcomes(
     changes = []
     for position, mask in enumerate(masks):
         try:
-            train([examples[row] for row in np.flatnonzero(mask)])
+            train([examples[row] for row in np.flatnonzero(mask).tolist()])
             changes.append(probe.look()[0].change(before))
         finally:
             restore()

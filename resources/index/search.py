@@ -193,7 +193,7 @@ class SegmentedIndex:
         def multiply(piece: tuple[int, int, int]) -> None:
             i, start, stop = piece
             values = torch.from_numpy(self._segments[i].values[start:stop])
-            buffer = torch.empty((min(chunk, len(values)), self.dim), dtype=torch.float32, device=self._device)
+            buffer = torch.empty((min(chunk, len(values)), values.shape[1]), dtype=torch.float32, device=self._device)
             for first in range(0, len(values), chunk):
                 rows = values[first : first + chunk]
                 product = buffer[: len(rows)].copy_(rows) @ columns  # [rows, q]
@@ -240,6 +240,7 @@ class SegmentedIndex:
             return None
         import torch
 
+        assert self.dim is not None  # it has segments
         if 4 * self.total * self.dim > torch.cuda.mem_get_info()[0] // 2:
             return None
         config = faiss.GpuIndexFlatConfig()

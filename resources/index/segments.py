@@ -69,7 +69,7 @@ class Segment:
         first, last = int(rows[0]), int(rows[-1]) + 1
         wanted = np.zeros(last, bool)
         wanted[rows] = True
-        bitmap = faiss.IDSelectorBitmap(np.packbits(wanted, bitorder="little"))
+        bitmap = faiss.IDSelectorBitmap(np.packbits(wanted, bitorder="little"))  # pyright: ignore[reportCallIssue]
         return self._scan_codes(query, first, last, selector=bitmap, expected=len(rows))
 
     def _scan_codes(self, query: np.ndarray, start: int, stop: int, selector: Any, expected: int) -> np.ndarray:

@@ -177,7 +177,7 @@ class Lake:
         *,
         run_id: str = "",
         notes: Mapping[str, Any] | None = None,
-        attachments: Mapping[str, Callable[[Path], None]] | None = None,
+        attachments: Mapping[str, Callable[[Path], object]] | None = None,
         row_group_size: int = 4096,
         compression: str = "zstd",
     ) -> Artifact:

@@ -82,7 +82,7 @@ class Rows:
 
     table: "pa.Table"
     notes: Mapping[str, Any] = field(default_factory=dict)
-    attachments: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    attachments: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
     compression: str = "zstd"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prism_assets.compat import forget_adapter
 from prism_assets.errors import ModelError
@@ -152,7 +152,8 @@ class LanguageModel:
                 )
             except Exception as error:  # each library has its own for a broken model
                 raise ModelError(f"model.name: {identity.folder} cannot be loaded as a causal LM: {error}") from error
-            _loaded[key] = model.to(self.torch_device()).eval().requires_grad_(False)
+            model = cast("torch.nn.Module", model).to(self.torch_device())
+            _loaded[key] = model.eval().requires_grad_(False)
         return _loaded[key]
 
     @contextmanager
@@ -192,7 +193,7 @@ class LanguageModel:
                     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
                     config = LoraConfig(
                         r=rank,
-                        lora_alpha=alpha,
+                        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
                         target_modules=targets,
                         use_rslora=rslora,
                         lora_dropout=0.0,

@@ -94,12 +94,12 @@ def test_the_order_of_arrival_changes_no_selection(selected, tmp_path):
 
 
 def test_nothing_is_made_twice(selected, tmp_path, monkeypatch):
-    from prism_assets.stage import Stage
+    from prism_assets.selection import representations
 
     project = selected.copy(tmp_path / "project")
     assert set(select(project).values()) == {0}
-    # The hidden states are there: another budget loads no model for them.
-    monkeypatch.setattr(Stage, "adapted", None)
+    # The hidden states are there: another budget makes none.
+    monkeypatch.setattr(representations, "_hidden_states", None)
     project.configure(strategies=["rds"], selection={"budget": 5})
     assert select(project)["Selection"] == 1 and len(ids_of(project, "rds")) == 5
 

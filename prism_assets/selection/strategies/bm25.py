@@ -26,7 +26,13 @@ def lexical_scores(documents: Sequence[str], queries: Sequence[str]) -> np.ndarr
     import bm25s
 
     def words(texts: Sequence[str], ids: bool) -> Any:
-        return bm25s.tokenize(list(texts), token_pattern=WORD, stopwords=None, return_ids=ids, show_progress=False)
+        return bm25s.tokenize(
+            list(texts),
+            token_pattern=WORD,
+            stopwords=None,  # pyright: ignore[reportArgumentType]
+            return_ids=ids,
+            show_progress=False,
+        )
 
     scores = np.zeros((len(documents), len(queries)))
     bags = words(documents, ids=True)

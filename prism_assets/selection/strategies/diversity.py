@@ -39,7 +39,8 @@ def _prism_mmr(pool: Pool) -> Ranking:
     differ by hundredths there, while cosines between candidates run up to 1. The score that is shown is the influence.
     """
     ranked = by_scores(pool.direction_scores(), pool.ids)
-    best, scores = (one[: SHORTLIST * pool.wanted] for one in ranked)
+    assert ranked.scores is not None
+    best, scores = (one[: SHORTLIST * pool.wanted] for one in (ranked.order, ranked.scores))
     spread = float(scores[0] - scores[-1])
     relevance = (scores.astype(np.float64) - scores[-1]) / spread if spread else np.zeros(len(best))
     chosen = marginal_relevance(relevance, pool.vectors(best), pool.wanted, TRADE_OFF)

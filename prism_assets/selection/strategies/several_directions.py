@@ -1,10 +1,11 @@
 """Strategies that keep the targets apart: each candidate has an influence on every target, and none may take all."""
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Pool, Ranking, Strategy, TargetScores, by_scores
+from prism_assets.selection.strategies.base import Input, Pool, Ranking, Strategy, TargetScores, by_scores
 from prism_assets.selection.strategies.directions import preference
 
 
@@ -15,7 +16,7 @@ def shares(targets: TargetScores) -> np.ndarray:
     return (lengths / lengths.sum(axis=1, keepdims=True)).mean(axis=0)
 
 
-def _places_by_id(ids: "list[str]") -> np.ndarray:
+def _places_by_id(ids: Sequence[str]) -> np.ndarray:
     """The place [n] of each id among all of them: what ties are broken by."""
     return np.argsort(np.argsort(np.asarray(ids), kind="stable"))
 
@@ -34,7 +35,7 @@ def _less_max(pool: Pool) -> Ranking:
 # -- round robin -------------------------------------------------------------------------------------------------
 
 
-def round_robin(influences: np.ndarray, quotas: np.ndarray, ids: "list[str]", wanted: int) -> np.ndarray:
+def round_robin(influences: np.ndarray, quotas: np.ndarray, ids: Sequence[str], wanted: int) -> np.ndarray:
     """Rows [wanted] that the targets take in turn, each its best one left (ties by id).
 
     influences: [n, m]; quotas: [m], the share of turns of each target. The next turn is the target's that is furthest
@@ -67,7 +68,7 @@ def _round_robin(pool: Pool) -> Ranking:
 # -- coverage ----------------------------------------------------------------------------------------------------
 
 
-def saturating_coverage(influences: np.ndarray, value: np.ndarray, ids: "list[str]", wanted: int) -> Ranking:
+def saturating_coverage(influences: np.ndarray, value: np.ndarray, ids: Sequence[str], wanted: int) -> Ranking:
     """Rows [wanted] chosen greedily for f(S) = Σ_j a_j log(1 + Σ_{i∈S} max(0, c_ij)), with their gains.
 
     influences: c [n, m]; value: a [m]. The first rows count almost additively, as in a ranking by Σ_j a_j c_ij; the more
@@ -101,7 +102,7 @@ def _prism_cover(pool: Pool) -> Ranking:
     return saturating_coverage(pool.influences(), shares(pool.target_scores()), pool.ids, pool.wanted)
 
 
-_BOTH = frozenset({"features", "target_features"})
+_BOTH: frozenset[Input] = frozenset({"features", "target_features"})
 LESS_MAX = Strategy(
     "less-max", "LESS as published: mean over each subtask (`group`), then the maximum over subtasks",
     rank=_less_max, reads=_BOTH,
