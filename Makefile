@@ -26,7 +26,7 @@ lint: install
 	rm -rf build/installed && mkdir -p build/installed
 	cp -r prism_assets build/installed/ && cp -r resources build/installed/prism_assets/
 	cp pyproject.toml build/installed/
-	cd build/installed && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --config pyproject.toml
+	cd build/installed && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports pyproject.toml
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # A fresh environment with the built wheel, tried from a folder that holds no clone.
