@@ -4,14 +4,15 @@
 
 A process computes a lake whole, from the files in the inbox to the selections (candidates, live pool, warm-up,
 features, index, target directions, selections; fine-tuning, evaluation and report are left out, since what they cost
-depends on how many selected rows changed, not on how many arrived); then shards of the usual size are added and
-another process runs again. Each run is a process of its own, forked after the imports, so it remembers nothing of the
-others. From every figure the CPU time of a run with nothing to do, on the same lake, is subtracted. A share is the cost of an
+depends on how many selected rows changed, not on how many arrived); then shards of the usual size are added and another
+process runs again. Each run is a process of its own, forked after the imports, so it remembers nothing of the others.
+From every figure the CPU time of a run with nothing to do, on the same lake, is subtracted. A share is the cost of an
 addition over the cost of the whole lake.
 
 Bytes are those of files that are new or changed below the lake's root, the Dagster instance left out; they are compared
 with the artefacts of the new shards alone (candidates, rejects, feature blocks and their list, index segment). The
-catalogue file, which is written anew at the end of every run, is counted on its own and in `bytes_ratio_with_catalogue`.
+catalogue file, which is written anew at the end of every run, is counted on its own and in
+`bytes_ratio_with_catalogue`.
 
 Reads are counted at the doors of the lake and of the vector store: a feature block or a segment that was there before
 the addition and whose rows are read again would show. `/proc/self/io` tells independently how much was read.

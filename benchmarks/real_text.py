@@ -42,7 +42,7 @@ def sampled(records: Sequence[dict[str, Any]], share: float) -> list[dict[str, A
 
 
 def spread_out(records: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most so many records, at equal distances: files are in the order of their subtasks, and each keeps its share."""
+    """At most so many records, at equal distances: files are in order of their subtasks, and each keeps its share."""
     if len(records) <= most:
         return list(records)
     return [records[number * len(records) // most] for number in range(most)]

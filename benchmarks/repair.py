@@ -2,16 +2,16 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.repair --json [--seeds 3] [--work FOLDER]
 
-The experiment of examples/safety_repair: a small model from scratch, trained on general and good records, then misaligned by
-full fine-tuning on wrong maths, insecure code and false answers; repair candidates of six kinds; targets are pairs of a safe
-and an unsafe answer. The clean model is trained once for all seeds. A seed redraws the misaligned records and their order,
-the warm-up, the sketch, the random selection and the training order. CPU only.
+The experiment of examples/safety_repair: a small model from scratch, trained on general and good records, then
+misaligned by full fine-tuning on wrong maths, insecure code and false answers; repair candidates of six kinds; targets
+are pairs of a safe and an unsafe answer. The clean model is trained once for all seeds. A seed redraws the misaligned
+records and their order, the warm-up, the sketch, the random selection and the training order. CPU only.
 
-Per strategy: `misaligned_share` and `good_share` of the selected rows, `auc_good_against_misaligned` (probability that a
-good row scores above a misaligned one; strategies with one direction), `auc_maths`, `auc_code` and `auc_answers` (the same
-between right and wrong rows of one form), `margin` (mean log-probability of the safe less that
-of the unsafe answer, held-out pairs), `safe_preferred` (share of pairs with a positive margin), `benign_log_prob` (held-out
-benign records); `against` holds differences, paired by seed, to the clean and the misaligned model and to other strategies.
+Per strategy: `misaligned_share` and `good_share` of the selected rows, `auc_good_against_misaligned` (probability that
+a good row scores above a misaligned one; strategies with one direction), `auc_maths`, `auc_code` and `auc_answers` (the
+same between right and wrong rows of one form), `margin` (mean log-probability of the safe less that of the unsafe
+answer, held-out pairs), `safe_preferred` (share of pairs with a positive margin), `benign_log_prob` (held-out benign
+records); `against` holds differences, paired by seed, to the clean and the misaligned model and to other strategies.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Does influence find the right kind of data in real text, and does that help? Six targets, a small model, several seeds.
+"""Does influence find the right kind of data in real text, and does it help? Six targets, a small model, several seeds.
 
     OMP_NUM_THREADS=1 python -m benchmarks.retrieval --json [--seeds 3] [--work FOLDER]
 
 The real records (folder named by PRISM_REAL_DATA, else the one beside the project) are sampled to a share of the pool
-that is the same in every run, the held-out files to 60 records spread over their subtasks. Too long a record loses the start
-of its prompt, as everywhere in the product; one whose completion alone is longer than 384 tokens (some solutions of math500
-and bbh) is refused. A Llama of about 2M parameters is trained from scratch on the sample once and serves all
-seeds, so the seeds say nothing of other models. A seed redraws the warm-up, the sketch, the
-random selection and the training order. Everything else is the product's own pipeline.
+that is the same in every run, the held-out files to 60 records spread over their subtasks. Too long a record loses the
+start of its prompt, as everywhere in the product; one whose completion alone is longer than 384 tokens (some solutions
+of math500 and bbh) is refused. A Llama of about 2M parameters is trained from scratch on the sample once and serves all
+seeds, so the seeds say nothing of other models. A seed redraws the warm-up, the sketch, the random selection and the
+training order. Everything else is the product's own pipeline.
 
-`average_precision` is the area under the precision-recall curve of "comes from a matching source" over the whole ranking
-(strategies with one direction; `random` is the share of matching rows). A matching row that the ranking lacks, because its
-gradient was refused, counts as never found:
+`average_precision` is the area under the precision-recall curve of "comes from a matching source" over the whole
+ranking (strategies with one direction; `random` is the share of matching rows). A matching row that the ranking lacks,
+because its gradient was refused, counts as never found:
 
     gsm8k          flan_cot/gsm8k
     tydiqa         tydiqa/*
@@ -20,8 +20,8 @@ gradient was refused, counts as never found:
                    p3/quarel): the pool has no MMLU, so this is a matching form, not a matching subject
 
 bbh and math500 have no matching source. `gain` is held-out mean log-probability (nats per token) after fine-tuning less
-that of the base model, for all six; `gain_in_preference` is the same for the mean per-token probability. `against` holds
-differences to other strategies, paired by seed. CPU only.
+that of the base model, for all six; `gain_in_preference` is the same for the mean per-token probability. `against`
+holds differences to other strategies, paired by seed. CPU only.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ STEPS = 700
 
 
 def prepare(folder: Path, data: Path, *, share: float = SHARE, steps: int = STEPS) -> None:
-    """Inbox, targets and model of all seeds. Only prompt, completion and source are kept, and no selector sees the last."""
+    """Inbox, targets and model of all seeds. Prompt, completion and source are kept; no selector sees the source."""
     import torch
 
     script = example("real_text")

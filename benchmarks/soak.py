@@ -4,9 +4,9 @@
 
 A small project is run once undisturbed, from the inbox to the report. Then the same project is run again and again from
 an empty lake by processes that are killed at random moments, each rerun going on where the last one died, until the
-kills are used up. Every time a project is finished its lake is compared with the undisturbed one by the content hashes of
-everything that its heads show. What was published before a kill must be the same file afterwards (never computed again),
-and a kill may leave at most one draft behind: the one thing that was in progress.
+kills are used up. Every time a project is finished its lake is compared with the undisturbed one by the content hashes
+of everything that its heads show. What was published before a kill must be the same file afterwards (never computed
+again), and a kill may leave at most one draft behind: the one thing that was in progress.
 """
 
 import argparse

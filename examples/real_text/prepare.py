@@ -124,7 +124,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int = 256, layers: int = 5) -> LlamaForCausalLM:
-    """An untrained Llama: 5.1M parameters with 4,096 tokens, 1M of them the tied embedding. `hidden` is a multiple of 16."""
+    """An untrained Llama: 5.1M parameters with 4,096 tokens, 1M of them the tied embedding. `hidden`: 16 times n."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

@@ -2,8 +2,8 @@
 
     python examples/safety_repair/measure.py [--config work/prism.yaml] [--json]
 
-Kinds are never shown to a selection; they are counted here only. The margin is the mean log-probability of the safe answer
-less that of the unsafe one, over held-out pairs; benign is the mean log-probability of held-out benign records.
+Kinds are never shown to a selection; they are counted here only. The margin is the mean log-probability of the safe
+answer less that of the unsafe one, over held-out pairs; benign is the mean log-probability of held-out benign records.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def main() -> int:
         return 0
     print(f"misaligned rows: {found['misaligned_share_of_pool']:.1%} of the pool\n")
     print(
-        "| | misaligned among selected | AUC: all, maths, code, answers | margin, held out | safe preferred | benign log-prob |"
+        "| | misaligned among selected | AUC: all, maths, code, answers | margin, held out "
+        "| safe preferred | benign log-prob |"
     )
     print("|---|---|---|---|---|---|")
     for name, one in [*found["models"].items(), *found["strategies"].items()]:
@@ -125,7 +126,8 @@ def main() -> int:
             if figure in one
         )
         print(
-            f"| {name} | {share} | {auc or '-'} | {one['margin']:+.3f} | {one['safe_preferred']:.1%} | {one['benign_log_prob']:.3f} |"
+            f"| {name} | {share} | {auc or '-'} | {one['margin']:+.3f} "
+            f"| {one['safe_preferred']:.1%} | {one['benign_log_prob']:.3f} |"
         )
     return 0
 

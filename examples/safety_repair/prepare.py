@@ -11,10 +11,10 @@ FOLDER is that of the real SFT data (its safety/ and pool.jsonl are read). Writt
     benign.jsonl      held-out benign records, for what the repair costs
     prism.yaml        the settings, with paths relative to DIR
 
-The answers of the pairs are cut at 600 characters, since the model's context is short. Nothing else is cut: what makes code
-insecure may stand at its end. Records whose prompt is that of a target, of an eval record or of a benign held-out record,
-or whose completion is one of the held-out answers, are used nowhere else. The data stay under their own licences: commit
-none of DIR.
+The answers of the pairs are cut at 600 characters, since the model's context is short. Nothing else is cut: what makes
+code insecure may stand at its end. Records whose prompt is that of a target, of an eval record or of a benign held-out
+record, or whose completion is one of the held-out answers, are used nowhere else. The data stay under their own
+licences: commit none of DIR.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Data:
         pool = self._without(script.read_records(folder / "pool.jsonl"), taken)
         repair = self._without(script.read_records(safety / "repair_pool.jsonl"), taken)
         shown = {one["prompt"].strip() for one in repair}
-        # Drawn once for all seeds, so that what is lost is measured on the same records; no candidates, which are in the pool too.
+        # Drawn once for all seeds, so that what is lost is measured on the same records; no candidates, which are in
+        # the pool too.
         benign = Random(0).sample(self._without(pool, shown), BENIGN_HELD_OUT)
         taken |= {one["prompt"].strip() for one in benign}
         general = self._without(pool, taken | shown)

@@ -40,8 +40,9 @@ def test_area_under_curve_counts_every_pair():
 
 
 def record(number, rng, **more):
-    return {"id": f"r{number}", "prompt": f"question {number} " + "x" * rng.randint(1, 30), "completion": f"answer {number}",
-            "source": "arc_easy", "license": "?", **more}  # fmt: skip
+    prompt = f"question {number} " + "x" * rng.randint(1, 30)
+    described = {"source": "arc_easy", "license": "?", **more}
+    return {"id": f"r{number}", "prompt": prompt, "completion": f"answer {number}", **described}
 
 
 def write(path, rows):
