@@ -19,7 +19,7 @@ from prism_assets.ops.conditions import condition_of
 from prism_assets.ops.runs import one_process
 from prism_assets.ops.schedules import build_jobs, build_schedules
 from prism_assets.ops.sensors import build_sensors
-from prism_assets.project import SETTINGS, Project
+from prism_assets.project import Project
 from prism_assets.resources.lake import digest
 from prism_assets.settings import Settings, load_settings
 from prism_assets.tables import ASSETS, Asset
@@ -43,11 +43,10 @@ def build_definitions(
     """
     project = Project.of(settings, key_prefix, group_prefix)
     engines = build_engines(settings)
-    exchangeable = [name for name in engines if name != SETTINGS]  # they belong to the project, as its asset keys do
-    unknown = set(resource_overrides or {}).difference(exchangeable)
+    unknown = set(resource_overrides or {}) - set(engines)
     if unknown:
         raise ValueError(
-            f"resource_overrides: {', '.join(sorted(unknown))} is no engine; there are {', '.join(exchangeable)}"
+            f"resource_overrides: {', '.join(sorted(unknown))} is no engine; there are {', '.join(engines)}"
         )
     engines |= resource_overrides or {}
     with warnings.catch_warnings():

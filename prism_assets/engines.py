@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from prism_assets.project import INDEX, LAKE, MODEL, SETTINGS
+from prism_assets.project import INDEX, LAKE, MODEL
 from prism_assets.resources.index.store import VectorStore
 from prism_assets.resources.lake import Lake
 from prism_assets.resources.model.language_model import LanguageModel
@@ -14,7 +14,6 @@ def build_engines(settings: Settings) -> dict[str, Any]:
     """The engines by the names that `build_definitions(resource_overrides=...)` takes."""
     model = settings.model
     return {
-        SETTINGS: settings,
         LAKE: Lake(root=str(settings.storage.root)),
         MODEL: LanguageModel(
             name=model.name,

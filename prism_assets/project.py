@@ -14,8 +14,7 @@ import dagster as dg
 from prism_assets.settings import Settings
 from prism_assets.tables import Asset, asset_named
 
-SETTINGS, LAKE, MODEL, INDEX = "settings", "lake", "language_model", "vector_store"
-RESOURCES = (SETTINGS, LAKE, MODEL, INDEX)
+ENGINES = LAKE, MODEL, INDEX = "lake", "language_model", "vector_store"  # resources of every asset
 MODEL_POOL = "model"  # its slots keep steps from loading a model side by side
 
 
@@ -103,7 +102,7 @@ class Project:
             check_specs=[
                 dg.AssetCheckSpec(one.name, asset=self.key(name), description=one.description) for one in checks
             ],
-            required_resource_keys={self.named(one) for one in RESOURCES},
+            required_resource_keys={self.named(one) for one in ENGINES},
             pool=MODEL_POOL if loads_model else None,
             **more,
         )

@@ -6,21 +6,21 @@ from typing import Any
 
 import dagster as dg
 
-from prism_assets.project import INDEX, LAKE, MODEL, CheckResult, Project
+from prism_assets.project import ENGINES, CheckResult, Project
 from prism_assets.resources.lake import Artifact, Lake, digest
 from prism_assets.stage import Stage
 
 
 def stage_of(project: Project, context: dg.AssetExecutionContext) -> Stage:
     """The Stage of an asset at work: the engines that the definitions were built with, this run, this log."""
-    lake, model, index = (getattr(context.resources, project.named(one)) for one in (LAKE, MODEL, INDEX))
+    lake, model, index = (getattr(context.resources, project.named(one)) for one in ENGINES)
     return Stage(project.settings, lake, model, index, context.run_id, context.log)
 
 
 def stage_without_run(project: Project, definitions: dg.Definitions) -> Stage:
     """A Stage for a command: the engines of the definitions, outside of any run."""
     resources = definitions.resources or {}
-    return Stage(project.settings, *(resources[project.named(one)] for one in (LAKE, MODEL, INDEX)))
+    return Stage(project.settings, *(resources[project.named(one)] for one in ENGINES))
 
 
 @dataclass
@@ -70,7 +70,7 @@ def each_partition(
             f"{len(failures)} of {len(keys)} partitions failed; the others are finished and kept.\n{reasons}"
         ) from next(iter(failures.values()))
     if len(outcomes) == 1:
-        return _result(context, next(iter(outcomes.values())), stage.lake)
+        return the_whole(context, stage, next(iter(outcomes.values())))
     for key in outcomes:
         context.add_asset_metadata(metadata[key], partition_key=key)
     return dg.MaterializeResult(
@@ -80,13 +80,9 @@ def each_partition(
 
 
 def the_whole(context: dg.AssetExecutionContext, stage: Stage, outcome: Outcome) -> dg.MaterializeResult:
-    """Report on an asset without partitions."""
-    return _result(context, outcome, stage.lake)
-
-
-def _result(context: dg.AssetExecutionContext, outcome: Outcome, lake: Lake) -> dg.MaterializeResult:
+    """Report on an asset without partitions, or on the one partition of a run."""
     return dg.MaterializeResult(
-        metadata=_metadata(lake, outcome),
+        metadata=_metadata(stage.lake, outcome),
         data_version=dg.DataVersion(outcome.version),
         check_results=list(_checks(context, {"": outcome})),
     )

@@ -56,7 +56,7 @@ def query(
 
 def _full_version(stage: "Stage", beginning: str) -> str:
     """The one feature version of the lake that begins so."""
-    from prism_assets.ops.gc import feature_versions
+    from prism_assets.identity import feature_versions
 
     known = [one.name for one in feature_versions(stage.lake)]
     found = [name for name in known if name.startswith(beginning)]

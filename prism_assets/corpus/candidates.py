@@ -15,7 +15,7 @@ from prism_assets.work import Outcome, each_partition, stage_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from prism_assets.corpus.inbox import InboxFile
+    from prism_assets.corpus.inbox import InboxFile, Scan
     from prism_assets.corpus.records import Example, Reject
     from prism_assets.resources.lake import Lake
     from prism_assets.settings import Settings
@@ -45,11 +45,15 @@ def build(project: Project) -> dg.AssetsDefinition:
 
 def inbox_files(settings: "Settings", lake: "Lake", at_rest_seconds: float | None = None) -> "Mapping[str, InboxFile]":
     """The files of the inbox by shard key."""
+    return {file.key: file for file in scan_inbox(settings, lake, at_rest_seconds).files}
+
+
+def scan_inbox(settings: "Settings", lake: "Lake", at_rest_seconds: float | None = None) -> "Scan":
+    """What lies in the inbox, content hashes remembered in the lake; by default at rest for as long as the settings say."""
     from prism_assets.corpus.inbox import scan
 
     rest = settings.candidates.at_rest_seconds if at_rest_seconds is None else at_rest_seconds
-    found = scan(settings.candidates.inbox, cache_path=lake.cache / "inbox.json", at_rest_seconds=rest)
-    return {file.key: file for file in found.files}
+    return scan(settings.candidates.inbox, lake.cache / "inbox.json", rest)
 
 
 def pending_candidates(stage: Stage, keys: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """How files of records become tables of tokens and rejects: for candidates, targets and eval files alike."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,17 +68,13 @@ def encode_file(stage: "Stage", source: Source) -> Encoded:
     inputs = {"file": source.sha256, "tokenizer": stage.model_identity.tokenizer}
     recipe = stage.recipe(source.table, settings, inputs, partition=source.partition)
     refused_recipe = stage.recipe(source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition)
-    rows, rejects = stage.lake.find(recipe), stage.lake.find(refused_recipe)
-    computed = 0
-    if rows is None or rejects is None:
-        accepted, refused = _read(stage, source)
-        # The rejects first: whoever sees rows sees what was refused beside them.
-        rejects = stage.make(refused_recipe, lambda: refused).artifact
-        rows = stage.make(recipe, lambda: accepted).artifact
-        computed = 1
+    read = cache(lambda: _read(stage, source))
+    # The rejects first: whoever sees rows sees what was refused beside them.
+    rejects, refused = stage.make(refused_recipe, lambda: read()[1])
+    rows, accepted = stage.make(recipe, lambda: read()[0])
     stage.show(rows, source.partition)
     stage.show(rejects, source.partition)
-    return Encoded(rows, rejects, computed)
+    return Encoded(rows, rejects, max(refused, accepted))
 
 
 def _read(stage: "Stage", source: Source) -> tuple[Rows, Rows]:

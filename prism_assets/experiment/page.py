@@ -129,8 +129,4 @@ def _plots(content: Mapping[str, Any]) -> list[dict[str, str]]:
             "What making the artefacts took, each counted once for its strategy, found ones included.",
         ),
     ]
-    return [{"uri": _data_uri(plots.as_markdown_image(image)), "caption": caption} for image, caption in drawn]
-
-
-def _data_uri(markdown: str) -> str:
-    return markdown[markdown.index("(") + 1 : -1]
+    return [{"uri": plots.as_data_uri(image), "caption": caption} for image, caption in drawn]

@@ -1,7 +1,8 @@
 """The trials of an experiment: which there are, and the splits that they work from."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from prism_assets.errors import UnusableTargets
 from prism_assets.experiment.summary import COMPARED_WITH
@@ -17,6 +18,9 @@ from prism_assets.selection.direction_artifacts import (
 from prism_assets.selection.selection import OfTarget
 from prism_assets.settings import Settings
 from prism_assets.stage import Made, Stage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def strategies_of(settings: Settings) -> list[str]:
@@ -97,10 +101,11 @@ def _redrawn(stage: Stage, target: str, number: int, targets: Artifact, held_out
 
     how = stage.settings.experiment.redraw
 
-    def drawn(which: int) -> Rows:
-        read = stage.lake.read_table
+    @cache
+    def drawn() -> "tuple[pa.Table, pa.Table]":
+        given = stage.lake.read_table(targets), stage.lake.read_table(held_out)
         try:
-            return Rows(redraw(read(targets), read(held_out), number, how)[which])
+            return redraw(*given, number, how)
         except ValueError as error:
             raise UnusableTargets(f"targets.{target}: {error}.") from error
 
@@ -110,4 +115,4 @@ def _redrawn(stage: Stage, target: str, number: int, targets: Artifact, held_out
         stage.recipe(table, settings, inputs, partition=split_name(target, number), version=targets.header["version"])
         for table in ("targets", "eval_examples")
     ]
-    return stage.make(recipes[0], lambda: drawn(0)), stage.make(recipes[1], lambda: drawn(1))
+    return stage.make(recipes[0], lambda: Rows(drawn()[0])), stage.make(recipes[1], lambda: Rows(drawn()[1]))

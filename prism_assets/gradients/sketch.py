@@ -79,12 +79,7 @@ class Sketch:
 
     def sketch_vector(self, vector: Mapping[str, Tensor]) -> Tensor:
         """The sketch [K] (float32, or float64 of float64) of one vector given as parameter name -> tensor."""
-        first = next(iter(vector.values()))
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        out = torch.zeros(1, self.dim, dtype=dtype, device=first.device)
-        for name, value in vector.items():
-            self.add_(out, name, value.to(dtype).unsqueeze(0))
-        return out[0]
+        return _one_row(self, vector)
 
     def _plan(self, name: str, size: int, device: torch.device, dtype: torch.dtype) -> _Plan:
         key = (name, size, device, dtype)
@@ -119,12 +114,17 @@ class ExactFeatures:
     def sketch_vector(self, vector: Mapping[str, Tensor]) -> Tensor:
         """One vector, given as parameter name -> tensor, as a flat tensor [dim]; a missing parameter counts
         as zero."""
-        first = next(iter(vector.values()))
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        out = torch.zeros(1, self.dim, dtype=dtype, device=first.device)
-        for name, value in vector.items():
-            self.add_(out, name, value.to(dtype).unsqueeze(0))
-        return out[0]
+        return _one_row(self, vector)
+
+
+def _one_row(projection: Projection, vector: Mapping[str, Tensor]) -> Tensor:
+    """One vector, given as parameter name -> tensor, as what a projection makes of it [dim]."""
+    first = next(iter(vector.values()))
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    out = torch.zeros(1, projection.dim, dtype=dtype, device=first.device)
+    for name, value in vector.items():
+        projection.add_(out, name, value.to(dtype).unsqueeze(0))
+    return out[0]
 
 
 class DirectionProducts:

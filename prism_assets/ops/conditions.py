@@ -21,7 +21,9 @@ _MOVED = _TRIGGER.since(C.newly_requested() & ~_TRIGGER)
 # move, or for a hand.
 _MISSING = C.missing() & ~C.execution_failed()
 
-_WHEN_MISSING = (_MISSING | C.code_version_changed().since(C.newly_requested())) & ~C.in_progress()
+_WHEN_MISSING = (
+    (_MISSING | C.code_version_changed().since(C.newly_requested())) & ~C.in_progress() & ~C.any_deps_missing()
+)
 _FOLLOW = (_MISSING | _MOVED) & ~C.any_deps_missing() & ~C.any_deps_in_progress() & ~C.in_progress()
 # Under steady arrival some shard is always in progress: what reads all shards must not wait for a quiet moment.
 _FOLLOW_ARRIVALS = (_MISSING | _MOVED) & ~C.in_progress()
@@ -46,23 +48,24 @@ def condition_of(project: Project, asset: Asset) -> dg.AutomationCondition | Non
     def present(dep: str) -> dg.AutomationCondition:
         return C.any_deps_match(~C.missing()).allow(dg.AssetSelection.assets(project.key(dep)))
 
-    special: dict[str, dg.AutomationCondition] = {
-        "candidates": _WHEN_MISSING & ~C.any_deps_missing(),
-        "targets": _WHEN_MISSING & ~C.any_deps_missing(),
-        "live_pool": _FOLLOW_ARRIVALS & present("candidates"),
-        "candidate_index": _FOLLOW_ARRIVALS
-        & C.any_deps_match(~C.missing() | C.will_be_requested()).allow(
-            dg.AssetSelection.assets(project.key("candidate_features"))
-        ),
-        # Not held back by inputs in progress: a selection is made from the pool that the index shows, and again later.
-        "selection": _FOLLOW_ARRIVALS & ~C.any_deps_missing() & NotFullPool(),
-        "adapter": _FOLLOW & NotFullPool(),
-        "evaluation": _FOLLOW & NotFullPool(),
-    }
     usual: dict[str | None, dg.AutomationCondition | None] = {
         "when_missing": _WHEN_MISSING,
         "follow": _FOLLOW,
         "follow_arrivals": _FOLLOW_ARRIVALS,
         None: None,
     }
-    return special.get(asset.name, usual[asset.condition])
+    # Those that follow arrivals are not held back by inputs in progress, only by what they cannot do without.
+    needed: dict[str, dg.AutomationCondition] = {
+        "live_pool": present("candidates"),
+        "candidate_index": C.any_deps_match(~C.missing() | C.will_be_requested()).allow(
+            dg.AssetSelection.assets(project.key("candidate_features"))
+        ),
+        # A selection is made from the pool that the index shows, and again later.
+        "selection": ~C.any_deps_missing(),
+    }
+    condition = usual[asset.condition]
+    if condition is not None and asset.name in needed:
+        condition = condition & needed[asset.name]
+    if condition is not None and asset.partitions == "target_strategy":
+        condition = condition & NotFullPool()
+    return condition

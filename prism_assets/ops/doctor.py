@@ -92,12 +92,12 @@ def _model(settings: Settings, model: LanguageModel) -> list[Finding]:
 
 
 def _files(settings: Settings, lake: Lake) -> list[Finding]:
-    from prism_assets.corpus.inbox import scan
+    from prism_assets.corpus.candidates import scan_inbox
 
     findings = []
     inbox = settings.candidates.inbox
     if inbox.is_dir():
-        found = scan(inbox, lake.cache / "inbox.json", at_rest_seconds=0)
+        found = scan_inbox(settings, lake, at_rest_seconds=0)
         size = sum(file.size for file in found.files) / 2**20
         state = "ok" if found.files else "problem"
         findings.append(Finding(state, "inbox", f"{inbox}: {len(found.files)} files, {size:,.1f} MiB"))

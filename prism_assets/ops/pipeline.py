@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import PipelineError, RunRefused, UserMistake, error_named
 from prism_assets.identity import join_key
-from prism_assets.project import LAKE, MODEL, Project
+from prism_assets.project import Project
 from prism_assets.settings import Settings
 from prism_assets.tables import ASSETS, Partitions
 
@@ -18,12 +18,6 @@ if TYPE_CHECKING:
     import dagster as dg
 
     from prism_assets.stage import Stage
-
-
-# What Dagster writes before the message of a step's error.
-_ERROR_NAME = re.compile(
-    r"\A(?:\w+\.)*(?:[A-Z]\w*)?(?:Error|Failure|File|Targets|Mistake|Tokenizer|Artifact|Segment|Benchmark|Yet): "
-)
 
 
 class Step(NamedTuple):
@@ -119,7 +113,7 @@ class Pipeline:
         from prism_assets.ops.runs import wait_for_slots
 
         self._register_inbox()
-        _require_usable_model(self.project.settings, self._engine(MODEL))
+        _require_usable_model(self.project.settings, self._stage().model)
         _check_benchmarks(self.project.settings)
         everything = list(self.project.settings.targets)
         results = []
@@ -136,11 +130,8 @@ class Pipeline:
             failed = [check for *_, checks in runs for check in checks]
             results.append(StepResult(step, [run for run, *_ in runs], computed, time.monotonic() - started, failed))
             self.listener.on_result(results[-1])
-        sql.refresh(self._engine(LAKE))
+        sql.refresh(self._stage().lake)
         return results
-
-    def _engine(self, name: str) -> Any:
-        return (self.definitions.resources or {})[self.project.named(name)]
 
     def _stage(self) -> "Stage":
         from prism_assets.work import stage_without_run
@@ -149,7 +140,7 @@ class Pipeline:
 
     def _register_inbox(self) -> None:
         """Make shards of the inbox's files. Raises UserMistake where there are none."""
-        from prism_assets.corpus.inbox import scan
+        from prism_assets.corpus.candidates import scan_inbox
         from prism_assets.ops.shards import reconcile_shards
 
         inbox = self.project.settings.candidates.inbox
@@ -157,7 +148,7 @@ class Pipeline:
             raise RunRefused(
                 f"candidates.inbox: there is no folder {inbox}. Make it and put JSON Lines or Parquet there."
             )
-        found = scan(inbox, self._engine(LAKE).cache / "inbox.json", at_rest_seconds=0)
+        found = scan_inbox(self.project.settings, self._stage().lake, at_rest_seconds=0)
         if not found.files:
             ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
             raise RunRefused(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
@@ -270,10 +261,14 @@ def _reason(step: Step, result: Any) -> str:
             # Not further down: what the step raised says more than what made it do so.
             while error is not None and error.cause is not None and str(error.cls_name).startswith("Dagster"):
                 error = error.cause
-            message = error.message.strip() if error else "no reason was given"
-            message = _ERROR_NAME.sub("", message)
+            message = _message(error) if error else "no reason was given"
             return f"{step.title}: {event.step_key} failed: {message}\n(run {result.run_id})"
     return f"{step.title}: the run {result.run_id} failed."
+
+
+def _message(error: Any) -> str:
+    """What an error says, without the name of its class that Dagster writes before it."""
+    return re.sub(rf"\A(?:\w+\.)*{re.escape(error.cls_name or '')}: ", "", error.message.strip())
 
 
 def _failed_checks(result: Any) -> "Iterator[str]":

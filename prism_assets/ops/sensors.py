@@ -43,14 +43,14 @@ def _inbox(project: Project) -> dg.SensorDefinition:
     )
     def inbox_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         """Registers settled files as shards and retires the shards of files that are gone."""
-        from prism_assets.corpus.inbox import scan
+        from prism_assets.corpus.candidates import scan_inbox
 
         lake: Lake = getattr(context.resources, project.named(LAKE))
-        candidates = project.settings.candidates
+        inbox = project.settings.candidates.inbox
         claim_home(Path(context.instance.root_directory), lake.folder, project.name)
-        if not candidates.inbox.is_dir():
-            return dg.SkipReason(f"There is no folder {candidates.inbox} yet.")
-        found = scan(candidates.inbox, lake.cache / "inbox.json", candidates.at_rest_seconds)
+        if not inbox.is_dir():
+            return dg.SkipReason(f"There is no folder {inbox} yet.")
+        found = scan_inbox(project.settings, lake)
         known = set(context.instance.get_dynamic_partitions(str(project.shards.name)))
         # A file that is being written keeps the shard it had until it is at rest; a new one waits.
         shard_of: dict[str, str] = json.loads(context.cursor) if context.cursor else {}

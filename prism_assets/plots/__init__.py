@@ -1,6 +1,6 @@
 """Plots of a selection and of what it bought: plain data in, PNG bytes out."""
 
-from prism_assets.plots.canvas import as_markdown_image
+from prism_assets.plots.canvas import as_data_uri, as_markdown_image
 from prism_assets.plots.pool import composition, score_histogram
 from prism_assets.plots.results import (
     paired_differences,
@@ -16,6 +16,7 @@ from prism_assets.plots.training import (
 )
 
 __all__ = [
+    "as_data_uri",
     "as_markdown_image",
     "composition",
     "first_order_gains",

@@ -65,7 +65,12 @@ STYLE: dict[RcKeyType, Any] = {
 def as_markdown_image(png: bytes, alt: str = "plot") -> str:
     """`png` as a Markdown image with a data URI, for Dagster's MetadataValue.md."""
     label = "".join(character for character in alt if character not in "[]()\n\r")
-    return f"![{label}](data:image/png;base64,{base64.b64encode(png).decode('ascii')})"
+    return f"![{label}]({as_data_uri(png)})"
+
+
+def as_data_uri(png: bytes) -> str:
+    """`png` as a data URI, for a page that holds its pictures."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:

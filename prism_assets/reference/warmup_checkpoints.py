@@ -10,6 +10,7 @@ from prism_assets.project import Check, Project
 from prism_assets.reference.checkpoints import write_checkpoints
 from prism_assets.resources.lake import Artifact, Folder
 from prism_assets.stage import Stage
+from prism_assets.stats.losses import quarter_means
 from prism_assets.work import Outcome, stage_of, the_whole
 
 LEARNED = Check("warmup_learned", "The loss fell during the warm-up.")
@@ -72,8 +73,7 @@ def _outcome(stage: Stage, checkpoints: Artifact, computed: int) -> Outcome:
     from prism_assets.plots import loss_curve
 
     losses: Any = checkpoints.notes["losses"]
-    window = max(1, len(losses) // 4)
-    first, last = sum(losses[:window]) / window, sum(losses[-window:]) / window
+    first, last = quarter_means(losses)
     metadata = {
         "steps": len(losses),
         "checkpoints": stage.settings.warmup.checkpoints,

@@ -161,16 +161,10 @@ def _plots(target: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
         found.append(("direction", caption, image))
     return {
         section: [
-            {"caption": caption, "uri": _data_uri(plots.as_markdown_image(image))}
-            for where, caption, image in found
-            if where == section
+            {"caption": caption, "uri": plots.as_data_uri(image)} for where, caption, image in found if where == section
         ]
         for section in ("outcome", "direction")
     }
-
-
-def _data_uri(markdown: str) -> str:
-    return markdown[markdown.index("(") + 1 : -1]
 
 
 def _direction_view(direction: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from prism_assets.metadata import picture
 from prism_assets.project import Check, Project
 from prism_assets.resources.lake import Artifact, Folder, Lake, hash_table
 from prism_assets.stage import Made, Stage
+from prism_assets.stats.losses import quarter_means
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:
@@ -129,9 +130,8 @@ def _outcome(stage: Stage, adapters: list[Artifact], computed: int) -> Outcome:
 
     falls = {}
     for adapter in adapters:
-        losses = adapter.notes["losses"]
-        window = max(1, len(losses) // 4)
-        falls[str(adapter.notes["seed"])] = sum(losses[:window]) / window - sum(losses[-window:]) / window
+        first_quarter, last_quarter = quarter_means(adapter.notes["losses"])
+        falls[str(adapter.notes["seed"])] = first_quarter - last_quarter
     first = adapters[0]
     metadata: dict[str, Any] = {
         "published_adapter": dg.MetadataValue.path(str(stage.lake.local(first))),
