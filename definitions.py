@@ -1,4 +1,4 @@
-"""The door for Dagster in a clone."""
+"""The code location of a clone, for Dagster."""
 
 from prism_assets.definitions import defs
 

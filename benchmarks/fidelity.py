@@ -84,7 +84,7 @@ def sketch_and_reranking(
     dims: Sequence[int],
     seeds: int,
 ) -> dict[str, Any]:
-    """Errors of inner products and scores by sketch dimension, and what exact re-ranking mends and costs.
+    """Errors of inner products and scores by sketch dimension, and what exact re-ranking corrects and costs.
 
     Scores are cosines of the candidates' gradients with the mean gradient of the targets. The re-ranked
     selection is the top 5% of a shortlist (`SHORTLIST` times as long, by sketched score) by the directional

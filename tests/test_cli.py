@@ -1,4 +1,4 @@
-"""`prism` from the outside: exit statuses, what is printed, and how light the door is."""
+"""`prism` from the outside: exit statuses, what is printed, and how little `prism --help` imports."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`prism`: a thin door to the same definitions that Dagster loads. One module a command.
+"""`prism`: the command line over the same definitions that Dagster loads. One module a command.
 
 Exit status: 0 done, 1 the work failed, 2 the user must change something (`errors` says which is which). Heavy imports
 live inside the commands: `prism --help` needs neither dagster nor torch.

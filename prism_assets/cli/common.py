@@ -43,7 +43,7 @@ def fail(message: str, status: int) -> typer.Exit:
 
 @contextmanager
 def expected_failures() -> Iterator[None]:
-    """Turn what users can mend, or what a step says of itself, into a message and a status."""
+    """Turn what users can change, or what a step says of itself, into a message and a status."""
     try:
         yield
     except PrismError as error:
@@ -91,7 +91,7 @@ def load_project(settings: "Settings") -> Loaded:
     return Loaded(project, definitions, stage_without_run(project, definitions))
 
 
-def walk(
+def run_steps(
     settings: "Settings", targets: Sequence[str] | None, steps: "Sequence[Step] | None" = None, quiet: bool = False
 ) -> "tuple[Loaded, list[StepResult]]":
     """Run the steps (by default all of `prism run`) and say what each came to."""

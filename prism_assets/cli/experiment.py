@@ -14,7 +14,7 @@ from prism_assets.cli.common import (
     print_json,
     print_table,
     read_settings,
-    walk,
+    run_steps,
 )
 
 
@@ -30,7 +30,7 @@ def experiment(
         known_targets(settings, target)
         from prism_assets.ops.pipeline import EXPERIMENT_STEPS
 
-        _, results = walk(settings, target, EXPERIMENT_STEPS)
+        _, results = run_steps(settings, target, EXPERIMENT_STEPS)
         page = settings.storage.report / "experiment.html"
         found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["targets"]
         found = {name: one for name, one in found.items() if not target or name in target}

@@ -17,7 +17,7 @@ from prism_assets.cli.common import (
     print_json,
     print_table,
     read_settings,
-    walk,
+    run_steps,
 )
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def run(
 
 
 def run_everything(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
-    """Walk all steps and show what they came to."""
-    _, results = walk(settings, targets)
+    """Run all steps and show what they came to."""
+    _, results = run_steps(settings, targets)
     report = settings.storage.report / "report.json"
     data = json.loads(report.read_text(encoding="utf-8"))
     if as_json:

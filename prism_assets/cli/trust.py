@@ -13,7 +13,7 @@ from prism_assets.cli.common import (
     print_json,
     print_table,
     read_settings,
-    walk,
+    run_steps,
 )
 
 
@@ -29,7 +29,7 @@ def trust(
         known_targets(settings, [target], "")
         from prism_assets.ops.pipeline import TRUST
 
-        loaded, _ = walk(settings, [target], [TRUST], quiet=True)
+        loaded, _ = run_steps(settings, [target], [TRUST], quiet=True)
         from prism_assets.trust.trust import trust_of
         from prism_assets.trust.verdict import findings
 

@@ -1,7 +1,7 @@
 """Benchmarks that people know: tasks of lm-eval's harness (EleutherAI/lm-evaluation-harness) on a model in memory.
 
 A task goes by the harness's name (`arc_easy`), whose data come from the hub or its cache, or by the path of a task file
-(YAML) whose data may lie beside it. This is the door to the harness: it reads task files and data, nothing of the lake.
+(YAML) whose data may lie beside it. This module alone calls the harness: it reads task files and data, nothing of the lake.
 """
 
 import copy

@@ -4,7 +4,7 @@
     <folder>/data/      train.parquet, README.md: what datasets.load_dataset reads
 
 Adapters in the lake are shared by strategies that select equal rows, so they say nothing of how their rows were found;
-a card does, and is written here only. `export` is the door: it reads from the lake and writes files. `adapter_card` and
+a card does, and is written here only. `export` is called from outside: it reads from the lake and writes files. `adapter_card` and
 `data_card` turn what it found into text.
 """
 

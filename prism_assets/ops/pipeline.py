@@ -43,7 +43,7 @@ def _step(title: str, names: Sequence[str]) -> Step:
 STEPS: tuple[Step, ...] = steps_of_run()
 # Not among the steps of `prism run`: it would cost every run minutes.
 TRUST = _step("Trust", ["trust"])
-# What `prism experiment` walks: what all trials share, then the trials.
+# The steps of `prism experiment`: what all trials share, then the trials.
 EXPERIMENT_STEPS: tuple[Step, ...] = (
     *STEPS[: [step.title for step in STEPS].index("Index") + 1],
     _step("Experiment", ["experiment_trials", "experiment"]),
@@ -99,7 +99,7 @@ def run_pipeline(
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The graph of a project on an instance, walked step by step."""
+    """The graph of a project on an instance, run step by step."""
 
     project: Project
     definitions: "dg.Definitions"

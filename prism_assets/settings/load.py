@@ -1,4 +1,4 @@
-"""Reading `prism.yaml`: environment variables laid over it, errors that name file, key and mend, absolute paths.
+"""Reading `prism.yaml`: environment variables laid over it, errors that name file, key and what to do, absolute paths.
 
 `PRISM_SELECTION__BUDGET=10%` sets `selection.budget`. Relative paths are relative to the file that names them.
 `PRISM_CONFIG` names the file where no other is given.
@@ -33,7 +33,7 @@ def config_path(given: str | os.PathLike | None = None) -> Path:
 def load_settings(given: str | os.PathLike | None = None) -> Settings:
     """Read, override from the environment, validate, and make paths absolute.
 
-    Raises SettingsError that names the file, the key and the mend.
+    Raises SettingsError that names the file, the key and what to do.
     """
     path = config_path(given)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The lake: immutable, self-describing artefacts, and DuckDB as the lens over them.
+"""The lake: immutable, self-describing artefacts, and DuckDB views over them.
 
 Layout of the store below `root`:
 
@@ -325,7 +325,7 @@ class Lake:
         with self.store.disk_errors(f"the cache entry {name}"):
             self.store.put(f"cache/{name}", lambda path: path.write_bytes(data + _checksum(data)), durable=False)
 
-    # -- the lens ----------------------------------------------------------------------------------------------
+    # -- the views ---------------------------------------------------------------------------------------------
 
     @property
     def catalog_path(self) -> Path:

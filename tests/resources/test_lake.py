@@ -1,4 +1,4 @@
-"""The lake: what identifies an artefact, what publishing promises when things go wrong, and the DuckDB lens."""
+"""The lake: what identifies an artefact, what publishing promises when things go wrong, and the DuckDB views."""
 
 import errno
 import json
@@ -534,7 +534,7 @@ def test_names_from_data_never_leave_the_lake(lake, tmp_path):
     assert {entry["partition"] for entry in lake.heads("t")} == set(AWKWARD)
 
 
-# -- the lens ----------------------------------------------------------------------------------------------------
+# -- the views ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["plain", "it's [a] lake *"])
