@@ -765,6 +765,25 @@ def test_a_killed_run_resumes_at_the_block(copy, monkeypatch):
         assert interrupted.selection(name).content_hash == straight.selection(name).content_hash
 
 
+@pytest.mark.parametrize(
+    ("raised", "becomes", "said"),
+    [(KeyboardInterrupt(), KeyboardInterrupt, ""), (RuntimeError("no disk"), PipelineError, "the run failed: .*disk")],
+)
+def test_a_run_that_fails_outside_of_its_steps_says_why(copy, raised, becomes, said):
+    from prism_assets.definitions import build_definitions
+    from prism_assets.ops.pipeline import run_pipeline
+    from prism_assets.project import Project as Named
+
+    def starts(_):
+        raise raised
+
+    project = copy()
+    store = dg.ResourceDefinition(starts)  # Dagster starts it before the first step
+    definitions = build_definitions(project.settings, {"vector_store": store})
+    with pytest.raises(becomes, match=said):
+        run_pipeline(Named.of(project.settings), definitions, project.instance, steps=STEPS[:1])
+
+
 def test_damaged_artefacts_are_rebuilt_by_the_next_run_and_nothing_else_is(copy):
     project = copy()
     tables = ("candidates", "feature_blocks", "index_segments", "target_directions", "selection", "adapters")

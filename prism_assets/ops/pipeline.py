@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from prism_assets.stage import Stage
 
 
+_INTERRUPTS = ("KeyboardInterrupt", "DagsterExecutionInterruptedError")
+
+
 class Step(NamedTuple):
     """One Dagster run: assets of one partitions definition."""
 
@@ -204,8 +207,8 @@ class Pipeline:
             raise_on_error=False,
         )
         if not result.success:
-            if any(error.cls_name == "DagsterExecutionInterruptedError" for error in _errors(result)):
-                raise KeyboardInterrupt  # Dagster turned Ctrl-C into a failed step
+            if any(error.cls_name in _INTERRUPTS for error in _errors(result)):
+                raise KeyboardInterrupt  # Dagster turned Ctrl-C into a failed step, or between steps into a failed run
             raise (RunRefused if _is_mistake(result) else PipelineError)(_reason(step, result))
         return result.run_id, _computed(result), list(_failed_checks(result))
 
@@ -242,10 +245,17 @@ def _range(keys: Sequence[str]) -> dict[str, str]:
 def _errors(result: Any) -> "Iterator[Any]":
     """Every error of a failed run, wrapped ones included."""
     for event in result.all_events:
-        error = event.step_failure_data.error if event.is_step_failure else None
+        error = _error_of(event)
         while error is not None:
             yield error
             error = error.cause
+
+
+def _error_of(event: Any) -> Any:
+    """The error of a step that failed, or of a run that failed outside of its steps; None of any other event."""
+    if event.is_step_failure:
+        return event.step_failure_data.error
+    return event.job_failure_data.error if event.is_job_failure else None
 
 
 def _is_mistake(result: Any) -> bool:
@@ -256,13 +266,13 @@ def _is_mistake(result: Any) -> bool:
 def _reason(step: Step, result: Any) -> str:
     """What a failed step itself said, without Dagster's wrapping and without the traceback that the UI shows."""
     for event in result.all_events:
-        if event.is_step_failure:
-            error = event.step_failure_data.error
+        error = _error_of(event)
+        if error is not None:
             # Not further down: what the step raised says more than what made it do so.
-            while error is not None and error.cause is not None and str(error.cls_name).startswith("Dagster"):
+            while error.cause is not None and str(error.cls_name).startswith("Dagster"):
                 error = error.cause
-            message = _message(error) if error else "no reason was given"
-            return f"{step.title}: {event.step_key} failed: {message}\n(run {result.run_id})"
+            what = event.step_key or "the run"
+            return f"{step.title}: {what} failed: {_message(error)}\n(run {result.run_id})"
     return f"{step.title}: the run {result.run_id} failed."
 
 
