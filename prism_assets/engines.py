@@ -13,8 +13,9 @@ from prism_assets.stage import Stage
 def build_engines(settings: Settings) -> dict[str, Any]:
     """The engines by the names that `build_definitions(resource_overrides=...)` takes."""
     model = settings.model
+    lake = Lake(root=str(settings.storage.root))
     return {
-        LAKE: Lake(root=str(settings.storage.root)),
+        LAKE: lake,
         MODEL: LanguageModel(
             name=model.name,
             revision=model.revision,
@@ -22,7 +23,7 @@ def build_engines(settings: Settings) -> dict[str, Any]:
             dtype=model.dtype,
             device=model.device,
             trust_remote_code=model.trust_remote_code,
-            cache=str(settings.storage.root / "cache"),
+            known_hashes=str(lake.cache_file("model-files.json")),
         ),
         INDEX: VectorStore(device=model.device),
     }

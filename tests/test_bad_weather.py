@@ -459,7 +459,7 @@ def test_a_flipped_bit_fails_the_run_that_reads_it_by_name_and_the_next_run_rebu
 def test_remembered_scores_that_were_damaged_are_computed_again(undisturbed, tmp_path):
     project = undisturbed.copy(tmp_path / "copy")
     lake = project.lake
-    entries = sorted((lake.cache / "scores").glob("*/*"))
+    entries = sorted(lake.cache_file("scores").glob("*/*"))
     assert len(entries) == 2 * len(shard_keys(project)) // 2  # one direction is selected with: `prism`
     good = entries[0].read_bytes()
     entries[0].write_bytes(good[:8] + bytes([good[8] ^ 1]) + good[9:])  # as long as before, one bit flipped
@@ -528,7 +528,7 @@ def test_a_disk_that_fills_up_while_scores_are_remembered(undisturbed, tmp_path,
     with pytest.raises(LakeError, match="is full"):
         lake.remember("scores/a/b", b"1234")
     assert lake.recall("scores/a/b") is None
-    assert not list((lake.cache / "scores").rglob("*.*")) and not list((lake.folder / "unpublished").iterdir())
+    assert not list(lake.cache_file("scores").rglob("*.*")) and not list((lake.folder / "unpublished").iterdir())
     monkeypatch.undo()
     lake.remember("scores/a/b", b"1234")
     assert lake.recall("scores/a/b") == b"1234"

@@ -53,7 +53,7 @@ def scan_inbox(settings: "Settings", lake: "Lake", at_rest_seconds: float | None
     from prism_assets.corpus.inbox import scan
 
     rest = settings.candidates.at_rest_seconds if at_rest_seconds is None else at_rest_seconds
-    return scan(settings.candidates.inbox, lake.cache / "inbox.json", rest)
+    return scan(settings.candidates.inbox, lake.cache_file("inbox.json"), rest)
 
 
 def pending_candidates(stage: Stage, keys: Sequence[str]) -> list[str]:

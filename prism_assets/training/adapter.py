@@ -110,7 +110,7 @@ def _train(stage: Stage, key: str, tokens: "pa.Table", seed: int, folder: Path) 
             gradient_accumulation=options.gradient_accumulation,
             pad_token_id=pad_token_id(stage.model.tokenizer()),
             report_to=options.report_to,
-            tracking=stage.settings.storage.root / "tracking" / Path(*split_key(key)) / f"seed-{seed}",
+            tracking=stage.lake.log_folder(*split_key(key), f"seed-{seed}"),
             run_name=f"{'/'.join(split_key(key))}/seed-{seed}",
             progress=lambda done, _, loss: progress.update(done, f"(loss {loss:.3f})"),
         )

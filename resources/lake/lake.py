@@ -6,6 +6,7 @@ Layout of the store below `root`:
     heads/<table>/<scope>/<partition>.json                    which artefact a partition shows now
     unpublished/                                              half-written things; always safe to delete
     cache/                                                    what can be recomputed at no harm (file hashes)
+    tracking/                                                 what other tools log of a run; no part of any artefact
     prism.duckdb                                              views over all of it; delete it at any time
 
 An artefact is published by one atomic step to a key that names its fingerprint. Whoever loses a race finds the winner's
@@ -304,12 +305,13 @@ class Lake:
 
     # -- what is remembered ------------------------------------------------------------------------------------
 
-    @property
-    def cache(self) -> Path:
-        """A folder for what can be computed again at any time."""
-        path = self.store.local("cache")
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+    def cache_file(self, name: str) -> Path:
+        """A file that may be deleted at any time, for one who remembers things in a form of its own."""
+        return self.store.local(f"cache/{name}")
+
+    def log_folder(self, *names: str) -> Path:
+        """Where other tools write about a run, TensorBoard its event files: beside the artefacts, part of none."""
+        return self.store.local("/".join(("tracking", *names)))
 
     def recall(self, name: str) -> bytes | None:
         """What was remembered under this name, or None where nothing was, or it is damaged."""

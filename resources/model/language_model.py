@@ -27,7 +27,7 @@ _loaded: dict[tuple, Any] = {}
 class LanguageModel:
     """Any Hugging Face causal language model, by hub name and revision or by folder; safetensors only.
 
-    `cache` is a folder where hashes of large files are remembered, keyed by path, size and modification time.
+    `known_hashes` is a file where hashes of large files are remembered, keyed by path, size and modification time.
     """
 
     name: str
@@ -36,7 +36,7 @@ class LanguageModel:
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
-    cache: str | None = None
+    known_hashes: str | None = None
 
     # -- identity ----------------------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ class LanguageModel:
         return self._hash(folder, matching(folder, ("adapter_config.json", "adapter_model.safetensors")))
 
     def _hash(self, folder: Path, files: list[Path]) -> str:
-        known = FileHashes(Path(self.cache) / "model-files.json" if self.cache else None)
+        known = FileHashes(Path(self.known_hashes) if self.known_hashes else None)
         # The hub's cache holds links: by the file that a link leads to, its content is hashed once for all revisions.
         parts = [f"{file.relative_to(folder).as_posix()}:{known.sha256(file.resolve())}" for file in files]
         known.save()

@@ -34,7 +34,7 @@ def test_compaction_makes_one_segment_of_many_and_changes_no_selection(project):
     after = project.selection("prism")
     assert after.content_hash == before.content_hash
     # Not only because scores were remembered: asked anew, the compacted segment says the same.
-    for path in (project.lake.cache / "scores").rglob("*"):
+    for path in project.lake.cache_file("scores").rglob("*"):
         path.unlink() if path.is_file() else None
     project.lake.local(project.lake.head("selection", "prism|plain")).unlink()
     project.run()

@@ -90,7 +90,7 @@ def test_identity_depends_on_weights_tokenizer_and_adapter(folder, adapter):
 def test_hashes_are_remembered_and_renewed_when_a_file_changes(folder, tmp_path):
     for file in folder.iterdir():
         os.utime(file, (1, 1))  # a file that was changed a moment ago is not remembered
-    cached = of(folder, cache=str(tmp_path / "cache"))
+    cached = of(folder, known_hashes=str(tmp_path / "cache" / "model-files.json"))
     first = cached.identify()
     assert first == of(folder).identify() == cached.identify()
     remembered = json.loads((tmp_path / "cache" / "model-files.json").read_text())
@@ -114,7 +114,8 @@ def test_what_was_remembered_is_not_read_again_through_links_either(folder, tmp_
         (links / file.name).symlink_to(file)
     monkeypatch.setattr("hashlib.file_digest", None)
     assert (
-        of(links, cache=str(tmp_path)).identify().fingerprint == of(folder, cache=str(tmp_path)).identify().fingerprint
+        of(links, known_hashes=str(tmp_path / "model-files.json")).identify().fingerprint
+        == of(folder, known_hashes=str(tmp_path / "model-files.json")).identify().fingerprint
     )
     assert json.loads((tmp_path / "model-files.json").read_text()) == entries
 
