@@ -204,26 +204,14 @@ def _oracle(stage: Any, name: str, rows: Any, budget: int, seed: int) -> dict[st
     """Fine-tuned on right rows drawn at random, as many as the others get (all, where there are fewer)."""
     from prism_assets.corpus.token_tables import from_table
     from prism_assets.evaluation.scores import score_records
-    from prism_assets.sft.trainer import fine_tune, pad_token_id
+    from prism_assets.reference.engine import gradient_engine
+    from prism_assets.sft.trainer import Training, fine_tune
 
     drawn = sorted(Random(seed).sample(range(rows.num_rows), min(budget, rows.num_rows)))
-    options = stage.settings.training
     records = stage.lake.read_table(stage.shown("eval_examples", name))
     with stage.adapted(seed=seed) as peft_model:
-        fine_tune(
-            peft_model,
-            from_table(rows.take(drawn)),
-            seed=seed,
-            epochs=options.epochs,
-            max_steps=options.steps,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            warmup_ratio=options.warmup_ratio,
-            scheduler=options.scheduler,
-            weight_decay=options.weight_decay,
-            gradient_accumulation=options.gradient_accumulation,
-            pad_token_id=pad_token_id(stage.model.tokenizer()),
-        )
+        training = Training(**stage.settings.training.model_dump())
+        fine_tune(gradient_engine(stage, peft_model), from_table(rows.take(drawn)), training, seed=seed)
         _, means = score_records(stage, peft_model, records)
     return {**_metrics(means), "precision": 1.0}
 

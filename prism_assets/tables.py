@@ -141,7 +141,7 @@ ASSETS: list[Asset] = [
     Asset(
         "warmup_checkpoints",
         "prism_assets.reference.warmup_checkpoints",
-        (Table("warmup_checkpoints", 1, "warmup", on_cards=True),),
+        (Table("warmup_checkpoints", 2, "warmup", on_cards=True),),
         condition="follow",
         reads=("warmup", "lora", "model"),
         job="refresh_pool",
@@ -251,7 +251,7 @@ ASSETS: list[Asset] = [
     Asset(
         "adapter",
         "prism_assets.training.adapter",
-        (Table("adapters", 1),),
+        (Table("adapters", 2),),
         partitions="target_strategy",
         condition="follow",
         reads=("training", "seeds", "lora", "model"),

@@ -74,6 +74,11 @@ def generate(
     return results
 
 
+def pad_token_id(tokenizer: Any) -> int:
+    """The token that fills batches; it is masked everywhere, so EOS serves where the tokenizer has none."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
 @contextmanager
 def _plain_decoding(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, and `config` as the model's own: generate() takes what it is not told from there."""

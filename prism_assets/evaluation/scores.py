@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 from prism_assets.corpus.encoding import encoder_of
 from prism_assets.corpus.target_set import target_set
 from prism_assets.identity import base_key, split_key
+from prism_assets.reference.engine import gradient_engine
 from prism_assets.resources.lake import Artifact, Rows
 from prism_assets.stage import Made, Stage
 from prism_assets.training.adapter import adapter_state
@@ -51,15 +52,12 @@ def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> t
 
     from prism_assets.corpus.token_tables import prompt_tokens
     from prism_assets.evaluation.answers import exact_match
-    from prism_assets.evaluation.generation import generate
+    from prism_assets.evaluation.generation import generate, pad_token_id
     from prism_assets.evaluation.metrics import held_out
-    from prism_assets.gradients.engine import GradientEngine
-    from prism_assets.sft.trainer import pad_token_id
 
     settings, tokenizer = stage.settings, stage.model.tokenizer()
     records = target_set(table)
-    engine = GradientEngine(peft_model, token_budget=settings.features.token_budget)
-    log_probs = engine.mean_log_probs(records.examples)
+    log_probs = gradient_engine(stage, peft_model).mean_log_probs(records.examples)
     chosen = log_probs[: records.size]
     margins = records.scores(log_probs) if records.pairs else None
     means: dict[str, Any] = {**held_out(chosen, margins), "exact_match": None, "records": records.size}

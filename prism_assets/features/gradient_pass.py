@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_assets.progress import uncounted
 from prism_assets.reference.checkpoints import WarmupCheckpoint, read_checkpoints
+from prism_assets.reference.engine import gradient_engine
 from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
@@ -42,11 +43,9 @@ class GradientPass:
     def _build(self) -> "GradientEngine":
         from peft import get_peft_model_state_dict
 
-        from prism_assets.gradients.engine import GradientEngine
-
         peft_model = self._stack.enter_context(self.stage.adapted())
         self._start = {name: value.clone() for name, value in get_peft_model_state_dict(peft_model).items()}
-        return GradientEngine(peft_model, token_budget=self.stage.settings.features.token_budget)
+        return gradient_engine(self.stage, peft_model)
 
     def projection(self, engine: "GradientEngine") -> "Projection":
         """The sketch of the settings, or exact features."""

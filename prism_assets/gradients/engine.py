@@ -33,17 +33,15 @@ from prism_assets.gradients.batching import (
     Progress,
     build_batch,
     check_examples,
-    context_length,
-    default_token_budget,
-    plan_batches,
 )
 from prism_assets.gradients.collectors import Collector, SketchingCollector, StackingCollector, SummingCollector
 from prism_assets.gradients.head import log_probs_of_logits, token_log_probs
 from prism_assets.gradients.last_layer import gather, replaced_forward
 from prism_assets.gradients.lora import find_adapted_layers, tapped
-from prism_assets.gradients.memory import checkpointed, halves, is_out_of_memory, release_memory
+from prism_assets.gradients.memory import Activations, MemoryLimit, measure_activations, recomputed
 from prism_assets.gradients.preconditioner import Preconditioner
 from prism_assets.gradients.probe import OutputEmbeddings, find_last_layer, probe
+from prism_assets.gradients.runner import BatchRunner
 from prism_assets.gradients.sketch import Projection
 from prism_assets.gradients.transfer import HostCopy, Result, a_batch_late, to_device
 from prism_assets.gradients.vectors import norm
@@ -72,10 +70,11 @@ class WeightedGradient(NamedTuple):
 class GradientEngine:
     """Runs gradient passes of a causal language model with one LoRA adapter. The model is used, not changed.
 
-    token_budget: padded tokens in a batch; by default a figure for the kind of device. A batch that does not
-    fit the memory is halved until it does, and later batches keep to the size that fitted.
-    gradient_checkpointing: recompute each decoder layer in the backward pass instead of keeping its
-    activations.
+    token_budget: padded tokens in a batch; by default a figure for the kind of device.
+    memory: bytes that the process may hold on the device; by default as much as is free there. A batch that
+    does not fit is halved until it does (`memory`).
+    recompute: each decoder layer's activations are computed again in the backward pass instead of being kept:
+    always (True), never (False) or, by default, where an example would not fit otherwise. No result depends on it.
 
     Raises UnsupportedModelError, naming the module, for what it cannot do: DoRA and other variants, adapted
     embeddings, convolutions or stacked experts, routed experts, modules_to_save, trained biases, quantised or
@@ -83,7 +82,12 @@ class GradientEngine:
     """
 
     def __init__(
-        self, model: PeftModel, *, token_budget: int | None = None, gradient_checkpointing: bool = False
+        self,
+        model: PeftModel,
+        *,
+        token_budget: int | None = None,
+        memory: int | None = None,
+        recompute: bool | None = None,
     ) -> None:
         self.model = model
         self.layers = find_adapted_layers(model)
@@ -95,14 +99,10 @@ class GradientEngine:
         self.parameter_shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
         self.num_parameters = sum(value.numel() for value in self.parameters.values())
         self.device = self.layers[0].weight.device
-        self.token_budget = default_token_budget(self.device) if token_budget is None else int(token_budget)
-        if self.token_budget < 1:
-            raise ValueError(f"token_budget must be positive, not {token_budget}")
-        self.gradient_checkpointing = gradient_checkpointing
         self._modules, self._all_parameters = list(model.modules()), list(model.parameters())
         self._config = model.config.get_text_config()
         self._head = OutputEmbeddings(model, self.layers)
-        self._fits_tokens: int | None = None  # lowered by running out of memory
+        self._runner = BatchRunner(MemoryLimit(self.device, memory), token_budget, recompute, self._measured)
         with self._prepared():
             self._transform = probe(model, self.layers, self._head)
             self._last_layer = find_last_layer(model, self._head)
@@ -118,7 +118,8 @@ class GradientEngine:
         """s of each example, float64 [n], by forward passes alone."""
         self._check(examples)
         result = np.empty(len(examples))
-        for batch, copy in self._run(examples, lambda batch: HostCopy(self._log_prob_sums(batch) / batch.counts)):
+        run = self._run(examples, lambda batch: HostCopy(self._log_prob_sums(batch) / batch.counts), backward=False)
+        for batch, copy in run:
             (result[batch.positions],) = copy.arrays()
         return result
 
@@ -181,9 +182,14 @@ class GradientEngine:
         for batch, gradients in self._run(examples, run_batch):
             yield batch.positions, gradients
 
-    def weighted_gradient(self, examples: Sequence[Example], weights: Sequence[float] | np.ndarray) -> WeightedGradient:
+    def weighted_gradient(
+        self, examples: Sequence[Example], weights: Sequence[float] | np.ndarray, *, training: bool = False
+    ) -> WeightedGradient:
         """The gradient of sum_j w_j s_j, summed over the examples inside the matrix products of the backward
-        pass."""
+        pass.
+
+        training: modules stay in the mode that they are in, so that dropout is drawn where it is on.
+        """
         weights = np.asarray(weights, dtype=np.float64)
         if weights.shape != (len(examples),) or not np.isfinite(weights).all():
             raise ValueError(f"{len(examples)} examples need as many finite weights, not {weights.shape}")
@@ -202,7 +208,7 @@ class GradientEngine:
             return HostCopy(sums / batch.counts), collector.gradients
 
         mean_log_probs = np.empty(len(examples))
-        for batch, (copy, gradients) in self._run(examples, run_batch):
+        for batch, (copy, gradients) in self._run(examples, run_batch, training=training):
             (mean_log_probs[batch.positions],) = copy.arrays()
             for name, gradient in gradients.items():
                 total[name] += gradient
@@ -297,57 +303,54 @@ class GradientEngine:
         longest = getattr(self._config, "max_position_embeddings", None)
         check_examples(examples, self.model.get_input_embeddings().num_embeddings, longest)
 
-    def _run(self, examples: Sequence[Example], run_batch: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
-        """Plans the batches and runs them, one ahead of what is yielded."""
-        return a_batch_late(self._run_batches(examples, run_batch))
-
-    def _run_batches(
-        self, examples: Sequence[Example], run_batch: Callable[[Batch], Result]
+    def _run(
+        self,
+        examples: Sequence[Example],
+        run_batch: Callable[[Batch], Result],
+        *,
+        backward: bool = True,
+        training: bool = False,
     ) -> Iterator[tuple[Batch, Result]]:
-        pending = list(reversed(plan_batches([context_length(example) for example in examples], self.token_budget)))
-        while pending:
-            positions = pending.pop()
-            width = context_length(examples[positions[0]])
-            if self._fits_tokens is not None and len(positions) > 1 and len(positions) * width > self._fits_tokens:
-                pending += halves(positions)
-                continue
+        """Plans the batches and runs them, one ahead of what is yielded."""
+
+        def run(positions: list[int], recompute: bool) -> tuple[Batch, Result]:
             batch = build_batch(examples, positions, self.device)
-            try:
-                with self._prepared():  # a batch at a time: between batches the model is the caller's
-                    result = run_batch(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                result = None
-            if result is None:
-                if len(positions) == 1:
-                    raise MemoryError(
-                        f"example {positions[0]} alone ({width} tokens) does not fit the memory of "
-                        f"{self.device}: turn gradient checkpointing on, or lower the maximal length"
-                    )
-                self._fits_tokens = len(positions) * width // 2
-                pending += halves(positions)
-                release_memory(self.device)
-                continue
-            yield batch, result
+            # A batch at a time: between batches the model is the caller's.
+            with self._prepared(recompute=recompute, training=training):
+                return batch, run_batch(batch)
+
+        return a_batch_late(self._runner.run(examples, run, backward))
+
+    def _measured(self) -> Activations:
+        """What a pass keeps, measured on two short ones."""
+        longest = getattr(self._config, "max_position_embeddings", None)
+
+        def forward(width: int) -> Tensor:
+            ids = np.arange(width + 1) % self.model.get_input_embeddings().num_embeddings
+            with torch.enable_grad():
+                return self._token_log_probs(build_batch([_Probe(ids, np.arange(width + 1) > 0)], [0], self.device))
+
+        with self._prepared():
+            return measure_activations(self._modules, self._all_parameters, longest, forward)
 
     # The model's state
 
     @contextmanager
-    def _prepared(self) -> Iterator[None]:
-        """Evaluation mode, no parameter requires grad, adapted layers tapped; all as before on exit."""
-        training = [module for module in self._modules if module.training]
+    def _prepared(self, *, recompute: bool = False, training: bool = False) -> Iterator[None]:
+        """Evaluation mode (not for `training`), no parameter requires grad, adapted layers tapped; all as before
+        on exit."""
+        training_modules = [] if training else [module for module in self._modules if module.training]
         trainable = [parameter for parameter in self._all_parameters if parameter.requires_grad]
         with ExitStack() as stack:
-            stack.callback(lambda: [setattr(module, "training", True) for module in training])
+            stack.callback(lambda: [setattr(module, "training", True) for module in training_modules])
             stack.callback(lambda: [parameter.requires_grad_(True) for parameter in trainable])
-            for module in training:  # not model.eval(), which costs more than a small model's batch
+            for module in training_modules:  # not model.eval(), which costs more than a small model's batch
                 module.training = False
             for parameter in trainable:
                 parameter.requires_grad_(False)
             stack.enter_context(tapped(self.layers))
-            if self.gradient_checkpointing:
-                stack.enter_context(checkpointed(self._modules))
+            if recompute:
+                stack.enter_context(recomputed(self._modules))
             yield
 
     @contextmanager
@@ -363,6 +366,13 @@ class GradientEngine:
         finally:
             for tensor, dtype in narrow:
                 tensor.data = tensor.data.to(dtype)
+
+
+class _Probe(NamedTuple):
+    """An example of nothing in particular."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
 
 
 def _sum_by_example(log_probs: Tensor, batch: Batch) -> Tensor:

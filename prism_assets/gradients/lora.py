@@ -46,6 +46,7 @@ class AdaptedLinear:
         self.factor_a: nn.Parameter = module.lora_A[adapter].weight  # [r, in]
         self.factor_b: nn.Parameter = module.lora_B[adapter].weight  # [out, r]
         self.scaling = float(module.scaling[adapter])
+        self.dropout: nn.Module = module.lora_dropout[adapter]  # in front of A; nothing where it has none
         self.base: Any = module.get_base_layer()  # a linear layer or GPT-2's Conv1D
         self.collector: GradientCollector | None = None  # where the next backward pass reports to
 
@@ -54,18 +55,26 @@ class AdaptedLinear:
         """The frozen weight, [out, in] (a transposed view for GPT-2's Conv1D)."""
         return self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """inputs [..., in] -> outputs [..., out], down = s X A^T [..., r] in the adapter's dtype."""
+    def noise(self, inputs: Tensor) -> Tensor | None:
+        """What dropout multiplies A's inputs with, of their shape, in training mode; None where there is no dropout."""
+        if not (self.module.training and isinstance(self.dropout, nn.Dropout) and self.dropout.p > 0):
+            return None
+        return F.dropout(torch.ones_like(inputs, dtype=self.factor_a.dtype), self.dropout.p)
+
+    def forward(self, inputs: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """inputs [..., in] -> outputs [..., out], down = s (noise * X) A^T [..., r] in the adapter's dtype."""
         factor_a, factor_b = self.factor_a, self.factor_b
         outputs = F.linear(inputs, self.weight, self.base.bias)
-        down = F.linear(inputs.to(factor_a.dtype), factor_a) * self.scaling
+        down = F.linear(_times(inputs.to(factor_a.dtype), noise), factor_a) * self.scaling
         if outputs.dtype == down.dtype:  # one product that adds in place, no pass over the outputs
             outputs.view(-1, outputs.shape[-1]).addmm_(down.view(-1, down.shape[-1]), factor_b.t())
         else:  # a half-precision model with an fp32 adapter: add in fp32, as PEFT does
             outputs = (outputs + F.linear(down, factor_b)).to(outputs.dtype)
         return outputs, down
 
-    def backward(self, output_gradient: Tensor, needs_input_gradient: bool) -> tuple[Tensor | None, Tensor]:
+    def backward(
+        self, output_gradient: Tensor, needs_input_gradient: bool, noise: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         """output_gradient dY [..., out] -> dX [..., in] (or None), up = s dY B [..., r]."""
         factor_a, factor_b = self.factor_a, self.factor_b
         # B^T is made contiguous because the product with a narrow, strided matrix is several times slower.
@@ -74,10 +83,10 @@ class AdaptedLinear:
         if not needs_input_gradient:
             return None, up
         gradient = output_gradient @ self.weight
-        if gradient.dtype == up.dtype:
+        if gradient.dtype == up.dtype and noise is None:
             gradient.view(-1, gradient.shape[-1]).addmm_(up.view(-1, up.shape[-1]), factor_a)
         else:
-            gradient = (gradient + up @ factor_a).to(gradient.dtype)
+            gradient = (gradient + _times(up @ factor_a, noise)).to(gradient.dtype)
         return gradient, up
 
 
@@ -89,18 +98,22 @@ class _TappedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, inputs: Tensor, anchor: Tensor, layer: AdaptedLinear) -> Tensor:
-        outputs, down = layer.forward(inputs)
+    def forward(ctx, inputs: Tensor, anchor: Tensor, noise: Tensor | None, layer: AdaptedLinear) -> Tensor:
+        outputs, down = layer.forward(inputs, noise)
         ctx.layer, ctx.collector = layer, layer.collector
-        ctx.save_for_backward(inputs, down)
+        ctx.save_for_backward(inputs, down, noise)
         return outputs
 
     @staticmethod
-    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        inputs, down = ctx.saved_tensors
-        gradient, up = ctx.layer.backward(output_gradient, ctx.needs_input_grad[0])
-        ctx.collector.collect(ctx.layer, inputs, down, output_gradient, up)
-        return gradient, None, None
+    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        inputs, down, noise = ctx.saved_tensors
+        gradient, up = ctx.layer.backward(output_gradient, ctx.needs_input_grad[0], noise)
+        ctx.collector.collect(ctx.layer, _times(inputs, noise), down, output_gradient, up)
+        return gradient, None, None, None
+
+
+def _times(values: Tensor, noise: Tensor | None) -> Tensor:
+    return values if noise is None else values * noise
 
 
 @contextmanager
@@ -110,11 +123,12 @@ def tapped(layers: list[AdaptedLinear]) -> Iterator[None]:
 
     def forward_of(layer: AdaptedLinear):
         def forward(inputs: Tensor) -> Tensor:
+            noise = layer.noise(inputs)
             if not torch.is_grad_enabled():
-                return layer.forward(inputs)[0]
+                return layer.forward(inputs, noise)[0]
             if inputs.device not in anchors:
                 anchors[inputs.device] = torch.zeros((), device=inputs.device, requires_grad=True)
-            return _TappedLinear.apply(inputs, anchors[inputs.device], layer)
+            return _TappedLinear.apply(inputs, anchors[inputs.device], noise, layer)
 
         return forward
 

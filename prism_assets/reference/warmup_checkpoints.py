@@ -8,6 +8,7 @@ import dagster as dg
 from prism_assets.metadata import picture
 from prism_assets.project import Check, Project
 from prism_assets.reference.checkpoints import write_checkpoints
+from prism_assets.reference.engine import gradient_engine
 from prism_assets.resources.lake import Artifact, Folder
 from prism_assets.stage import Stage
 from prism_assets.stats.losses import quarter_means
@@ -48,21 +49,19 @@ def build(project: Project) -> dg.AssetsDefinition:
 def _train(stage: Stage, sample: Artifact, folder: Path) -> dict[str, Any]:
     """Train and write the checkpoints; returns what is noted of them."""
     from prism_assets.corpus.token_tables import from_table
-    from prism_assets.sft.trainer import fine_tune, number_of_steps, pad_token_id
+    from prism_assets.sft.trainer import Training, fine_tune
 
     warmup = stage.settings.warmup
     examples = from_table(stage.lake.read_table(sample))
-    steps = number_of_steps(len(examples), warmup.epochs, None, warmup.batch_size, 1)
+    training = Training(epochs=warmup.epochs, batch_size=warmup.batch_size, learning_rate=warmup.learning_rate)
+    steps = training.number_of_steps(len(examples))
     with stage.adapted(seed=warmup.seed) as peft_model, stage.progress("warm-up", steps, "steps") as progress:
         result = fine_tune(
-            peft_model,
+            gradient_engine(stage, peft_model),
             examples,
+            training,
             seed=warmup.seed,
-            epochs=warmup.epochs,
-            batch_size=warmup.batch_size,
-            learning_rate=warmup.learning_rate,
             checkpoints=warmup.checkpoints,
-            pad_token_id=pad_token_id(stage.model.tokenizer()),
             progress=lambda done, _, loss: progress.update(done, f"(loss {loss:.3f})"),
         )
     write_checkpoints(folder, result.checkpoints)

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
 
 from prism_assets.settings.budget import Budget, parse_budget
 
@@ -223,6 +223,16 @@ def _safe_name(name: str) -> str:
     return name
 
 
+class ExecutionSettings(Section):
+    """What the work may take. No result depends on it, up to the rounding of larger or smaller matrix products."""
+
+    memory: Literal["auto"] | ByteSize = Field(
+        default="auto",
+        description="what a process may hold where it computes, the model included: 6GB, say; auto: what is free, less a "
+        "tenth. Batches are halved and activations recomputed to keep to it",
+    )
+
+
 class Settings(Section):
     """All of `prism.yaml`. Every key is optional but the data: `candidates.inbox` has a default, `targets` none."""
 
@@ -244,6 +254,7 @@ class Settings(Section):
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     storage: StorageSettings = StorageSettings()
     trust: TrustSettings = TrustSettings()
+    execution: ExecutionSettings = ExecutionSettings()
 
     @model_validator(mode="after")
     def _fisher_needs_a_diagonal(self) -> "Settings":

@@ -1,29 +1,39 @@
 """Supervised fine-tuning of LoRA parameters on completion tokens, with the transformers Trainer.
 
-The warm-up and the fine-tunings are this one function. What the Trainer would write to disk (checkpoints,
-pickled optimiser states) is captured in memory instead, by parameter name.
+The warm-up and the fine-tunings are this one function. The gradient of a step comes from the gradient engine: the loss is
+
+    L = -(1/n) sum_j n_j s_j        n_j: supervised tokens of example j, n their sum, s_j its mean log-probability
+
+so grad L is a weighted gradient with w_j = -n_j / n, formed at supervised positions only, in micro-batches that fit the
+memory, equal to that of the whole batch up to rounding. What the Trainer would write to disk (checkpoints, pickled
+optimiser states) is captured in memory instead, by parameter name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
 
 from prism_assets.compat import TrainSampler, use_one_device
+from prism_assets.errors import StageError
+from prism_assets.gradients.batching import Example
+from prism_assets.gradients.engine import GradientEngine
 from prism_assets.sft.checkpoints import (
     Checkpoint,
     Progress,
@@ -32,16 +42,42 @@ from prism_assets.sft.checkpoints import (
     trainable_lora_names,
 )
 
-IGNORED = -100  # label of a token that is not supervised
+
+@dataclass(frozen=True)
+class Training:
+    """How parameters are trained: AdamW, with the names of the settings `training` and `warmup`."""
+
+    epochs: float = 3.0
+    steps: int | None = None  # in place of epochs
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-4
+    scheduler: str = "linear"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def number_of_steps(self, examples: int) -> int:
+        """Optimiser steps over so many examples; the last step of an epoch may be a smaller one.
+
+        Raises ValueError where there would be none.
+        """
+        batch, accumulation = self.batch_size, self.gradient_accumulation
+        if batch < 1 or accumulation < 1:
+            raise ValueError(f"batch_size ({batch}) and gradient_accumulation ({accumulation}) must be at least 1")
+        per_epoch = math.ceil(math.ceil(examples / batch) / accumulation)
+        steps = math.ceil(self.epochs * per_epoch) if self.steps is None else self.steps
+        if steps < 1:
+            raise ValueError(f"nothing to train: {self.epochs} epochs, steps {self.steps} give {steps} steps")
+        return steps
 
 
-class Example(Protocol):
-    """What training needs of an example (`corpus.encoder.TokenizedExample`)."""
+class Tracking(NamedTuple):
+    """Trackers of the Trainer (tensorboard, mlflow, wandb), which get loss and learning rate of every step."""
 
-    @property
-    def input_ids(self) -> np.ndarray: ...  # int [T]
-    @property
-    def loss_mask(self) -> np.ndarray: ...  # bool [T], True where the token is supervised; never at position 0
+    report_to: Sequence[str] = ()
+    folder: Path | None = None  # of TensorBoard's event files
+    run_name: str | None = None
 
 
 class TrainingResult(NamedTuple):
@@ -54,70 +90,58 @@ class TrainingResult(NamedTuple):
 
 
 def fine_tune(
-    model: PeftModel,
+    engine: GradientEngine,
     examples: Sequence[Example],
+    training: Training,
     *,
     seed: int,
-    pad_token_id: int,
-    epochs: float = 3.0,
-    max_steps: int | None = None,
-    batch_size: int = 16,
-    learning_rate: float = 2e-4,
-    warmup_ratio: float = 0.03,
-    scheduler: str = "linear",
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    gradient_accumulation: int = 1,
     checkpoints: int = 1,
-    report_to: Sequence[str] = (),
-    tracking: Path | None = None,
-    run_name: str | None = None,
+    tracking: Tracking | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
-    """Train the LoRA parameters of `model` in place, on the device that it is on, with AdamW.
+    """Train the LoRA parameters of the engine's model in place, on the device that it is on.
 
     A step's loss is the mean over all supervised tokens of its `batch_size * gradient_accumulation`
-    examples, so neither padding nor accumulation changes it. The order of the data is a function of `seed`
-    and of the order of `examples` (`epoch_order`). `max_steps` overrides `epochs`. The model's train/eval
-    mode and its `use_cache` are as before when this returns.
+    examples, so neither padding nor accumulation nor micro-batches change it. The order of the data is a function of
+    `seed` and of the order of `examples` (`epoch_order`). Dropout is drawn anew for each micro-batch. The model's
+    train/eval mode and its `use_cache` are as before when this returns.
 
-    `report_to` names trackers of the Trainer (tensorboard, mlflow, wandb), which get loss and learning rate
-    of every step under `run_name`; TensorBoard's event files go to the folder `tracking`.
-
-    Raises ValueError for examples or settings that cannot be trained on, FloatingPointError, naming the
-    step, for a loss or parameters that are not finite.
+    Raises ValueError for examples or settings that cannot be trained on, MemoryError for an example that does not fit,
+    FloatingPointError, naming the step, for a loss or parameters that are not finite, StageError for a training that
+    left every parameter as it was.
     """
     _check_examples(examples)
+    model = engine.model
     names = trainable_lora_names(model)
-    steps = number_of_steps(len(examples), epochs, max_steps, batch_size, gradient_accumulation)
+    steps = training.number_of_steps(len(examples))
     recorder = Recorder(model, names, checkpoint_steps(steps, checkpoints), progress)
-    loss_of_batch = _TokenLoss()
+    tracking = tracking or Tracking()
+    start = {name: parameter.detach().clone() for name, parameter in names.items()}
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, _training_state(model), _tensorboard_folder(tracking):
+    with tempfile.TemporaryDirectory() as folder, _training_state(model), _tensorboard_folder(tracking.folder):
         arguments = TrainingArguments(
             output_dir=folder,
             save_strategy="no",
             eval_strategy="no",
             disable_tqdm=True,
             log_level="error",
-            report_to=list(report_to) or "none",
-            logging_strategy="steps" if report_to else "no",
+            report_to=list(tracking.report_to) or "none",
+            logging_strategy="steps" if tracking.report_to else "no",
             logging_steps=1,
-            run_name=run_name,
+            run_name=tracking.run_name,
             seed=seed,
             data_seed=seed,
             max_steps=steps,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=gradient_accumulation,
+            num_train_epochs=training.epochs,
+            per_device_train_batch_size=training.batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation,
             optim="adamw_torch",
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            lr_scheduler_type=scheduler,
-            warmup_steps=math.ceil(warmup_ratio * steps),
-            use_cpu=_device(model).type == "cpu",
-            dataloader_pin_memory=_device(model).type != "cpu",
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            lr_scheduler_type=training.scheduler,
+            warmup_steps=math.ceil(training.warmup_ratio * steps),
+            use_cpu=engine.device.type == "cpu",
             remove_unused_columns=False,
             average_tokens_across_devices=False,
         )
@@ -125,38 +149,26 @@ def fine_tune(
         trainer = _SftTrainer(
             model=model,
             args=arguments,
-            train_dataset=cast("Any", list(examples)),  # a list does for a data set
-            compute_loss_func=loss_of_batch,
-            data_collator=lambda batch: collate(batch, pad_token_id),
+            train_dataset=cast("Any", range(len(examples))),  # positions do for a data set
+            data_collator=lambda batch: {"positions": torch.tensor(batch)},
             callbacks=[recorder],
         )
-        trainer.prepare(recorder, seed=seed)
+        trainer.prepare(engine, examples, recorder, seed=seed)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    if all(torch.equal(start[name], parameter.detach()) for name, parameter in names.items()):
+        raise StageError(
+            f"Training changed nothing: after {steps} steps with learning rates up to {max(recorder.learning_rates):g} every "
+            "parameter is what it was. Raise the learning rate; where it is not tiny, look for gradients of zero."
+        )
     return TrainingResult(
         recorder.step,
         recorder.losses,
         recorder.learning_rates,
         recorder.checkpoints,
-        loss_of_batch.tokens,
+        trainer.tokens,
         time.perf_counter() - started,
     )
-
-
-def collate(batch: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad on the right: `input_ids`, `attention_mask` and `labels`, each int64 [batch, longest]."""
-    shape = (len(batch), max(len(example.input_ids) for example in batch))
-    input_ids = torch.full(shape, pad_token_id)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED)
-    for row, example in enumerate(batch):
-        length = len(example.input_ids)
-        tokens = torch.from_numpy(np.asarray(example.input_ids, dtype=np.int64))
-        supervised = torch.from_numpy(np.asarray(example.loss_mask, dtype=bool))
-        input_ids[row, :length] = tokens
-        attention_mask[row, :length] = 1
-        labels[row, :length] = torch.where(supervised, tokens, IGNORED)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def epoch_order(number: int, seed: int, epoch: int) -> list[int]:
@@ -164,51 +176,51 @@ def epoch_order(number: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(number).tolist()
 
 
-def number_of_steps(
-    number: int, epochs: float, max_steps: int | None, batch_size: int, gradient_accumulation: int
-) -> int:
-    """Optimiser steps of `epochs` over `number` examples; the last step of an epoch may be a smaller one."""
-    if batch_size < 1 or gradient_accumulation < 1:
-        raise ValueError(
-            f"batch_size ({batch_size}) and gradient_accumulation ({gradient_accumulation}) must be at least 1"
-        )
-    per_epoch = math.ceil(math.ceil(number / batch_size) / gradient_accumulation)
-    steps = math.ceil(epochs * per_epoch) if max_steps is None else max_steps
-    if steps < 1:
-        raise ValueError(f"nothing to train: {epochs} epochs, max_steps {max_steps} give {steps} steps")
-    return steps
-
-
-class _TokenLoss:
-    """Sum of the supervised tokens' negative log-probabilities over the supervised tokens of the whole
-    step.
-    """
-
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-        targets = labels[:, 1:]  # [b, T - 1]: the logits at t predict token t + 1
-        supervised = targets != IGNORED
-        self.tokens += int(supervised.sum())
-        # [n, vocabulary]: only supervised positions are brought to float32
-        logits = outputs.logits[:, :-1][supervised].float()
-        return F.cross_entropy(logits, targets[supervised], reduction="sum") / num_items_in_batch
-
-
 class _SftTrainer(TrainSampler, Trainer):
-    """The Trainer with our order of data, and a loss that is looked at."""
+    """The Trainer with our order of data and the engine's gradients; batches are positions of examples."""
 
-    def prepare(self, recorder: Recorder, *, seed: int) -> None:
-        self._recorder, self._seed = recorder, seed
+    def prepare(self, engine: GradientEngine, examples: Sequence[Example], recorder: Recorder, *, seed: int) -> None:
+        self._engine, self._examples, self._recorder, self._seed = engine, examples, recorder, seed
+        self._names = {name: parameter for name, parameter in engine.parameters.items()}
+        self._tokens = np.array([int(np.count_nonzero(example.loss_mask)) for example in examples])
+        self.tokens = 0  # supervised ones trained on
 
     def train_sampler(self) -> _EpochSampler:
-        return _EpochSampler(len(cast("list[Example]", self.train_dataset)), self._seed)
+        return _EpochSampler(len(self._examples), self._seed)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self._recorder.add_loss(float(loss))
-        return loss
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As the Trainer's, but for the first step: its warm-up begins at a learning rate of zero, where a step does
+        nothing, and a training of one step trains nothing. Ours rises through 1/(w+1), 2/(w+1), … to the full rate."""
+        if self.lr_scheduler is None:
+            optimizer = cast("torch.optim.Optimizer", optimizer or self.optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            other = torch.optim.SGD(
+                [torch.nn.Parameter(torch.zeros(1))]
+            )  # a schedule sets its optimiser's rate at once
+            whole = get_scheduler(self.args.lr_scheduler_type, other, warmup, num_training_steps)
+            (factor,) = cast("LambdaLR", whole).lr_lambdas
+            rates = LambdaLR(optimizer, lambda step: (step + 1) / (warmup + 1) if step < warmup else factor(step))
+            self.lr_scheduler = rates
+        return self.lr_scheduler
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *_: Any) -> tuple[list, int]:
+        """The micro-batches of a step, and the number of their supervised tokens."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        return batches, sum(int(self._tokens[batch["positions"].cpu().numpy()].sum()) for batch in batches)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        positions = inputs["positions"].cpu().numpy()
+        tokens = self._tokens[positions]
+        weights = -tokens / num_items_in_batch
+        found = self._engine.weighted_gradient([self._examples[one] for one in positions], weights, training=True)
+        for name, parameter in self._names.items():
+            gradient = found.gradient[name].to(parameter.dtype)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self.tokens += int(tokens.sum())
+        loss = float(weights @ found.mean_log_probs)
+        self._recorder.add_loss(loss)
+        return torch.tensor(loss, device=self.args.device)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the count walks over all parameters at every step, and nobody reads it
@@ -276,12 +288,3 @@ def _check_examples(examples: Sequence[Example]) -> None:
             raise ValueError(f"example {position} has no supervised token; reject it before training")
         if mask[0]:
             raise ValueError(f"example {position}: its first token is supervised, but nothing predicts it")
-
-
-def _device(model: PeftModel) -> torch.device:
-    return next(model.parameters()).device
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """The token that fills batches; it is masked everywhere, so EOS serves where the tokenizer has none."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -9,6 +9,7 @@ import dagster as dg
 from prism_assets.identity import seed_partition, split_key
 from prism_assets.metadata import picture
 from prism_assets.project import Check, Project
+from prism_assets.reference.engine import gradient_engine
 from prism_assets.resources.lake import Artifact, Folder, Lake, hash_table
 from prism_assets.stage import Made, Stage
 from prism_assets.stats.losses import quarter_means
@@ -85,33 +86,26 @@ def _train(stage: Stage, key: str, tokens: "pa.Table", seed: int, folder: Path) 
     """Fine-tune and write the adapter; returns what is noted of it."""
     from prism_assets.corpus.token_tables import from_table
     from prism_assets.sft.adapter_files import save_adapter
-    from prism_assets.sft.trainer import fine_tune, number_of_steps, pad_token_id
+    from prism_assets.sft.trainer import Tracking, Training, fine_tune
 
-    options = stage.settings.training
     examples = from_table(tokens)
-    steps = number_of_steps(
-        len(examples), options.epochs, options.steps, options.batch_size, options.gradient_accumulation
+    training = Training(**stage.settings.training.model_dump())
+    tracking = Tracking(
+        stage.settings.training.report_to,
+        stage.lake.log_folder(*split_key(key), f"seed-{seed}"),
+        f"{'/'.join(split_key(key))}/seed-{seed}",
     )
+    steps = training.number_of_steps(len(examples))
     with (
         stage.adapted(seed=seed) as peft_model,
         stage.progress(f"fine-tuning {key} seed {seed}", steps, "steps") as progress,
     ):
         result = fine_tune(
-            peft_model,
+            gradient_engine(stage, peft_model),
             examples,
+            training,
             seed=seed,
-            epochs=options.epochs,
-            max_steps=options.steps,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            warmup_ratio=options.warmup_ratio,
-            scheduler=options.scheduler,
-            weight_decay=options.weight_decay,
-            gradient_accumulation=options.gradient_accumulation,
-            pad_token_id=pad_token_id(stage.model.tokenizer()),
-            report_to=options.report_to,
-            tracking=stage.lake.log_folder(*split_key(key), f"seed-{seed}"),
-            run_name=f"{'/'.join(split_key(key))}/seed-{seed}",
+            tracking=tracking,
             progress=lambda done, _, loss: progress.update(done, f"(loss {loss:.3f})"),
         )
         # Nothing of how the rows were found: equal rows make equal adapters. The header names the selection.

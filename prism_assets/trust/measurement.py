@@ -189,7 +189,7 @@ def _single_steps(
 
 
 def _datamodel(record: Record, work: GradientPass, probe: Probe, sample: pa.Table) -> dict[str, Any]:
-    from prism_assets.sft.trainer import fine_tune, pad_token_id
+    from prism_assets.sft.trainer import Training, fine_tune
     from prism_assets.trust.sample import random_halves
 
     stage = work.stage
@@ -198,12 +198,10 @@ def _datamodel(record: Record, work: GradientPass, probe: Probe, sample: pa.Tabl
 
     def train(examples: Sequence[Any]) -> None:
         fine_tune(
-            probe.engine.model,
+            probe.engine,
             examples,
+            Training(epochs=_DATAMODEL_EPOCHS, **stage.settings.training.model_dump(include=TRAINING_SETTINGS)),
             seed=options.seed,
-            epochs=_DATAMODEL_EPOCHS,
-            **stage.settings.training.model_dump(include=TRAINING_SETTINGS),
-            pad_token_id=pad_token_id(stage.model.tokenizer()),
         )
 
     with record.timed("datamodel"), stage.progress("subsets", len(masks), "fine-tunings") as progress:

@@ -41,7 +41,7 @@ def per_batch(waits):
 )
 def test_feature_rows(family, checkpointing):
     model, sketch = make_model(family), Sketch(64, 0)
-    settings = dict(token_budget=BUDGET, gradient_checkpointing=checkpointing)
+    settings = dict(token_budget=BUDGET, recompute=checkpointing or None)
     expected = GradientEngine(model, **settings).feature_rows(EXAMPLES, sketch=sketch)
     with simulated() as waits:
         engine = GradientEngine(model.to(SIM), **settings)

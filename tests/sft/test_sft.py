@@ -11,11 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prism_assets.errors import StageError
+from prism_assets.gradients.engine import GradientEngine
 from prism_assets.sft import trainer as sft
 from prism_assets.sft.adapter_files import save_adapter
 from prism_assets.sft.checkpoints import trainable_lora_names
 
-VOCABULARY, PAD = 23, 0
+VOCABULARY = 23
 
 
 class Tokens(NamedTuple):
@@ -53,6 +55,15 @@ def make_model(dropout: float = 0.0, **lora) -> PeftModel:
     return get_peft_model(base, config)
 
 
+def with_random_b(model: PeftModel) -> PeftModel:
+    """B is zero at the start, and then A's gradients are."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 def make_examples(number: int = 13) -> list[Tokens]:
     """Of different lengths and different shares of supervised tokens."""
     rng = np.random.default_rng(5)
@@ -66,12 +77,26 @@ def make_examples(number: int = 13) -> list[Tokens]:
     return examples
 
 
+def fine_tune(model, examples, *, seed=0, checkpoints=1, tracking=None, progress=None, engine=None, **training):
+    """`sft.fine_tune` of a model, with the fields of `Training` by name."""
+    engine = engine or GradientEngine(model)
+    return sft.fine_tune(
+        engine,
+        examples,
+        sft.Training(**training),
+        seed=seed,
+        checkpoints=checkpoints,
+        tracking=tracking,
+        progress=progress,
+    )
+
+
 def plain_loop(model, examples, *, seed, steps, batch_size, accumulation, learning_rate, warmup, weight_decay, clip):
     """AdamW and a linear schedule, written out; one example at a time, no padding."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: t / warmup if t < warmup else max(0.0, (steps - t) / (steps - warmup))
+        optimizer, lambda t: (t + 1) / (warmup + 1) if t < warmup else max(0.0, (steps - t) / (steps - warmup))
     )
     per_epoch = math.ceil(math.ceil(len(examples) / batch_size) / accumulation)
     model.train()
@@ -102,7 +127,7 @@ def plain_loop(model, examples, *, seed, steps, batch_size, accumulation, learni
 def test_equals_a_plain_loop_with_adamw_and_a_linear_schedule(accumulation):
     examples, settings = make_examples(), dict(learning_rate=5e-3, weight_decay=0.1)
     trained, reference = make_model(), make_model()
-    result = sft.fine_tune(
+    result = fine_tune(
         trained,
         examples,
         seed=7,
@@ -111,7 +136,6 @@ def test_equals_a_plain_loop_with_adamw_and_a_linear_schedule(accumulation):
         gradient_accumulation=accumulation,
         warmup_ratio=0.2,
         max_grad_norm=0.5,
-        pad_token_id=PAD,
         **settings,
     )
     steps = 12 if accumulation == 1 else 6
@@ -145,15 +169,14 @@ def test_equals_a_plain_loop_with_adamw_and_a_linear_schedule(accumulation):
 def test_checkpoints_are_snapshots_at_even_steps_with_their_own_learning_rates(capfd, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model, seen = make_model(), []
-    result = sft.fine_tune(
+    result = fine_tune(
         model,
         make_examples(),
         seed=3,
-        max_steps=7,
+        steps=7,
         batch_size=5,
         learning_rate=1e-2,
         checkpoints=3,
-        pad_token_id=PAD,
         progress=lambda *report: seen.append(report),
     )
     assert [checkpoint.step for checkpoint in result.checkpoints] == [3, 5, 7]
@@ -177,7 +200,7 @@ def test_a_rerun_is_bitwise_equal_and_the_seed_and_the_order_matter():
         torch.manual_seed(disturb)
         model = make_model(dropout=0.2)
         torch.manual_seed(disturb)  # whatever random state the caller is in
-        return sft.fine_tune(model, examples, seed=seed, max_steps=5, batch_size=4, pad_token_id=PAD).checkpoints[-1]
+        return fine_tune(model, examples, seed=seed, steps=5, batch_size=4).checkpoints[-1]
 
     one, again = state(1, examples, 10), state(1, examples, 11)
     for name in one.lora_state:
@@ -190,19 +213,69 @@ def test_a_rerun_is_bitwise_equal_and_the_seed_and_the_order_matter():
 def test_the_model_s_mode_and_its_forward_are_as_before():
     model = make_model().eval()
     forward = model.forward
-    sft.fine_tune(model, make_examples(), seed=1, max_steps=2, batch_size=4, pad_token_id=PAD)
+    fine_tune(model, make_examples(), seed=1, steps=2, batch_size=4)
     assert model.forward == forward and not model.training and model.config.use_cache
 
 
-def test_collation_pads_right_and_labels_only_supervised_tokens():
-    batch = [
-        Tokens(np.array([5, 6, 7], np.int32), np.array([0, 0, 1], bool)),
-        Tokens(np.array([8, 9, 10, 11], np.int32), np.array([0, 1, 0, 1], bool)),
-    ]
-    out = sft.collate(batch, pad_token_id=2)
-    assert out["input_ids"].tolist() == [[5, 6, 7, 2], [8, 9, 10, 11]]
-    assert out["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert out["labels"].tolist() == [[-100, -100, 7, -100], [-100, 9, -100, 11]]
+@pytest.mark.parametrize("budget", [{"token_budget": 16}, {"token_budget": 10**6}, {"recompute": True}])
+def test_micro_batches_and_recomputation_change_an_update_by_rounding_only(budget):
+    """Against one padded batch through transformers' own loss, which averages over all supervised tokens."""
+    examples, settings = make_examples(), dict(steps=1, batch_size=13, learning_rate=1e-2, scheduler="constant")
+    trained, reference, untouched = (with_random_b(make_model()) for _ in range(3))
+    fine_tune(trained, examples, warmup_ratio=0, engine=GradientEngine(trained, **budget), **settings)
+
+    width = max(len(example.input_ids) for example in examples)
+    ids, labels = torch.zeros(13, width, dtype=torch.int64), torch.full((13, width), -100)
+    for row, (tokens, mask) in enumerate(examples):
+        ids[row, : len(tokens)] = torch.from_numpy(tokens)
+        labels[row, : len(tokens)] = torch.from_numpy(np.where(mask, tokens, -100))
+    parameters = [parameter for parameter in reference.parameters() if parameter.requires_grad]
+    reference(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels).loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0).step()
+    start, expected = get_peft_model_state_dict(untouched), get_peft_model_state_dict(reference)
+    for name, value in get_peft_model_state_dict(trained).items():
+        # AdamW's first step is about the sign of a gradient: where that is rounding noise, so is the step.
+        moved = (expected[name] - start[name]).abs() > 5e-3
+        torch.testing.assert_close(value[moved], expected[name][moved], atol=1e-5, rtol=0)
+        assert moved.float().mean() > 0.9
+
+
+def test_the_first_step_has_a_learning_rate_and_the_warm_up_rises_to_the_full_one():
+    rates = fine_tune(make_model(), make_examples(), steps=8, learning_rate=1.0, warmup_ratio=0.3).learning_rates
+    np.testing.assert_allclose(rates, [1 / 4, 2 / 4, 3 / 4, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5], rtol=1e-12)
+    model = make_model()
+    before = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    fine_tune(model, make_examples(), steps=1)  # of one step, all of it warm-up
+    assert any(not torch.equal(before[name], value) for name, value in get_peft_model_state_dict(model).items())
+
+
+def test_a_training_that_changes_nothing_is_an_error():
+    with pytest.raises(StageError, match=r"changed nothing: after 2 steps with learning rates up to 0 .* Raise"):
+        fine_tune(make_model(), make_examples(), steps=2, learning_rate=0.0)
+
+
+def test_dropout_in_front_of_a_is_drawn_as_peft_draws_it():
+    """The same random numbers make the same gradient as autograd through PEFT's own layers."""
+    example = make_examples()[4]
+    # Not the last layer, which draws for supervised positions only.
+    model = make_model(dropout=0.4, layers_to_transform=[0]).train()
+    engine = GradientEngine(with_random_b(model))
+    torch.manual_seed(3)
+    found = engine.weighted_gradient([example], [1.0], training=True)
+    plain = engine.weighted_gradient([example], [1.0])
+    torch.manual_seed(3)
+    tokens = torch.from_numpy(example.input_ids[: np.flatnonzero(example.loss_mask)[-1]].astype(np.int64))
+    log_probs = model(input_ids=tokens[None]).logits[0].log_softmax(-1)
+    where = np.flatnonzero(example.loss_mask)
+    (log_probs[where - 1, example.input_ids[where]].mean()).backward()
+    name = next(iter(engine.parameters))
+    assert relative_difference(found.gradient[name], engine.parameters[name].grad) < 1e-5
+    assert relative_difference(plain.gradient[name], engine.parameters[name].grad) > 0.05
+
+
+def relative_difference(found, expected):
+    return float((found - expected).norm() / expected.norm())
 
 
 def test_an_epoch_visits_every_example_once_in_an_order_of_its_own():
@@ -220,19 +293,18 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
                 next(p for p in model.parameters() if p.requires_grad).fill_(float("inf"))
 
     with pytest.raises(FloatingPointError, match=r"loss of step 3 of 6 is nan.*lower the learning rate"):
-        sft.fine_tune(model, make_examples(), seed=0, max_steps=6, pad_token_id=PAD, progress=poison)
+        fine_tune(model, make_examples(), seed=0, steps=6, progress=poison)
 
 
 def test_parameters_that_are_not_finite_at_the_end_are_refused():
     with pytest.raises(FloatingPointError, match="after step 1 of 1"):
-        sft.fine_tune(
+        fine_tune(
             make_model(),
             make_examples(),
             seed=0,
-            max_steps=1,
+            steps=1,
             learning_rate=float("inf"),
             warmup_ratio=0,
-            pad_token_id=PAD,
         )
 
 
@@ -250,21 +322,21 @@ def test_parameters_that_are_not_finite_at_the_end_are_refused():
 )
 def test_examples_that_cannot_be_trained_on_are_refused(examples, message):
     with pytest.raises(ValueError, match=message):
-        sft.fine_tune(make_model(), examples, seed=0, pad_token_id=PAD)
+        fine_tune(make_model(), examples, seed=0)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(max_steps=3, checkpoints=4), "4 checkpoints of 3 training steps"),
-        (dict(max_steps=3, checkpoints=0), "0 checkpoints of 3 training steps"),
+        (dict(steps=3, checkpoints=4), "4 checkpoints of 3 training steps"),
+        (dict(steps=3, checkpoints=0), "0 checkpoints of 3 training steps"),
         (dict(epochs=0), "nothing to train"),
         (dict(batch_size=0), "batch_size .0."),
     ],
 )
 def test_settings_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        sft.fine_tune(make_model(), make_examples(), seed=0, pad_token_id=PAD, **arguments)
+        fine_tune(make_model(), make_examples(), seed=0, **arguments)
 
 
 def test_models_that_train_anything_but_lora_weights_are_refused():
@@ -280,7 +352,7 @@ def test_models_that_train_anything_but_lora_weights_are_refused():
 
 def test_a_saved_adapter_loads_and_its_bytes_are_deterministic(tmp_path):
     model = make_model()
-    sft.fine_tune(model, make_examples(), seed=0, max_steps=3, learning_rate=1e-2, pad_token_id=PAD)
+    fine_tune(model, make_examples(), seed=0, steps=3, learning_rate=1e-2)
     for folder in ("one", "two"):
         save_adapter(model, tmp_path / folder, {"strategy": "prism", "seed": 3}, base_model="some/model")
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -302,9 +374,7 @@ def test_tensorboard_gets_every_step_where_it_was_told_to_write(tmp_path, monkey
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     model, examples = make_model(), make_examples()
-    result = sft.fine_tune(
-        model, examples, seed=0, pad_token_id=PAD, max_steps=4, report_to=["tensorboard"], tracking=tmp_path / "events"
-    )
+    result = fine_tune(model, examples, seed=0, steps=4, tracking=sft.Tracking(["tensorboard"], tmp_path / "events"))
     events = event_accumulator.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     losses = [event.value for event in events.Scalars("train/loss")]
@@ -312,5 +382,5 @@ def test_tensorboard_gets_every_step_where_it_was_told_to_write(tmp_path, monkey
     np.testing.assert_allclose(losses, result.losses, atol=1e-4)
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
     quiet = make_model()
-    plain = sft.fine_tune(quiet, examples, seed=0, pad_token_id=PAD, max_steps=4)
+    plain = fine_tune(quiet, examples, seed=0, steps=4)
     assert plain.losses == result.losses

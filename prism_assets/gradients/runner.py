@@ -1,0 +1,97 @@
+"""Runs an engine's batches so that they fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import TypeVar
+
+from prism_assets.gradients.batching import Example, context_length, default_token_budget, plan_batches
+from prism_assets.gradients.memory import Activations, MemoryLimit, halves, is_out_of_memory, release_memory
+
+Result = TypeVar("Result")
+Run = Callable[[list[int], bool], Result]  # (positions of a batch's examples, whether to recompute activations)
+
+
+class BatchRunner:
+    """Plans batches under a token budget, and halves or recomputes those that need more memory than there is.
+
+    recompute: always (True), never (False), or (None) where an example that is alone in its batch would not fit
+    otherwise. `measure` says what a pass keeps; it is asked once. What ran out of memory in spite of the plan is
+    remembered, and later batches keep to the size that fitted.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryLimit,
+        token_budget: int | None,
+        recompute: bool | None,
+        measure: Callable[[], Activations],
+    ) -> None:
+        self.memory, self.device = memory, memory.device
+        self.token_budget = default_token_budget(self.device) if token_budget is None else int(token_budget)
+        if self.token_budget < 1:
+            raise ValueError(f"token_budget must be positive, not {token_budget}")
+        self.recompute = recompute
+        self._measure = measure
+        self._fits_tokens: int | None = None  # padded tokens of a batch of several examples
+        self._fits_kept: int | None = None  # tokens of an example that keeps its activations
+
+    def run(self, examples: Sequence[Example], run_batch: Run[Result], backward: bool) -> Iterator[Result]:
+        """What `run_batch` gives, batch by batch. Raises MemoryError, naming the example, for one that does not fit."""
+        pending = list(reversed(plan_batches([context_length(example) for example in examples], self.token_budget)))
+        while pending:
+            positions = pending.pop()
+            width = context_length(examples[positions[0]])
+            recompute = self._recomputes(positions, width) if backward else False
+            if recompute is None or (len(positions) > 1 and _exceeds(len(positions) * width, self._fits_tokens)):
+                pending += halves(positions)
+                continue
+            try:
+                result = run_batch(positions, recompute)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                result = None
+            if result is not None:
+                yield result
+                continue
+            release_memory(self.device)
+            if len(positions) > 1:
+                self._fits_tokens = len(positions) * width // 2
+                pending += halves(positions)
+            elif backward and not recompute and self.recompute is None and self._activations.layers:
+                self._fits_kept = width - 1
+                pending.append(positions)
+            else:
+                raise self._too_long(positions[0], width)
+
+    @cached_property
+    def _activations(self) -> Activations:
+        return self._measure()
+
+    def _recomputes(self, positions: list[int], width: int) -> bool | None:
+        """Whether a batch must recompute its activations to fit; None for a batch that must be halved."""
+        count = len(positions)
+        free_to_choose = self.recompute is None and self._activations.layers > 0
+        recompute = (count == 1 and _exceeds(width, self._fits_kept)) if free_to_choose else bool(self.recompute)
+        if self.memory.fits(self._activations.needed(count, width, recompute)):
+            return recompute
+        if count > 1:
+            return None
+        needed = self._activations.needed(1, width, recompute=recompute or free_to_choose)
+        if free_to_choose and self.memory.fits(needed):
+            return True
+        raise self._too_long(positions[0], width, needed)
+
+    def _too_long(self, position: int, width: int, needed: float | None = None) -> MemoryError:
+        free = max(self.memory.free(), 0)
+        figures = f": it needs about {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are left" if needed else ""
+        return MemoryError(
+            f"example {position} alone ({width} tokens) does not fit the memory of {self.device}{figures}. Raise "
+            "execution.memory, lower tokenization.max_length, or load the model in bfloat16 (model.dtype)"
+        )
+
+
+def _exceeds(tokens: int, limit: int | None) -> bool:
+    return limit is not None and tokens > limit
