@@ -1,7 +1,7 @@
 """The errors that users see, in one tree, each with the exit status that `prism` ends with.
 
 Exit status 2: the user must change something (settings, files, a name). 1: the work failed. What is raised to steer a
-loop (a refused row, a bad record) is no error of the user's and stands where it is raised.
+loop (a bad record, an example that cannot be tokenised) is no error of the user's and is defined where it is raised.
 """
 
 from importlib.metadata import version
@@ -52,7 +52,7 @@ class MixedTargets(UserMistake, ValueError):
 
     def __init__(self, path: Path | str, plain_line: int, pair_line: int):
         super().__init__(
-            f"{path}: line {plain_line} is a plain record and line {pair_line} a pair (it has a rejected "
+            f"{path}: line {plain_line} is a plain record and line {pair_line} a pair (it has an unwanted "
             "completion); a file holds plain records or pairs, not both: split it into two targets"
         )
         self.path, self.plain_line, self.pair_line = Path(path), plain_line, pair_line

@@ -119,7 +119,7 @@ class Project:
 class Check:
     """A check of an asset: what it promises, and how bad it is where it does not hold.
 
-    Calling it gives its result: `ROWS_ACCEPTED(not refused, rejected=len(refused))`.
+    Calling it gives its result: `ROWS_ACCEPTED(not rejected, rejected=len(rejected))`.
     """
 
     name: str

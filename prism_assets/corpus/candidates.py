@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FILE_READABLE = Check("file_readable", "The inbox file can be read at all.", dg.AssetCheckSeverity.ERROR)
 ROWS_ACCEPTED = Check("rows_accepted", "No row of the file was rejected.")
-# The field of a reject that stands for a whole file.
+# The field of a reject that is about a whole file.
 WHOLE_FILE = "file"
 
 
@@ -33,7 +33,7 @@ def build(project: Project) -> dg.AssetsDefinition:
     def candidates(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Candidate examples of one inbox file, validated, de-duplicated within the file and tokenised once.
 
-        What is refused stands in the table `rejects` with line, field and reason. A file that cannot be read at all
+        A record that is not accepted is in the table `rejects` with line, field and reason. A file that cannot be read at all
         yields no rows and fails the check `file_readable`; other files go on.
         """
         stage = stage_of(project, context)
@@ -74,31 +74,31 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
         return Outcome([known], 0)
     file = files[shard]
     rows, rejects, computed = encode_file(
-        stage, Source(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, _read_or_refuse)
+        stage, Source(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, _read_or_reject)
     )
-    refused = stage.lake.read_table(rejects).to_pylist()
-    trouble = next((one["reason"] for one in refused if one["field"] == WHOLE_FILE), "")
+    rejected = stage.lake.read_table(rejects).to_pylist()
+    trouble = next((one["reason"] for one in rejected if one["field"] == WHOLE_FILE), "")
     shown = stage.lake.read_table(rows, ["line", "source", "prompt", "completion", "tokens"]).slice(0, 8)
     return Outcome(
         [rows],
         computed,
         {
             "dagster/row_count": rows.notes["rows"],
-            "rejects": len(refused),
+            "rejects": len(rejected),
             "completion_tokens": rows.notes["completion_tokens"],
             "file": str(file.path),
             "rows": preview(shown.to_pylist()),
-            "first_rejects": preview(refused),
+            "first_rejects": preview(rejected),
         },
         [
             FILE_READABLE(not trouble, reason=trouble or "the file was read"),
-            ROWS_ACCEPTED(not refused, rejected=len(refused), accepted=rows.notes["rows"]),
+            ROWS_ACCEPTED(not rejected, rejected=len(rejected), accepted=rows.notes["rows"]),
         ],
     )
 
 
-def _read_or_refuse(path: "Path") -> "tuple[list[Example], list[Reject]]":
-    """The examples of a file; of one that cannot be read none, and a reject that stands for the whole file."""
+def _read_or_reject(path: "Path") -> "tuple[list[Example], list[Reject]]":
+    """The examples of a file; of one that cannot be read none, and one reject for the whole file."""
     from prism_assets.corpus.files import read_examples
     from prism_assets.corpus.records import Reject
 

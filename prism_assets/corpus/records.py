@@ -6,10 +6,10 @@ A record has one of these layouts (a null field counts as absent; other fields a
 - ``messages``: objects with ``role`` (system, user, assistant) and ``content``; the assistant has the last;
 - ``conversations``: the ShareGPT form of the same, ``from`` (system, human, gpt) and ``value``;
 - ``instruction``, ``output``, optionally ``input`` (Alpaca; a blank line joins instruction and input);
-- ``prompt``, ``safe``, ``unsafe`` (targets and eval records only): completion and rejected completion.
+- ``prompt``, ``safe``, ``unsafe`` (targets and eval records only): the wanted and the unwanted completion.
 
-Optional: ``id`` and ``source``; for targets and eval records also ``rejected`` (a completion to stay away
-from, which makes the record a pair), ``group`` (a subtask), ``answer`` or ``answers`` (accepted answers).
+Optional: ``id`` and ``source``; for targets and eval records also ``rejected`` (the unwanted completion,
+which makes the record a pair), ``group`` (a subtask), ``answer`` or ``answers`` (accepted answers).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Message(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A record that was refused: 1-based line (row number in Parquet), field, reason, start of the record."""
+    """A record that was not accepted: 1-based line (row number in Parquet), field, reason, start of the record."""
 
     line: int
     field: str

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 class TargetSet(NamedTuple):
-    """Targets as single examples with signs: a pair is its chosen completion minus its rejected one."""
+    """Targets as single examples with signs: a pair is its wanted completion minus its unwanted one."""
 
-    examples: list  # TokenizedExample [m] or [2m]: all chosen, then all rejected
+    examples: list  # TokenizedExample [m] or [2m]: all wanted, then all unwanted
     size: int  # m
     pairs: bool
 

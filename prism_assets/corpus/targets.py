@@ -28,7 +28,7 @@ def build(project: Project) -> dg.AssetsDefinition:
 
 def _read_target(stage: Stage, name: str) -> Outcome:
     target = stage.settings.targets[name]
-    examples, computed, refused = _read_file(stage, name, "target", target.examples)
+    examples, computed, rejected = _read_file(stage, name, "target", target.examples)
     _require_fitting_score(stage, examples, name)
     held_out, made, more = _read_file(stage, name, "eval", target.eval)
     overlap = conversations(stage, examples) & conversations(stage, held_out)
@@ -39,19 +39,19 @@ def _read_target(stage: Stage, name: str) -> Outcome:
         {
             "dagster/row_count": examples.notes["rows"],
             "eval_rows": held_out.notes["rows"],
-            "rejects": len(refused + more),
+            "rejects": len(rejected + more),
             "rows": preview(rows.to_pylist()),
-            "first_rejects": preview(refused + more),
+            "first_rejects": preview(rejected + more),
         },
         [
-            ROWS_ACCEPTED(not refused + more, rejected=len(refused + more)),
+            ROWS_ACCEPTED(not rejected + more, rejected=len(rejected + more)),
             DISJOINT(not overlap, shared_records=len(overlap)),
         ],
     )
 
 
 def _read_file(stage: Stage, name: str, kind: Any, path: Any) -> tuple[Artifact, int, list[dict[str, Any]]]:
-    """The rows of a target's file, how many artefacts were made, and what was refused. Raises UnusableTargets."""
+    """The rows of a target's file, how many artefacts were made, and its rejects. Raises UnusableTargets."""
     from prism_assets.corpus.files import read_examples
     from prism_assets.corpus.token_tables import TARGET_SCHEMA
 
@@ -62,11 +62,11 @@ def _read_file(stage: Stage, name: str, kind: Any, path: Any) -> tuple[Artifact,
         path, hash_file(path), table, f"{table}_rejects", name, TARGET_SCHEMA, lambda file: read_examples(file, kind)
     )
     rows, rejects, computed = encode_file(stage, source)
-    refused = stage.lake.read_table(rejects).to_pylist()
+    rejected = stage.lake.read_table(rejects).to_pylist()
     if not rows.notes["rows"]:
-        why = f" The first is refused because: {refused[0]['reason']}." if refused else ""
+        why = f" The first was rejected because: {rejected[0]['reason']}." if rejected else ""
         raise UnusableTargets(f"targets.{name}: {path} holds no usable row.{why}")
-    return rows, computed, [{"file": path.name, **one} for one in refused]
+    return rows, computed, [{"file": path.name, **one} for one in rejected]
 
 
 def _require_fitting_score(stage: Stage, targets: Artifact, name: str) -> None:

@@ -42,7 +42,7 @@ TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 PLACEHOLDER = Message("assistant", "PlaceholderForTheCompletion")
 
 
-class Refused(ValueError):
+class Untokenizable(ValueError):
     """An example that cannot be tokenised for training; ``field`` says which part of it is at fault."""
 
     def __init__(self, reason: str, field: str = "completion"):
@@ -116,7 +116,7 @@ class ChatTemplate:
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The rendered conversation; assistant turns are supervised, with the special token that ends them.
 
-        Raises `Refused` where the template refuses the conversation, cannot say where a completion begins, or
+        Raises `Untokenizable` where the template raises an error for the conversation, cannot say where a completion begins, or
         leaves out a part of the last one.
         """
         rendered = self._render(messages)
@@ -139,7 +139,7 @@ class ChatTemplate:
         for prompt in self._rendered_prompts(context):
             if len(prompt) >= cursor and rendered.startswith(prompt):
                 return len(prompt)
-        raise Refused(
+        raise Untokenizable(
             "the chat template renders the prompt differently with its completion than without; set "
             "tokenization.template to plain, or to a template that only appends",
             "messages",
@@ -152,7 +152,7 @@ class ChatTemplate:
         last turn; DeepSeek-R1 opens one for generation that is not in the rendered answer.
         """
         for arguments in (TEMPLATE_ARGUMENTS, TEMPLATE_ARGUMENTS | {"enable_thinking": True}):
-            with contextlib.suppress(Refused):  # an assistant turn first: no prompt to render
+            with contextlib.suppress(Untokenizable):  # an assistant turn first: no prompt to render
                 yield self._render(context, add_generation_prompt=True, **arguments)
         before, found, _ = self._render([*context, PLACEHOLDER]).partition(PLACEHOLDER.content)
         if found:
@@ -187,7 +187,7 @@ class ChatTemplate:
         ended = (piece for piece in pieces if piece.text.strip() and piece.special_end is not None)
         piece = next(ended, None)
         if piece is None or (last and "".join(content.split()) not in "".join(piece.text.split())):
-            raise Refused(
+            raise Untokenizable(
                 "the chat template leaves out a part of it (a thinking block, perhaps); set "
                 "tokenization.template to plain, or to a template that keeps it"
             )
@@ -213,4 +213,4 @@ class ChatTemplate:
             )
             return cast("str", rendered)  # text, as it is not tokenised
         except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise Refused(f"the chat template refuses the conversation: {error}", "messages") from None
+            raise Untokenizable(f"the chat template refuses the conversation: {error}", "messages") from None

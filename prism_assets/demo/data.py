@@ -35,8 +35,8 @@ def write_demo_data(folder: Path | str, seed: int = 0) -> None:
     """Writes `inbox/` (four shards) and `targets/<name>/{target,eval}.jsonl` under `folder`.
 
     The same seed gives the same bytes (for one pyarrow version). The inbox holds 3,000 different candidates,
-    and on purpose a few records that are refused (broken JSON, no completion, an empty one), some that stand
-    twice in one shard, and some that stand in two.
+    and on purpose a few records that are rejected (broken JSON, no completion, an empty one), some that are
+    twice in one shard, and some that are in two.
     """
     folder = Path(folder)
     rng = Random(seed)
@@ -103,12 +103,12 @@ def _write_inbox(inbox: Path, pool: Sequence[Example]) -> None:
 
     records = [{"id": f"row-{number}", **_record(row)} for number, row in enumerate(first)]
     records += records[:DUPLICATES]
-    refused = [
+    rejected = [
         {"prompt": "copy: abcd=", "source": "copy"},
         {"prompt": "last: abcd=", "completion": "", "source": "last"},
     ]
     broken = '{"prompt": "reverse: abcd=", "completion": "dc'
-    (inbox / "strings-1.jsonl").write_text(_lines([*records, *refused]) + broken + "\n", encoding="utf-8")
+    (inbox / "strings-1.jsonl").write_text(_lines([*records, *rejected]) + broken + "\n", encoding="utf-8")
 
     # No file name and no time in the header: the same rows give the same bytes.
     with (inbox / "strings-2.jsonl.gz").open("wb") as file:

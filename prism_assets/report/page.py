@@ -87,7 +87,7 @@ def build_report(data: Mapping[str, Any]) -> str:
         targets=targets,
         settings=pretty(data.get("settings")),
         lineage=pretty(data.get("lineage")),
-        refused=_refused_view(data),
+        left_out=_left_out_view(data),
     )
 
 
@@ -283,14 +283,14 @@ def _explanation_view(explanation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refused_view(data: Mapping[str, Any]) -> dict[str, Any] | None:
+def _left_out_view(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """Counts of what was left out of the pool, None where nothing is known of it."""
     if not any(key in data for key in ("rejects", "contamination", "duplicates")):
         return None
     rejects: list[Mapping[str, Any]] = list(data.get("rejects") or [])
     reasons = Counter(str(row.get("reason")) for row in rejects)
     counts = [
-        ("refused rows", count_text(len(rejects)) if "rejects" in data else MISSING),
+        ("rejected records", count_text(len(rejects)) if "rejects" in data else MISSING),
         ("rows equal to a target or held-out record", count_text(data.get("contamination"))),
         ("duplicates", count_text(data.get("duplicates"))),
     ]

@@ -81,9 +81,9 @@ def _around(stage: Stage, targets: Mapping[str, Any]) -> dict[str, Any]:
     pool = stage.shown("live_pool")
     rejects: list[dict[str, Any]] = []
     for shard in stage.lake.read_table(pool, ["shard"])["shard"].to_pylist():
-        refused = stage.shown_or_none("rejects", shard)
-        if refused is not None:
-            rejects += [{"shard": shard, **row} for row in stage.lake.read_table(refused).to_pylist()]
+        found = stage.shown_or_none("rejects", shard)
+        if found is not None:
+            rejects += [{"shard": shard, **row} for row in stage.lake.read_table(found).to_pylist()]
     return {
         **page_head(stage),
         "lineage": {

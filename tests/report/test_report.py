@@ -301,7 +301,7 @@ def test_contents_are_listed_where_there_are_several_targets(page):
 
 def test_rejects_are_counted_by_reason(page):
     assert "and 10 more, in the rejects table" in page.text
-    assert "refused rows60" in page.text.replace("\n", "").replace("  ", "")
+    assert "rejected records60" in page.text.replace("\n", "").replace("  ", "")
 
 
 def test_trust_is_shown_question_by_question_or_named_as_not_measured():
