@@ -55,8 +55,8 @@ def rank_of(score: float, name: str, scores: np.ndarray, names: np.ndarray) -> i
     return 1 + int((scores > score).sum()) + sum(other < name for other in names[scores == score])
 
 
-class Rank(NamedTuple):
-    """A place in one ranking of the canonical live rows."""
+class StrategyRank(NamedTuple):
+    """A candidate's place in one strategy's ranking of the canonical live rows."""
 
     strategy: str
     rank: int | None  # None where the strategy orders only what it selects, and this row is not among it
@@ -127,7 +127,7 @@ class Explanation:
     curvature: float | None  # score less the parts, where the direction was corrected for curvature
     sketch_error: float | None  # exact score less the parts (and the curvature)
     rounding: float  # without a correction: score less the parts, about 1e-7
-    ranks: list[Rank]
+    ranks: list[StrategyRank]
     neighbours: list[Neighbour]
     earlier: list[Earlier]
     notes: list[str] = field(default_factory=list)

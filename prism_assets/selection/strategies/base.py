@@ -1,4 +1,4 @@
-"""What a strategy is, what it may look at, and what it answers."""
+"""What a strategy is, what it may look at, and what it returns."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -33,7 +33,7 @@ class Texts(NamedTuple):
     completions: Sequence[str]
 
 
-class Pool(Protocol):
+class PoolView(Protocol):
     """The n rows that may be ranked, and the m targets. Everything beyond ids is read when it is asked for.
 
     Labels (`source`, the record's own id) are not among it: no strategy can see them. Nor are held-out records.
@@ -74,7 +74,7 @@ class Strategy(NamedTuple):
     name: str
     description: str
     weigh: Callable[[TargetScores], np.ndarray] | None = None  # -> coefficients [C, m] of the raw gradients
-    rank: Callable[[Pool], Ranking] | None = None
+    rank: Callable[[PoolView], Ranking] | None = None
     reads: frozenset[Input] = frozenset()
     whole_pool: bool = False  # takes every row, whatever the budget
 
@@ -90,7 +90,7 @@ class Strategy(NamedTuple):
 
 def by_scores(scores: np.ndarray, ids: Sequence[str], *, shown: bool = True) -> Ranking:
     """All rows by descending score [n]; ties by ascending id. `shown`: the scores say something to a reader."""
-    from prism_assets.selection.ranking import ranking
+    from prism_assets.selection.ordering import order_by_score
 
-    order = ranking(scores, ids)
+    order = order_by_score(scores, ids)
     return Ranking(order, np.asarray(scores)[order].astype(np.float32) if shown else None)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Pool, Ranking, Strategy, by_scores
+from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy, by_scores
 
 # Every word counts, single letters and digits too, and no list of stop words, which would be one language's: words that
 # stand everywhere weigh next to nothing by their document frequency.
@@ -53,7 +53,7 @@ def min_max(scores: np.ndarray) -> np.ndarray:
     return (scores - low) / np.where(high > low, high - low, 1)
 
 
-def _bm25(pool: Pool) -> Ranking:
+def _bm25(pool: PoolView) -> Ranking:
     """Rows by the mean over targets of BM25 scaled to [0, 1] for each target; ties by id.
 
     A query is a target's prompt alone: its completion is what shall be learned, and a target of pairs has two. A

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Pool, Ranking, Strategy, by_scores
+from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy, by_scores
 
 # A row is taken from the best 4 × the budget: below that PRISM itself says that there is better, and the work stays
 # proportional to the square of the budget.
@@ -32,7 +32,7 @@ def marginal_relevance(relevance: np.ndarray, vectors: np.ndarray, wanted: int, 
     return np.array(order, dtype=np.int64)
 
 
-def _prism_mmr(pool: Pool) -> Ranking:
+def _prism_mmr(pool: PoolView) -> Ranking:
     """Maximal marginal relevance over the best `SHORTLIST` × the wanted rows of PRISM's ranking.
 
     Relevance is a row's influence, min-max scaled over the shortlist: influences are cosines with one direction and

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from prism_assets.stage import Stage
 
 
-class RankedPool(Pool):
-    """Implements `strategies.base.Pool` over the inputs of a selection, by name.
+class StrategyPool(Pool):
+    """Implements `strategies.base.PoolView` over the inputs of a selection, by name.
 
     Inputs: `pool`, and where a strategy reads them `index`, `targets`, `target_features`, `direction` and `warmup`.
     """

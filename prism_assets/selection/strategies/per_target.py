@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Input, Pool, Ranking, Strategy, TargetScores, by_scores
+from prism_assets.selection.strategies.base import Input, PoolView, Ranking, Strategy, TargetScores, by_scores
 from prism_assets.selection.strategies.directions import preference
 
 
@@ -24,7 +24,7 @@ def _places_by_id(ids: Sequence[str]) -> np.ndarray:
 # -- less-max ----------------------------------------------------------------------------------------------------
 
 
-def _less_max(pool: Pool) -> Ranking:
+def _less_max(pool: PoolView) -> Ranking:
     """LESS as published: the mean cosine with the targets of each subtask (`group`), then the maximum over subtasks."""
     groups = np.asarray(pool.target_groups())
     influences = pool.influences()
@@ -60,7 +60,7 @@ def round_robin(influences: np.ndarray, quotas: np.ndarray, ids: Sequence[str], 
     return np.array(order, dtype=np.int64)
 
 
-def _round_robin(pool: Pool) -> Ranking:
+def _round_robin(pool: PoolView) -> Ranking:
     order = round_robin(pool.influences(), shares(pool.target_scores()), pool.ids, pool.wanted)
     return Ranking(order)
 
@@ -98,7 +98,7 @@ def saturating_coverage(influences: np.ndarray, value: np.ndarray, ids: Sequence
     return Ranking(np.array(order, dtype=np.int64), np.array(scores, dtype=np.float32))
 
 
-def _prism_cover(pool: Pool) -> Ranking:
+def _prism_cover(pool: PoolView) -> Ranking:
     return saturating_coverage(pool.influences(), shares(pool.target_scores()), pool.ids, pool.wanted)
 
 
