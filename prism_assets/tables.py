@@ -68,7 +68,8 @@ _RECORDS = {
     **{"tokens": "INTEGER", "completion_tokens": "INTEGER"},
 }
 _REJECTS = {"line": _WHOLE, "field": _TEXT, "reason": _TEXT, "excerpt": _TEXT}
-_METRICS = ("target_preference", "mean_log_prob", "exact_match")
+# What an adapter is judged by on held-out records.
+METRICS = ("target_preference", "mean_log_prob", "exact_match")
 
 ASSETS: list[Asset] = [
     Asset(
@@ -321,7 +322,7 @@ ASSETS: list[Asset] = [
                 "features",
                 {
                     **{"target": _TEXT, "strategy": _TEXT, "split": _WHOLE, "seed": _WHOLE},
-                    **{f"{of}{metric}": _NUMBER for of in ("", "base_") for metric in _METRICS},
+                    **{f"{of}{metric}": _NUMBER for of in ("", "base_") for metric in METRICS},
                     **{"selected_rows": _WHOLE, "completion_tokens": _WHOLE},
                 },
             ),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import Source, encode_file
+from prism_assets.corpus.encoding import RecordFile, encode_file
 from prism_assets.errors import StageError, UnreadableFile
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
@@ -74,7 +74,7 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
         return Outcome([known], 0)
     file = files[shard]
     rows, rejects, computed = encode_file(
-        stage, Source(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, _read_or_reject)
+        stage, RecordFile(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, _read_or_reject)
     )
     rejected = stage.lake.read_table(rejects).to_pylist()
     trouble = next((one["reason"] for one in rejected if one["field"] == WHOLE_FILE), "")

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
-from prism_assets.corpus.records import Message, shorten
+from prism_assets.corpus.records import Message, excerpt_of
 from prism_assets.corpus.template import (
     PLACEHOLDER,
     ChatTemplate,
-    Segment,
+    TextSegment,
     Untokenizable,
     plain_segments,
     resolve_template,
@@ -168,14 +168,14 @@ class Encoder:
         for index, segment in enumerate(self._segments(messages)):
             new = self._token_ids(segment.text, first=index == 0)
             if segment.supervised and self._special_ids.issuperset(new):
-                raise Untokenizable(f"tokenises to nothing the tokenizer knows: {shorten(segment.text)!r}")
+                raise Untokenizable(f"tokenises to nothing the tokenizer knows: {excerpt_of(segment.text)!r}")
             if segment.append_eos:
                 new = [*new, self.tokenizer.eos_token_id]
             ids += new
             supervised += [segment.supervised] * len(new)
         return _Tokens(ids, supervised)
 
-    def _segments(self, messages: Sequence[Message]) -> list[Segment]:
+    def _segments(self, messages: Sequence[Message]) -> list[TextSegment]:
         if self._template is None:
             return plain_segments(messages, self.separator)
         return self._template.segments(messages)

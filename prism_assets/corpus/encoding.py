@@ -39,7 +39,7 @@ def encoder_of(settings: "Settings", model: "LanguageModel") -> "Encoder":
     )
 
 
-class Source(NamedTuple):
+class RecordFile(NamedTuple):
     """A file to be read into two tables."""
 
     path: Path
@@ -59,7 +59,7 @@ class Encoded(NamedTuple):
     computed: int
 
 
-def encode_file(stage: "Stage", source: Source) -> Encoded:
+def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
     """Read a file into accepted rows and rejects; both are found where they exist already.
 
     Raises StageError where the file changes while it is read.
@@ -77,7 +77,7 @@ def encode_file(stage: "Stage", source: Source) -> Encoded:
     return Encoded(rows, rejects, max(rejects_made, rows_made))
 
 
-def _read(stage: "Stage", source: Source) -> tuple[Rows, Rows]:
+def _read(stage: "Stage", source: RecordFile) -> tuple[Rows, Rows]:
     import pyarrow as pa
 
     from prism_assets.corpus.token_tables import REJECTS_SCHEMA, column_sum, encode_all, to_table

@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import Source, encode_file
+from prism_assets.corpus.encoding import RecordFile, encode_file
 from prism_assets.errors import UnusableTargets
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
@@ -58,7 +58,7 @@ def _read_file(stage: Stage, name: str, kind: Any, path: Any) -> tuple[Artifact,
     if not path.is_file():
         raise UnusableTargets(f"targets.{name}: there is no file {path}")
     table = {"target": "targets", "eval": "eval_examples"}[kind]
-    source = Source(
+    source = RecordFile(
         path, hash_file(path), table, f"{table}_rejects", name, TARGET_SCHEMA, lambda file: read_examples(file, kind)
     )
     rows, rejects, computed = encode_file(stage, source)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from prism_assets.corpus.records import Message, shorten
+from prism_assets.corpus.records import Message, excerpt_of
 from prism_assets.errors import UnusableTokenizer
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Untokenizable(ValueError):
         self.reason, self.field = reason, field
 
 
-class Segment(NamedTuple):
+class TextSegment(NamedTuple):
     """A stretch of a conversation's text, to be tokenised by itself, then EOS where ``append_eos`` says so."""
 
     text: str
@@ -82,19 +82,19 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str |
         return tokenizer.get_chat_template()
     if "{{" not in template and "{%" not in template:
         raise UnusableTokenizer(
-            f"template is {shorten(template)!r}: it must be auto, chat, plain, or a Jinja template's text"
+            f"template is {excerpt_of(template)!r}: it must be auto, chat, plain, or a Jinja template's text"
         )
     return template
 
 
-def plain_segments(messages: Sequence[Message], separator: str) -> list[Segment]:
+def plain_segments(messages: Sequence[Message], separator: str) -> list[TextSegment]:
     """The turns joined by the separator, each assistant turn ended by EOS."""
-    segments: list[Segment] = []
+    segments: list[TextSegment] = []
     context = ""
     for index, message in enumerate(messages):
         context += separator if index else ""
         if message.role == "assistant":
-            segments += [Segment(context, False), Segment(message.content, True, append_eos=True)]
+            segments += [TextSegment(context, False), TextSegment(message.content, True, append_eos=True)]
             context = ""
         else:
             context += message.content
@@ -113,14 +113,14 @@ class ChatTemplate:
         names_the_day = "strftime_now" in text
         self._text = FIXED_DATE_MACRO * names_the_day + text
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+    def segments(self, messages: Sequence[Message]) -> list[TextSegment]:
         """The rendered conversation; assistant turns are supervised, with the special token that ends them.
 
         Raises `Untokenizable` where the template raises an error for the conversation, cannot say where a completion begins, or
         leaves out a part of the last one.
         """
         rendered = self._render(messages)
-        segments: list[Segment] = []
+        segments: list[TextSegment] = []
         cursor = 0
         for index, message in enumerate(messages):
             if message.role != "assistant":
@@ -129,8 +129,8 @@ class ChatTemplate:
             start = self._completion_start(rendered, messages[:index], cursor)
             stop = len(rendered) if last else self._turn_stop(rendered, messages[: index + 1])
             end, ended = self._completion_end(rendered, start, stop, message.content, last)
-            segments.append(Segment(rendered[cursor:start], False))
-            segments.append(Segment(rendered[start:end], True, append_eos=last and not ended))
+            segments.append(TextSegment(rendered[cursor:start], False))
+            segments.append(TextSegment(rendered[start:end], True, append_eos=last and not ended))
             cursor = end
         return [segment for segment in segments if segment.text]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from prism_assets.corpus.encoder import Encoder, TokenizedExample, TokenizedPair, last_run
-from prism_assets.corpus.records import Example, Reject, messages_to_json, shorten
+from prism_assets.corpus.records import Example, Reject, excerpt_of, messages_to_json
 from prism_assets.corpus.template import Untokenizable
 
 _TOKEN_FIELDS = [("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
@@ -72,7 +72,7 @@ def encode_all(
                 tokenized.append(encoder.encode_pair(example.messages, example.rejected))
         except Untokenizable as error:
             tokenized.append(None)
-            rejects.append(Reject(example.line, error.field, error.reason, shorten(example.prompt_text)))
+            rejects.append(Reject(example.line, error.field, error.reason, excerpt_of(example.prompt_text)))
         if progress:
             progress(done, len(examples))
     return tokenized, rejects

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_assets.demo.skills import NOISE, SKILLS, Example, draw
+from prism_assets.demo.skills import NOISE, SKILLS, SkillExample, draw
 
 MODEL = Path(__file__).parent / "model"
 INBOX = "inbox"
@@ -42,7 +42,7 @@ def write_demo_data(folder: Path | str, seed: int = 0) -> None:
     rng = Random(seed)
     used: set[str] = set()
 
-    def fresh(source: str, number: int) -> list[Example]:
+    def fresh(source: str, number: int) -> list[SkillExample]:
         return draw_fresh(source, number, rng, used)
 
     for name in TARGET_SKILLS:
@@ -59,9 +59,9 @@ def write_demo_data(folder: Path | str, seed: int = 0) -> None:
     _write_inbox(folder / INBOX, pool)
 
 
-def draw_fresh(source: str, number: int, rng: Random, used: set[str]) -> list[Example]:
+def draw_fresh(source: str, number: int, rng: Random, used: set[str]) -> list[SkillExample]:
     """`number` examples of a source whose prompts are not yet in `used`; adds them to it."""
-    drawn: list[Example] = []
+    drawn: list[SkillExample] = []
     while len(drawn) < number:
         example = draw(source, rng)
         if example.prompt not in used:
@@ -95,7 +95,7 @@ def demo_settings(folder: Path | str) -> dict[str, Any]:
     }
 
 
-def _write_inbox(inbox: Path, pool: Sequence[Example]) -> None:
+def _write_inbox(inbox: Path, pool: Sequence[SkillExample]) -> None:
     """The pool in four shards of four formats; the first and the last hold what an inbox must put up with."""
     inbox.mkdir(parents=True, exist_ok=True)
     first, second, third, fourth = (pool[part::4] for part in range(4))
@@ -128,11 +128,11 @@ def _write_inbox(inbox: Path, pool: Sequence[Example]) -> None:
         stream.write(_lines(map(_record, [*fourth, *in_two_shards])).encode("utf-8"))
 
 
-def _record(row: Example) -> dict[str, Any]:
+def _record(row: SkillExample) -> dict[str, Any]:
     return {"prompt": row.prompt, "completion": row.completion, "source": row.source}
 
 
-def _conversation(row: Example) -> dict[str, Any]:
+def _conversation(row: SkillExample) -> dict[str, Any]:
     turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}]
     return {"messages": turns, "source": row.source}
 

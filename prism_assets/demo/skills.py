@@ -17,7 +17,7 @@ NOISE = "noise"
 VOWELS = "aeiou"
 
 
-class Example(NamedTuple):
+class SkillExample(NamedTuple):
     """One prompt with its completion; `source` is the name of the skill, or `noise`."""
 
     prompt: str
@@ -36,9 +36,9 @@ class Skill:
     def prompt(self, argument: str) -> str:
         return f"{self.name}: {argument}="
 
-    def example(self, rng: Random) -> Example:
+    def example(self, rng: Random) -> SkillExample:
         argument = self.draw(rng)
-        return Example(self.prompt(argument), self.solve(argument), self.name)
+        return SkillExample(self.prompt(argument), self.solve(argument), self.name)
 
 
 # How arguments are drawn.
@@ -141,15 +141,15 @@ SKILLS: dict[str, Skill] = {
 }
 
 
-def noise(rng: Random) -> Example:
+def noise(rng: Random) -> SkillExample:
     """A prompt of some skill's form, or (one time in three) random words, with an unrelated completion."""
     if rng.random() < 1 / 3:
         prompt = f"{letters(rng)} {letters(rng)}="
     else:
         prompt = rng.choice(list(SKILLS.values())).example(rng).prompt
-    return Example(prompt, letters(rng), NOISE)
+    return SkillExample(prompt, letters(rng), NOISE)
 
 
-def draw(source: str, rng: Random) -> Example:
+def draw(source: str, rng: Random) -> SkillExample:
     """One example of the skill named `source`, or of noise. KeyError for a name that is neither."""
     return noise(rng) if source == NOISE else SKILLS[source].example(rng)

@@ -36,7 +36,7 @@ def held_out(
     return {"mean_log_prob": float(scores.mean()), "target_preference": float(preferences.mean())}
 
 
-def summarize(values_per_seed: Sequence[float | None]) -> dict[str, float | int | None] | None:
+def mean_over_seeds(values_per_seed: Sequence[float | None]) -> dict[str, float | int | None] | None:
     """`{"mean", "std", "seeds"}` of one metric over seeds; std is the sample's (ddof = 1), null for one seed.
 
     None where every value is None: the metric does not exist for these data. Raises ValueError where there is

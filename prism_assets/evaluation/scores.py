@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from peft import PeftModel
 
-METRICS = ("target_preference", "mean_log_prob", "exact_match")
-
 
 def make_scores(stage: Stage, records: Artifact, adapter: Artifact | None, key: str) -> Made:
     """One row per held-out record under one adapter (None: where fine-tuning starts), and the means in the notes."""

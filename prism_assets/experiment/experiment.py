@@ -7,7 +7,6 @@ from typing import Any
 
 import dagster as dg
 
-from prism_assets.evaluation.scores import METRICS
 from prism_assets.experiment.experiment_trials import recorded_cost
 from prism_assets.experiment.summary import Cost, Trial
 from prism_assets.experiment.trials import strategies_of, trial_keys
@@ -20,6 +19,7 @@ from prism_assets.report.files import page_head, replace_texts
 from prism_assets.resources.lake import Artifact, Rows, references
 from prism_assets.settings import Settings
 from prism_assets.stage import Stage
+from prism_assets.tables import METRICS
 from prism_assets.work import Outcome, each_partition, stage_of
 
 
@@ -40,13 +40,13 @@ def build(project: Project) -> dg.AssetsDefinition:
 
 
 def _summarise(stage: Stage, target: str) -> Outcome:
-    from prism_assets.experiment.summary import share_cost, summarize
+    from prism_assets.experiment.summary import share_cost, summarize_trials
     from prism_assets.experiment.verdict import verdict
 
     settings = stage.settings
     keys = trial_keys(settings, target)
     trials = [stage.shown("trials", key) for key in keys]
-    content = summarize([_trial(one) for one in trials], settings.experiment.redraw)
+    content = summarize_trials([_trial(one) for one in trials], settings.experiment.redraw)
     share_cost(content, _shared_cost(stage, trials), _shared_stages(settings))
     content["verdict"] = verdict(content)
     recipe = stage.recipe(

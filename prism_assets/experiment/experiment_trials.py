@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
-from prism_assets.evaluation.scores import METRICS, make_scores
+from prism_assets.evaluation.scores import make_scores
 from prism_assets.experiment.summary import Cost
 from prism_assets.experiment.trials import (
     Split,
@@ -18,6 +18,7 @@ from prism_assets.project import Project
 from prism_assets.resources.lake import Artifact, Rows
 from prism_assets.selection.selection import make_selection, selection_inputs
 from prism_assets.stage import Made, Stage
+from prism_assets.tables import METRICS
 from prism_assets.training.adapter import make_adapter
 from prism_assets.work import Outcome, each_partition, stage_of
 

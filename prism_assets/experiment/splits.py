@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 Redraw = Literal["apart", "together"]
 
 
-class Split(NamedTuple):
+class SplitRecords(NamedTuple):
     """Tokenised records, rows as in the corpus's tables of targets."""
 
     targets: "pa.Table"
     held_out: "pa.Table"
 
 
-def redraw(targets: "pa.Table", held_out: "pa.Table", split: int, how: Redraw) -> Split:
+def redraw(targets: "pa.Table", held_out: "pa.Table", split: int, how: Redraw) -> SplitRecords:
     """Split number `split` of m targets and h held-out records; 0 is these.
 
     apart: m and h rows, some of them more than once. together: m rows and the rest; a record of both files is dealt
@@ -34,9 +34,11 @@ def redraw(targets: "pa.Table", held_out: "pa.Table", split: int, how: Redraw) -
     or would mix plain records and pairs.
     """
     if split == 0:
-        return Split(targets, held_out)
+        return SplitRecords(targets, held_out)
     if how == "apart":
-        return Split(_with_replacement(targets, f"{split}/targets"), _with_replacement(held_out, f"{split}/held out"))
+        return SplitRecords(
+            _with_replacement(targets, f"{split}/targets"), _with_replacement(held_out, f"{split}/held out")
+        )
     return _dealt(targets, held_out, split)
 
 
@@ -45,7 +47,7 @@ def _with_replacement(table: "pa.Table", key: str) -> "pa.Table":
     return table.take(np.sort(np.random.default_rng(seed).integers(table.num_rows, size=table.num_rows)))
 
 
-def _dealt(targets: "pa.Table", held_out: "pa.Table", split: int) -> Split:
+def _dealt(targets: "pa.Table", held_out: "pa.Table", split: int) -> SplitRecords:
     import pyarrow as pa
 
     if len({table["rejected"].null_count < table.num_rows for table in (targets, held_out)}) > 1:
@@ -62,4 +64,4 @@ def _dealt(targets: "pa.Table", held_out: "pa.Table", split: int) -> Split:
     keys = [hashlib.sha256(f"{split}:{one}".encode()).digest() for one in records["id"].to_pylist()]
     order = sorted(range(records.num_rows), key=keys.__getitem__)
     chosen, rest = sorted(order[: targets.num_rows]), sorted(order[targets.num_rows :])
-    return Split(records.take(chosen), records.take(rest))
+    return SplitRecords(records.take(chosen), records.take(rest))

@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prism_assets.report.comparison import METRICS
+from prism_assets.report.comparison import METRIC_LABELS
 
 
-class Source(NamedTuple):
+class CitedArtifact(NamedTuple):
     """An artefact of the lake, as a card names it."""
 
     what: str
@@ -37,8 +37,8 @@ class Facts(NamedTuple):
     held_out_records: int
     harness: str | None  # lm-eval and its version; None where there are no benchmarks
     benchmarks: Sequence[tuple[str, float, Mapping[str, Any]]]  # label, base model, mean, std and seeds
-    made_from: Sequence[Source]  # the selection, and what it was made from
-    results: Sequence[Source]  # what the figures are from: adapters, evaluations and benchmarks of all seeds
+    made_from: Sequence[CitedArtifact]  # the selection, and what it was made from
+    results: Sequence[CitedArtifact]  # what the figures are from: adapters, evaluations and benchmarks of all seeds
 
 
 def adapter_card(facts: Facts) -> str:
@@ -138,7 +138,7 @@ def _figure_lines(facts: Facts) -> list[str]:
         "| metric | before | fine-tuned |",
         "|---|---|---|",
     ]
-    ours = [(label, facts.base.get(metric), facts.figures.get(metric)) for metric, label in METRICS.items()]
+    ours = [(label, facts.base.get(metric), facts.figures.get(metric)) for metric, label in METRIC_LABELS.items()]
     benchmarks = [(f"lm-eval: {label}", before, value) for label, before, value in facts.benchmarks]
     for label, before, value in [*ours, *benchmarks]:
         if value is None:
@@ -148,7 +148,7 @@ def _figure_lines(facts: Facts) -> list[str]:
     return lines
 
 
-def _lineage_section(facts: Facts, sources: Sequence[Source]) -> list[str]:
+def _lineage_section(facts: Facts, sources: Sequence[CitedArtifact]) -> list[str]:
     rows = [
         f"| {_cell(one.what)} | `{one.fingerprint}` | `{one.content_hash}` | {f'`{one.run_id}`' if one.run_id else '–'} |"
         for one in sources

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import CannotExport
-from prism_assets.export.cards import Facts, Source, adapter_card, data_card
+from prism_assets.export.cards import CitedArtifact, Facts, adapter_card, data_card
 from prism_assets.identity import base_key, join_key, seed_partition, split_key
-from prism_assets.report.comparison import METRICS
 from prism_assets.resources.lake import Artifact, hash_table
 from prism_assets.settings import Budget
 from prism_assets.stage import Stage
-from prism_assets.tables import tables
+from prism_assets.tables import METRICS, tables
 from prism_assets.training.adapter import trained_tokens
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def _check_same(rows: "pa.Table", exported: Exported) -> None:
 
 def _facts(stage: Stage, exported: Exported) -> Facts:
     from prism_assets.catalog.lineage import trace
-    from prism_assets.evaluation.metrics import summarize
+    from prism_assets.evaluation.metrics import mean_over_seeds
 
     settings, selection, adapters = stage.settings, exported.selection, exported.adapters
     base, evaluations = exported.base, exported.evaluations
@@ -156,15 +155,15 @@ def _facts(stage: Stage, exported: Exported) -> Facts:
         steps=adapters[0].notes["steps"],
         seed=settings.seeds[0],
         base={metric: base.notes[metric] for metric in METRICS},
-        figures={metric: summarize([one.notes[metric] for one in evaluations]) for metric in METRICS},
+        figures={metric: mean_over_seeds([one.notes[metric] for one in evaluations]) for metric in METRICS},
         held_out_records=base.notes["records"],
         harness=f"lm-eval {scored[0][1].header['settings']['lm_eval']}" if scored else None,
         benchmarks=benchmarks,
         made_from=[
-            *(Source(_name(one), one["fingerprint"], one["content_hash"], one["run_id"] or "") for one in above),
-            _source("selection", selection),
+            *(CitedArtifact(_name(one), one["fingerprint"], one["content_hash"], one["run_id"] or "") for one in above),
+            _cited("selection", selection),
         ],
-        results=[_source(what, artifact) for what, artifact in [*made, *scored]],
+        results=[_cited(what, artifact) for what, artifact in [*made, *scored]],
     )
 
 
@@ -198,8 +197,8 @@ def _benchmarks(
     return figures, [("benchmarks, before", base), *seeds]
 
 
-def _source(what: str, artifact: Artifact) -> Source:
-    return Source(what, artifact.fingerprint, artifact.content_hash, artifact.header["run_id"] or "")
+def _cited(what: str, artifact: Artifact) -> CitedArtifact:
+    return CitedArtifact(what, artifact.fingerprint, artifact.content_hash, artifact.header["run_id"] or "")
 
 
 def _name(traced: Mapping[str, Any]) -> str:

@@ -293,12 +293,12 @@ def _failed_checks(result: Any) -> "Iterator[str]":
         by_partition = {key: one for key, one in facts.items() if isinstance(one, dict) and "passed" in one}
         for key, one in by_partition.items():
             if not one["passed"]:
-                yield f"{name} [{key}]: {_listed(one)}"
+                yield f"{name} [{key}]: {_facts_text(one)}"
         if not by_partition:
-            yield f"{name}: {_listed(facts)}"
+            yield f"{name}: {_facts_text(facts)}"
 
 
-def _listed(facts: Mapping[str, Any]) -> str:
+def _facts_text(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if name != "passed")
 
 

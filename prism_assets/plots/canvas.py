@@ -35,7 +35,7 @@ SOURCE_COLORS = (
     "#a0693a", "#d4a92a", "#6f7fd9", "#7d9a3c", "#b56576",
 )  # fmt: skip
 OTHER_COLOR = "#c9cfd8"
-METRICS = {
+METRIC_AXES = {
     "target_preference": "target preference\n(mean over examples, τ = 1)",
     "mean_log_prob": "mean log-probability\n(nats per token)",
     "exact_match": "exact match\n(share of examples)",
@@ -150,7 +150,7 @@ def percent_decimals(largest: float) -> int:
     return 0 if largest >= 0.05 else 1 if largest >= 0.005 else 2
 
 
-def shortened(name: str, length: int) -> str:
+def without_middle(name: str, length: int) -> str:
     """`name` on one line and at most `length` characters, its middle left out: a path's ends tell most."""
     line = " ".join(str(name).split())
     if len(line) <= length:

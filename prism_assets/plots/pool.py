@@ -24,8 +24,8 @@ from prism_assets.plots.canvas import (
     new_figure,
     say_nothing,
     shares_of,
-    shortened,
     ticks,
+    without_middle,
 )
 
 
@@ -96,7 +96,7 @@ def composition(
             color = SOURCE_COLORS[number % len(SOURCE_COLORS)] if source in shown else OTHER_COLOR
             axes.barh(
                 range(len(rows)), shares, left=lefts, height=0.72, color=color, edgecolor="white",
-                linewidth=0.6, label=shortened(source, 34),
+                linewidth=0.6, label=without_middle(source, 34),
             )  # fmt: skip
             for row, share in enumerate(shares):
                 if share >= 0.06:
@@ -106,7 +106,7 @@ def composition(
                     )  # fmt: skip
             lefts += shares
         if rows:
-            axes.set_yticks(range(len(rows)), [shortened(name, 24) for name in rows])
+            axes.set_yticks(range(len(rows)), [without_middle(name, 24) for name in rows])
             axes.invert_yaxis()
             axes.set_xlim(0, 1)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))

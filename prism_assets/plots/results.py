@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from prism_assets.plots import canvas
 from prism_assets.plots.canvas import (
     DPI,
-    METRICS,
+    METRIC_AXES,
     MUTED,
     SOURCE_COLORS,
     STYLE,
@@ -24,9 +24,9 @@ from prism_assets.plots.canvas import (
     finite_values,
     new_figure,
     say_nothing,
-    shortened,
     ticks,
     tint,
+    without_middle,
 )
 
 
@@ -44,7 +44,7 @@ def strategies_comparison(
     base = base or {}
     present = [
         metric
-        for metric in METRICS
+        for metric in METRIC_AXES
         if any(finite(entry_of(values, metric)) is not None for values in strategies.values())
     ]
     with rc_context(STYLE):
@@ -75,9 +75,9 @@ def strategies_comparison(
                 )  # fmt: skip
             axes.xaxis.set_major_locator(ticks(4))
             axes.margins(x=0.12)
-            finish(axes, "", METRICS[metric], "", grid="x")
+            finish(axes, "", METRIC_AXES[metric], "", grid="x")
         if present:
-            panels[0].set_yticks(range(len(strategies)), [shortened(name, 24) for name in strategies])
+            panels[0].set_yticks(range(len(strategies)), [without_middle(name, 24) for name in strategies])
             panels[0].set_ylim(len(strategies) - 0.4, -0.6)
         else:
             say_nothing(panels[0])
@@ -94,7 +94,7 @@ def paired_differences(
     left out.
     """
     pairs = [(name, other, metrics) for name, others in differences.items() for other, metrics in others.items()]
-    present = [metric for metric in METRICS if any(metrics.get(metric) for *_, metrics in pairs)]
+    present = [metric for metric in METRIC_AXES if any(metrics.get(metric) for *_, metrics in pairs)]
     with rc_context(STYLE):
         figure = Figure(
             figsize=(8.6, 1.45 + 0.26 * max(len(pairs), 1)), dpi=DPI, layout=ConstrainedLayoutEngine(wspace=0.07)
@@ -115,9 +115,9 @@ def paired_differences(
             axes.axvline(0, color=MUTED, linewidth=1.0, linestyle="--", zorder=0)
             axes.xaxis.set_major_locator(ticks(4))
             axes.margins(x=0.08)
-            finish(axes, "", f"difference in\n{METRICS[metric].partition(chr(10))[0]}", "", grid="x")
+            finish(axes, "", f"difference in\n{METRIC_AXES[metric].partition(chr(10))[0]}", "", grid="x")
         if present:
-            names = [f"{shortened(name, 18)} − {shortened(other, 18)}" for name, other, _ in pairs]
+            names = [f"{without_middle(name, 18)} − {without_middle(other, 18)}" for name, other, _ in pairs]
             panels[0].set_yticks(range(len(pairs)), names)
             panels[0].set_ylim(len(pairs) - 0.4, -0.6)
         else:
@@ -147,7 +147,7 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, unit: str, title: s
             )
             lefts += seconds
         if stages:
-            axes.set_yticks(range(len(costs)), [shortened(name, 24) for name in costs])
+            axes.set_yticks(range(len(costs)), [without_middle(name, 24) for name in costs])
             axes.invert_yaxis()
             figure.legend(loc="outside lower center", ncols=5, handlelength=1.0, handleheight=1.0)
         else:

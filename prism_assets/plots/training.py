@@ -25,9 +25,9 @@ from prism_assets.plots.canvas import (
     new_figure,
     percent_decimals,
     say_nothing,
-    shortened,
     ticks,
     tint,
+    without_middle,
 )
 
 
@@ -175,7 +175,7 @@ def predicted_and_measured(rows: Sequence[Mapping[str, Any]], *, title: str, xla
 def _named_bars(axes: Axes, names: list[str]) -> None:
     crowded = len(names) > 4
     axes.set_xticks(
-        range(len(names)), [shortened(name, 14) for name in names],
+        range(len(names)), [without_middle(name, 14) for name in names],
         rotation=60 if crowded else 0, ha="right" if crowded else "center",
         rotation_mode="anchor" if crowded else None,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_assets.report.comparison import (
-    METRICS,
+    METRIC_LABELS,
     Cell,
     benchmark_metrics,
     benchmark_text,
@@ -83,7 +83,7 @@ def build_report(data: Mapping[str, Any]) -> str:
         created=str(data.get("created") or ""),
         model_name=str(model.get("name") or "unnamed model"),
         model_fingerprint=str(model.get("fingerprint") or ""),
-        metrics=list(METRICS.values()),
+        metrics=list(METRIC_LABELS.values()),
         targets=targets,
         settings=pretty(data.get("settings")),
         lineage=pretty(data.get("lineage")),
@@ -137,7 +137,7 @@ def _plots(target: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
 
     strategies, direction = target["strategies"], target.get("direction") or {}
     found: list[tuple[str, str, bytes]] = []
-    if any(mean_of(entry, metric) is not None for entry in strategies.values() for metric in METRICS):
+    if any(mean_of(entry, metric) is not None for entry in strategies.values() for metric in METRIC_LABELS):
         image = plots.strategies_comparison(strategies, target.get("base"))
         caption = "Mean over seeds, with one standard deviation to each side; dashed: the base model."
         found.append(("outcome", caption, image))

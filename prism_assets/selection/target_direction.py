@@ -18,6 +18,7 @@ from prism_assets.selection.direction_artifacts import (
     shown_inputs,
 )
 from prism_assets.selection.target_scores import scores_of, tokens_counted
+from prism_assets.selection.thresholds import FEWEST_EFFECTIVE, FIRST_ORDER_RATIO
 from prism_assets.stage import Made, Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from prism_assets.selection.strategies import TargetScores
-
-FEWEST_EFFECTIVE = 3
 
 ENOUGH_TARGETS = Check(
     "enough_effective_targets",
@@ -252,7 +251,7 @@ def _outcome(project: Project, stage: Stage, artifacts: list[Artifact], computed
         },
         [
             ENOUGH_TARGETS(effective >= min(FEWEST_EFFECTIVE, len(rows)), effective=effective, targets=len(rows)),
-            FIRST_ORDER(0.5 <= ratio <= 2, measured_over_predicted=ratio, **gain),
+            FIRST_ORDER(FIRST_ORDER_RATIO[0] <= ratio <= FIRST_ORDER_RATIO[1], measured_over_predicted=ratio, **gain),
             HELD_OUT(held_out["prism"] > 0, **held_out),
         ],
     )

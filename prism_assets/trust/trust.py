@@ -9,9 +9,10 @@ from prism_assets.metadata import picture
 from prism_assets.project import Check, Project
 from prism_assets.resources.lake import Artifact, Recipe, Rows, hash_table
 from prism_assets.selection.target_scores import as_made
+from prism_assets.selection.thresholds import FEWEST_EFFECTIVE
 from prism_assets.stage import Stage
 from prism_assets.trust.inputs import TRAINING_SETTINGS, TrustInputs, tried_candidates, trust_inputs
-from prism_assets.trust.verdict import CHECKS, FEWEST_EFFECTIVE, LEAST_CORRELATION, MOST_FLIPPED, findings
+from prism_assets.trust.verdict import CHECKS, LEAST_CORRELATION, MOST_FLIPPED, findings
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:

@@ -6,20 +6,18 @@ Takes the notes of a `trust` artefact (plain numbers) and needs no more than the
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Below three targets' worth of weight one or two examples decide what is selected. As in `enough_effective_targets`.
-FEWEST_EFFECTIVE = 3.0
+from prism_assets.selection.thresholds import FEWEST_EFFECTIVE, FIRST_ORDER_RATIO
+
 # One flipped pair in ten is Kendall's tau of 0.8. By chance every second pair flips.
 MOST_FLIPPED = 0.10
 # Between checkpoints: below 0.7 the two orders share less than half of their variance (0.7² = 0.49).
 LEAST_AGREEMENT = 0.7
-# Measured over predicted; as in `first_order_holds`. Beyond a factor of two a prediction is off by more than itself.
-RATIO = (0.5, 2.0)
 # Of two normal quantities with correlation 0.5, the upper 5% by one lie above the median of the other with
 # probability 0.88 on average; at 0.3 it is 0.74, not much better than the 0.5 of chance.
 LEAST_CORRELATION = 0.5
 
 
-class Finding(NamedTuple):
+class TrustFinding(NamedTuple):
     """One question, whether the answer is good (None: not measured), and the answer for the user."""
 
     check: str
@@ -38,7 +36,7 @@ CHECKS: dict[str, str] = {
 }
 
 
-def findings(notes: Mapping[str, Any]) -> list[Finding]:
+def findings(notes: Mapping[str, Any]) -> list[TrustFinding]:
     """The answers to the questions of `CHECKS`, in that order."""
     answers = (
         _effective(notes["effective_number_of_targets"], notes["usable_targets"]),
@@ -49,7 +47,8 @@ def findings(notes: Mapping[str, Any]) -> list[Finding]:
         _subsets(notes["datamodel"]),
     )
     return [
-        Finding(check, question, *answer) for (check, question), answer in zip(CHECKS.items(), answers, strict=True)
+        TrustFinding(check, question, *answer)
+        for (check, question), answer in zip(CHECKS.items(), answers, strict=True)
     ]
 
 
@@ -88,11 +87,11 @@ def _stable(steps: Mapping[str, Any], single: Mapping[str, Any], agreement: floa
 
 
 def reach(steps: Sequence[Mapping[str, float]]) -> float:
-    """The largest size up to which measured over predicted lies within `RATIO` at every step; 0 where at none."""
+    """The largest size up to which measured over predicted lies within `FIRST_ORDER_RATIO` at every step; 0 where at none."""
     reached = 0.0
     for step in sorted(steps, key=lambda one: one["size"]):
         predicted = step["predicted"]
-        if not predicted or not RATIO[0] <= step["measured"] / predicted <= RATIO[1]:
+        if not predicted or not FIRST_ORDER_RATIO[0] <= step["measured"] / predicted <= FIRST_ORDER_RATIO[1]:
             break
         reached = step["size"]
     return reached

@@ -103,13 +103,13 @@ def _artifact_row(artifact: Artifact, file: str) -> tuple[Any, ...]:
         header.get("stage_version"),
         header.get("run_id"),
         header.get("created"),
-        json.dumps(_shortened(header.get("settings"))),
+        json.dumps(_without_long_lists(header.get("settings"))),
         json.dumps(header.get("notes")),
         file,
     )
 
 
-def _shortened(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+def _without_long_lists(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings without long lists. A manifest and an index list every shard; the catalogue would hold that list once an
     arrival. It stands in the artefact's header, and what matters of it in its rows."""
     return {
