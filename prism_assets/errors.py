@@ -79,7 +79,7 @@ class QueryRefused(UserMistake):
 
 
 class UnknownThing(UserMistake):
-    """Nothing in the lake, or more than one thing, goes by the name that was given; the message lists what is near."""
+    """Nothing in the lake, or more than one thing, matches the name that was given; the message lists similar names."""
 
 
 # -- what failed --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The registry: what assets there are, and what tables they publish. A new asset is its file and its entry here.
 
-Everything that is true of a table or of an asset stands once, in this module: the schema that the catalogue promises,
+Everything that is true of a table or of an asset is defined once, in this module: the schema that the catalogue promises,
 the scope that its heads are kept under, the asset that shows it, what of it `prism gc` may collect, which rows name other
 artefacts, which settings it reads, which job, step and condition make it. Plain data: no Dagster, no lake.
 """
@@ -12,7 +12,7 @@ from typing import Literal
 # What the heads of a table are kept under, so that results of different settings lie side by side (`identity`).
 Scope = Literal["none", "corpus", "warmup", "features"]
 Partitions = Literal["shard", "target", "target_strategy"] | None
-# How automation makes an asset (`ops.conditions`); None: by hand alone.
+# How automation makes an asset (`ops.conditions`); None: started manually only.
 Condition = Literal["when_missing", "follow", "follow_arrivals"] | None
 
 
@@ -302,7 +302,7 @@ ASSETS: list[Asset] = [
         job="refresh_targets",
         step="Report",
     ),
-    # Short fine-tunings and hundreds of forward passes a target: by hand or by the weekly schedule, not at each arrival.
+    # Short fine-tunings and hundreds of forward passes a target: started manually or by the weekly schedule, not at each arrival.
     Asset(
         "trust",
         "prism_assets.trust.trust",
@@ -362,12 +362,12 @@ JOBS: dict[str, str] = {
     "refresh_selections": "Selection, fine-tuning and evaluation of targets and strategies.",
     "check_trust": "Whether the weights, the directions and the scores of targets hold, measured. Costly, and never automatic.",
     # Not `experiment`: a job may not be called as an asset is.
-    "run_experiment": "Every strategy over several splits and seeds, and what the differences come to. Never started by itself.",
+    "run_experiment": "Every strategy over several splits and seeds, and their paired differences. Never started automatically.",
 }
 
 
 def register(asset: Asset) -> None:
-    """Add an asset of somebody's own, before definitions are built. Raises ValueError for a name that is taken."""
+    """Add an asset of your own, before definitions are built. Raises ValueError for a name that is taken."""
     taken = {one.name for one in ASSETS} | {table.name for table in tables()}
     for name in (asset.name, *(table.name for table in asset.tables)):
         if name in taken:
@@ -384,7 +384,7 @@ def asset_named(name: str) -> Asset:
 
 
 def table_named(name: str) -> Table | None:
-    """The entry of a table, None for a table of somebody else's."""
+    """The entry of a table, None for a table that is not registered."""
     return next((table for one in ASSETS for table in one.tables if table.name == name), None)
 
 

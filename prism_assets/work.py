@@ -25,7 +25,7 @@ def stage_without_run(project: Project, definitions: dg.Definitions) -> Stage:
 
 @dataclass
 class Outcome:
-    """What one partition of one asset came to: the artefacts it shows now, metadata, and its checks."""
+    """The result of one partition of one asset: the artefacts it shows now, metadata, and its checks."""
 
     artifacts: Sequence[Artifact]
     computed: int  # how many artefacts were made in this run; the others were found

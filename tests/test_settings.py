@@ -259,7 +259,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["targets: {}\ntargets: {}\n", "lora: {rank: 3, rank: 4}\n"])
 def test_a_key_that_stands_twice_is_refused_not_dropped(load, text):
-    assert re.search(r"`(targets|rank)` stands there twice", refusal(load, text))
+    assert re.search(r"`(targets|rank)` is given twice", refusal(load, text))
 
 
 def test_a_missing_file_is_named_with_the_command_that_writes_one(tmp_path):

@@ -44,7 +44,7 @@ def fail(message: str, status: int) -> typer.Exit:
 
 @contextmanager
 def expected_failures() -> Iterator[None]:
-    """Turn what users can change, or what a step says of itself, into a message and a status."""
+    """Turn an error of `prism_assets.errors` into its message and exit status."""
     try:
         yield
     except PrismError as error:
@@ -95,7 +95,7 @@ def load_project(settings: "Settings") -> Loaded:
 def run_steps(
     settings: "Settings", targets: Sequence[str] | None, steps: "Sequence[Step] | None" = None, quiet: bool = False
 ) -> "tuple[Loaded, list[StepResult]]":
-    """Run the steps (by default all of `prism run`) and say what each came to."""
+    """Run the steps (by default all of `prism run`) and print the result of each."""
     from rich.console import Console
     from rich.markup import escape
 

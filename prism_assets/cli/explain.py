@@ -1,4 +1,4 @@
-"""`prism explain`: why a candidate stands where it stands."""
+"""`prism explain`: why a candidate ranks where it does."""
 
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ def explain(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Why a candidate stands where it stands: its score by targets, its ranks, its neighbours, earlier versions."""
+    """Why a candidate ranks where it does: its score by targets, its ranks, its neighbours, earlier versions."""
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, [target])

@@ -183,18 +183,18 @@ class Encoder:
     def _token_ids(self, text: str, first: bool) -> list[int]:
         if first or not self._anchored:
             return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        behind = cast("str", self.tokenizer.eos_token) + text
-        return self.tokenizer.encode(behind, add_special_tokens=False, verbose=False)[1:]
+        after_eos = cast("str", self.tokenizer.eos_token) + text
+        return self.tokenizer.encode(after_eos, add_special_tokens=False, verbose=False)[1:]
 
     def _adds_a_leading_space(self) -> bool:
         """Whether the tokenizer writes a space before the first word (SentencePiece's dummy prefix).
 
         Such a space would appear at the start of each segment, in the middle of the example. There, segments
-        are tokenised behind an EOS token, which is then dropped.
+        are tokenised after an EOS token, which is then dropped.
         """
         alone = self.tokenizer.encode("a", add_special_tokens=False)
-        behind = self.tokenizer.encode(cast("str", self.tokenizer.eos_token) + "a", add_special_tokens=False)
-        return behind[:1] == [self.tokenizer.eos_token_id] and behind[1:] != alone
+        after_eos = self.tokenizer.encode(cast("str", self.tokenizer.eos_token) + "a", add_special_tokens=False)
+        return after_eos[:1] == [self.tokenizer.eos_token_id] and after_eos[1:] != alone
 
     def _bos_added_by_default(self) -> int | None:
         bos = cast("int | None", self.tokenizer.bos_token_id)

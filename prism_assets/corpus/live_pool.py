@@ -28,7 +28,7 @@ def build(project: Project) -> dg.AssetsDefinition:
     def live_pool(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """The manifest: the live shards, and which of their rows do not count.
 
-        A row that stands in several shards counts once, in the shard with the smallest key. A row equal to a target
+        A row that is in several shards counts once, in the shard with the smallest key. A row equal to a target
         or eval record is kept out of every ranking. Shares, budgets and top-k count the rows that remain.
         """
         stage = stage_of(project, context)

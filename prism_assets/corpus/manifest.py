@@ -1,4 +1,4 @@
-"""Which rows of a pool count: duplicates across shards and rows equal to a held-back record do not."""
+"""Which rows of a pool count: duplicates across shards and rows equal to a target or held-out record do not."""
 
 from collections.abc import Mapping
 from typing import Any

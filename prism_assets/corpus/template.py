@@ -59,7 +59,7 @@ class TextSegment(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A rendered stretch without special tokens; its start, and the end of the one behind it, if any."""
+    """A rendered stretch without special tokens; its start, and the end of the special token after it, if any."""
 
     text: str
     start: int
@@ -135,7 +135,7 @@ class ChatTemplate:
         return [segment for segment in segments if segment.text]
 
     def _completion_start(self, rendered: str, context: Sequence[Message], cursor: int) -> int:
-        """Where the assistant's turn after ``context`` begins: behind a prompt that ``rendered`` has."""
+        """Where the assistant's turn after ``context`` begins: after a prompt that ``rendered`` begins with."""
         for prompt in self._rendered_prompts(context):
             if len(prompt) >= cursor and rendered.startswith(prompt):
                 return len(prompt)
@@ -164,7 +164,7 @@ class ChatTemplate:
         return len(so_far) if rendered.startswith(so_far) else len(rendered)
 
     def _completion_end(self, rendered: str, start: int, stop: int, content: str, last: bool) -> tuple[int, bool]:
-        """Where the supervised text ends, and whether that is behind a token that ends the turn."""
+        """Where the supervised text ends, and whether that is after a token that ends the turn."""
         content = content.strip()
         pieces = list(self._pieces(rendered, start, stop))
         piece = (
@@ -174,15 +174,15 @@ class ChatTemplate:
         )
         if piece.special_end is not None:
             return piece.special_end, True
-        behind = piece.text.find(content) + len(content)
-        if last and piece.text[behind:].strip():  # the template ends the turn in words
-            behind = len(piece.text.rstrip())
-        return piece.start + behind, False
+        end = piece.text.find(content) + len(content)
+        if last and piece.text[end:].strip():  # the template ends the turn in words
+            end = len(piece.text.rstrip())
+        return piece.start + end, False
 
     def _rewritten_piece(self, pieces: list[_Piece], content: str, last: bool) -> _Piece:
         """The words of a turn whose content the template rewrote: it parses a thinking block, say.
 
-        It may spend other white space, and drop the thinking of earlier turns, but not of the completion.
+        It may write other white space, and drop the thinking of earlier turns, but not of the completion.
         """
         ended = (piece for piece in pieces if piece.text.strip() and piece.special_end is not None)
         piece = next(ended, None)

@@ -96,7 +96,7 @@ def demo_settings(folder: Path | str) -> dict[str, Any]:
 
 
 def _write_inbox(inbox: Path, pool: Sequence[SkillExample]) -> None:
-    """The pool in four shards of four formats; the first and the last hold what an inbox must put up with."""
+    """The pool in four shards of four formats; the first and the last hold duplicates and bad records."""
     inbox.mkdir(parents=True, exist_ok=True)
     first, second, third, fourth = (pool[part::4] for part in range(4))
     in_two_shards = second[:DUPLICATES]

@@ -31,7 +31,7 @@ def make_scores(stage: Stage, records: Artifact, adapter: Artifact | None, key: 
 
 
 def seed_note(adapter: Artifact | None) -> dict[str, Any]:
-    """What is noted of whose adapter was judged."""
+    """The note that says which seed's adapter was evaluated."""
     return {"seed": adapter.notes["seed"]} if adapter else {}
 
 

@@ -1,4 +1,4 @@
-"""The asset `experiment`: what the trials of a target come to, as a table and as a page."""
+"""The asset `experiment`: the results of a target's trials, as a table and as a page."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -165,7 +165,7 @@ def _feature_blocks(stage: Stage) -> Iterator[Artifact]:
 
 
 def _retire_other_trials(stage: Stage, target: str, keys: set[str]) -> None:
-    """Trials of this target that the settings ask for no more; `prism gc` may remove what nothing else needs."""
+    """Remove the heads of trials that the settings no longer ask for; `prism gc` may remove what nothing else needs."""
     for head in stage.lake.heads("trials"):
         of_today = head["scope"] == stage.feature_version and target_of_trial(head["partition"]) == target
         if of_today and head["partition"] not in keys:

@@ -36,7 +36,7 @@ def build(project: Project) -> dg.AssetsDefinition:
 
         Made by the functions that make the production assets, from the same recipes: what `prism run` made is found, and
         a killed experiment goes on where it stopped. All trials of a target select from one state of the pool; a strategy
-        that draws at random draws anew in each split.
+        that draws at random draws again in each split.
         """
         stage = stage_of(project, context)
         return each_partition(context, stage, lambda name: _run_trials(stage, name))
@@ -49,7 +49,7 @@ def _run_trials(stage: Stage, target: str) -> Outcome:
 
     strategies = strategies_of(stage.settings)
     splits, computed = prepare_splits(stage, target)
-    # Looked at once: an arrival in the midst of it must not give some trials another pool than the others.
+    # Read once: an arrival during the experiment must not give some trials another pool than the others.
     pinned = selection_inputs(stage, target, STRATEGIES["uniform"], of_target=splits[0].of_target())
     pinned = {role: pinned[role] for role in ("index", "pool")}
     trials: list[Artifact] = []
@@ -79,7 +79,7 @@ def _trials(
     key = join_key(split.name, strategy)
     inputs = selection_inputs(stage, split.name, STRATEGIES[strategy], of_target=split.of_target())
     inputs |= {role: one for role, one in pinned.items() if role in inputs}
-    # With another seed of selection in each split, what is drawn at random is one draw no more.
+    # Another selection seed in each split, so that a random strategy is not the same draw in all of them.
     drawn = stage.settings.selection.model_copy(update={"seed": stage.settings.selection.seed + split.number})
     selection, selected = make_selection(stage.with_settings(selection=drawn), STRATEGIES[strategy], inputs, key)
     reads_targets = bool({"direction", "target_features"} & set(inputs))

@@ -131,7 +131,7 @@ def _plots(content: Mapping[str, Any]) -> list[dict[str, str]]:
         ),
         (
             plots.paired_differences(content["differences"]),
-            f"Left of zero: worse than the strategy behind the minus sign. Strokes are the {unit}s, bars 95% intervals.",
+            f"Left of zero: worse than the strategy after the minus sign. Strokes are the {unit}s, bars 95% intervals.",
         ),
         (
             plots.stage_costs(costs, unit="GPU" if gpu else "CPU"),

@@ -1,4 +1,4 @@
-"""What the trials of one target come to: means, paired differences with intervals, costs, and the verdict in words.
+"""The results of one target's trials: means, paired differences with intervals, and costs.
 
 Plain data in, plain data out: what `summarize_trials` returns is one target's part of experiment.json.
 """
@@ -10,7 +10,7 @@ from prism_assets.report.comparison import METRIC_LABELS
 from prism_assets.report.wording import mean_and_std
 from prism_assets.stats.seeds import paired_difference, summarize_seeds
 
-# Always run, and what every strategy is held against.
+# Always run; every strategy is compared with them.
 COMPARED_WITH = ("uniform", "less", "random")
 STAGES = ("target features", "direction", "selection", "fine-tuning", "evaluation")
 
@@ -100,7 +100,7 @@ def summarize_trials(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
 
 
 def _others(name: str) -> Sequence[str]:
-    """What a strategy is held against; two of these once, not both ways."""
+    """What a strategy is compared with; two of these are compared once, not both ways."""
     return COMPARED_WITH[COMPARED_WITH.index(name) + 1 :] if name in COMPARED_WITH else COMPARED_WITH
 
 
@@ -163,7 +163,7 @@ def share_cost(
 
 
 def table(targets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The outcome as text: a header row, then per target the base model and each strategy.
+    """The results as text: a header row, then per target the base model and each strategy.
 
     Means ± standard deviations over units; then the paired differences in target preference with 95% intervals; then
     what the strategy's trials cost, and that with the work that strategies share (`share_cost`).

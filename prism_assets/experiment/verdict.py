@@ -19,7 +19,7 @@ def verdict(content: Mapping[str, Any]) -> list[str]:
     if "prism" in strategies:
         sentences.append(_weighting(content))
     for name in strategies:
-        sentences.append(_standing(content, name))
+        sentences.append(_comparison(content, name))
         sentences += _against_each(content, name)
     return [*sentences, *_limits(content)]
 
@@ -67,19 +67,19 @@ def _weighting(content: Mapping[str, Any]) -> str:
     if side == "below":
         return "The preference weighting cost here: prism is below uniform, which differs by the weights alone. Use uniform."
     return (
-        "It is not shown that the preference weighting pays here: prism and uniform, which differ by the weights alone, "
-        "cannot be told apart."
+        "It is not shown that the preference weighting pays here: between prism and uniform, which differ by the weights "
+        "alone, there is no significant difference (the 95% interval holds zero)."
     )
 
 
-def _standing(content: Mapping[str, Any], name: str) -> str:
-    """Where one strategy stands among those it is held against, in target preference."""
-    sides: dict[str, list[str]] = {"above": [], "below": [], "apart": [], "unknown": []}
+def _comparison(content: Mapping[str, Any], name: str) -> str:
+    """How one strategy compares with the others, in target preference."""
+    sides: dict[str, list[str]] = {"above": [], "below": [], "unclear": [], "unknown": []}
     for other, metrics in content["differences"][name].items():
         sides[_side(metrics["target_preference"])].append(other)
     if sides["unknown"]:
         return f"{name}: without repetition nothing is said about {listed(sides['unknown'])}."
-    words = {"above": "above", "below": "below", "apart": "not to be told apart from"}
+    words = {"above": "above", "below": "below", "unclear": "no significant difference (95% interval) from"}
     parts = [f"{text} {listed(sides[side])}" for side, text in words.items() if sides[side]]
     return f"{name} in target preference: {'; '.join(parts)}."
 
@@ -88,7 +88,7 @@ def _side(difference: Mapping[str, Any]) -> str:
     if difference["interval"] is None:
         return "unknown"
     low, high = difference["interval"]
-    return "above" if low > 0 else "below" if high < 0 else "apart"
+    return "above" if low > 0 else "below" if high < 0 else "unclear"
 
 
 def _against_each(content: Mapping[str, Any], name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`prism explain`: reads what the lake holds of a candidate and says why it stands where it stands.
+"""`prism explain`: reads what the lake holds of a candidate and says why it ranks where it does.
 
 Nothing is computed again: scores come from the stored index, directions and target sketches. The exception is the
 exact score, a gradient of the one candidate per checkpoint, which shows what the sketch cost.

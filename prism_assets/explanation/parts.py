@@ -1,4 +1,4 @@
-"""Why a candidate stands where it stands: its score taken apart into the targets, and its place in a ranking.
+"""Why a candidate ranks where it does: its score as a sum over targets, and its place in a ranking.
 
 With the target vector t_k = Σ_j w_kj g_kj of checkpoint k (raw gradients g_kj), its sketch S t_k, the stored unit row
 Γ̂_k of the candidate and learning rates η̄_k that sum to 1, the score is linear in the targets:
@@ -62,7 +62,7 @@ class StrategyRank(NamedTuple):
     rank: int | None  # None where the strategy orders only what it selects, and this row is not among it
     of: int  # rows that are ranked
     score: float | None  # None for a strategy without scores
-    selected: bool | None  # whether it stands in that strategy's current selection; None where there is none
+    selected: bool | None  # whether it is in that strategy's current selection; None where there is none
     # What rank and score are by: "exact" scores, in a selection that was re-ranked and holds the row, else the "sketch",
     # which makes the shortlist there; None for a strategy without a direction.
     by: str | None = None
@@ -124,9 +124,9 @@ class Explanation:
     exact_score: float | None  # the same without a sketch: what the score approximates
     why_not_exact: str
     parts: list[TargetPart]  # by descending contribution
-    curvature: float | None  # score less the parts, where the direction was corrected for curvature
-    sketch_error: float | None  # exact score less the parts (and the curvature)
-    rounding: float  # without a correction: score less the parts, about 1e-7
+    curvature: float | None  # score minus the parts, where the direction was corrected for curvature
+    sketch_error: float | None  # exact score minus the parts (and the curvature)
+    rounding: float  # without a correction: score minus the parts, about 1e-7
     ranks: list[StrategyRank]
     neighbours: list[Neighbour]
     earlier: list[Earlier]

@@ -1,4 +1,4 @@
-"""The target's side of a score: the direction, the targets behind it, and their weights as they were."""
+"""The target's side of a score: the direction, the targets it is made of, and the weights that they had."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 

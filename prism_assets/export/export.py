@@ -108,7 +108,7 @@ def _shown(stage: Stage, table: str, partition: str) -> Artifact:
 
 
 def _check_same(rows: "pa.Table", exported: Exported) -> None:
-    """An adapter of other rows, or figures of another adapter, would make a card that lies."""
+    """An adapter of other rows, or figures of another adapter, would make a wrong card."""
     content = hash_table(trained_tokens(rows))
     records = exported.base.header["inputs"]["records"]["content_hash"]
     for adapter, evaluation in zip(exported.adapters, exported.evaluations, strict=True):

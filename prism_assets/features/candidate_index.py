@@ -81,7 +81,7 @@ def _reconcile(stage: Stage, compact: bool) -> Outcome:
 
 
 def _place(stage: Stage, ready: Mapping[str, Artifact]) -> Placed:
-    """Every ready shard in a segment: where it stood already, else in a new one of its own."""
+    """Every ready shard in a segment: the one it is in already, else a new one of its own."""
     before = stage.shown_or_none("candidate_index")
     known = {one.features: one for one in indexed_shards(stage.lake, before)} if before is not None else {}
     shards, computed = [], 0
@@ -137,7 +137,7 @@ def _compact(stage: Stage, shards: Sequence[IndexedShard]) -> Placed:
 
 
 def _list_segments(stage: Stage, pool: Artifact, shards: Sequence[IndexedShard]) -> Made:
-    """The list of segments that answer queries for one state of the pool."""
+    """The list of segments that are queried for one state of the pool."""
     segments = _segments(stage, shards)
     recipe = stage.recipe(
         "candidate_index", {"shards": [list(one) for one in shards]}, {"pool": pool, "segments": segments}

@@ -33,7 +33,7 @@ class GradientPass:
     def at(self, checkpoint: WarmupCheckpoint | None) -> "GradientEngine":
         """The gradient engine with its parameters at a checkpoint, or (None) where fine-tuning starts."""
         if self._engine is None:
-            with uncounted():  # whoever comes first would pay for the others
+            with uncounted():  # else the first user would pay for the others
                 self._engine = self._build()
         from peft import set_peft_model_state_dict
 
@@ -72,8 +72,8 @@ class GradientPass:
     def candidate_rows(
         self, examples: Sequence[Any], progress: Callable[[int], None] | None = None
     ) -> "list[FeatureRows]":
-        """The preconditioned, sketched rows of examples at each checkpoint. `progress` hears how many of the examples of
-        all passes are done."""
+        """The preconditioned, sketched rows of examples at each checkpoint. `progress` is called with the number of
+        examples done, over all passes."""
         passes: list[FeatureRows] = []
         for position, checkpoint in enumerate(self.checkpoints):
             engine = self.at(checkpoint)

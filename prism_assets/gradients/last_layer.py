@@ -1,4 +1,4 @@
-"""The last decoder layer, run at the supervised positions only behind its attention.
+"""The last decoder layer, run at the supervised positions only after its attention.
 
 No later layer attends to what the last one leaves at other positions, and the head reads supervised positions
 alone. So in the last layer the attention's output projection, the second norm and the MLP need the N

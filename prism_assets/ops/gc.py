@@ -39,7 +39,7 @@ class Removal(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `collect` would remove, and what it spares."""
+    """What `collect` would remove, and what it keeps for now."""
 
     kept_versions: Sequence[str]  # the current one first
     dropped_versions: Sequence[str]
@@ -63,7 +63,7 @@ class Plan:
 
 
 class _Wanted(NamedTuple):
-    """Who says what is kept."""
+    """What decides what is kept."""
 
     known_versions: Collection[str]  # all feature versions in the lake
     versions: Sequence[str]  # those that are kept, the current one first
@@ -306,7 +306,7 @@ def collect(lake: Lake, plan: Plan) -> dict[str, tuple[int, int]]:
     """Remove what the plan names; returns number and bytes per table.
 
     Heads go first. What a head has come to show since the plan was made stays. An artefact leaves by a rename, so
-    nobody sees half of one; a kill in between leaves a draft that the next `prism gc` clears.
+    no reader finds half of one; a kill in between leaves a draft that the next `prism gc` clears.
     """
     now_shown = {_head_id(head): head for head in lake.heads()}
     for head in plan.heads:

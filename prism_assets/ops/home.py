@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import dagster as dg
 
 # Names, in a DAGSTER_HOME outside of the lake, the lake of a project: this file for the project without a prefix, one
-# with the project's name behind a dash for another.
+# with a dash and the project's name for another.
 _OWNER_FILE = "prism-lake"
 
 

@@ -37,7 +37,7 @@ _working_on: IO[str] | None = None
 
 @contextmanager
 def registered(instance: dg.DagsterInstance) -> Iterator[str]:
-    """A name for this process, for PROCESS_TAG, which `close_runs_of_the_dead` knows to be alive until the process ends."""
+    """A name for this process, for PROCESS_TAG, which `close_orphaned_runs` knows to be alive until the process ends."""
     name = uuid.uuid4().hex
     with _locked(instance, name):
         try:
@@ -79,8 +79,8 @@ one_process = dg.ExecutorDefinition(
 )
 
 
-def close_runs_of_the_dead(instance: dg.DagsterInstance) -> list[str]:
-    """Close the runs that a process of this machine worked on which is gone, give back their slots; their ids.
+def close_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Close the runs whose process, on this machine, is gone, and free their slots; returns their ids.
 
     A run of `prism run` is closed as cancelled: its user runs the command again. One of Dagster's daemon is closed as
     failed, so that the instance's `run_retries` take it up. Runs of which nothing is known here (other machines, other
@@ -91,7 +91,7 @@ def close_runs_of_the_dead(instance: dg.DagsterInstance) -> list[str]:
         ours = run.tags.get(PROCESS_TAG)
         file = _folder(instance) / (ours or run.run_id)
         # A process of `prism run` has its file before its first run; one of the daemon, before its first step.
-        if not (_is_dead(file) or (ours and not file.exists())):
+        if not (_is_orphaned(file) or (ours and not file.exists())):
             continue
         message = "The process of this run was killed. What it had finished is kept; a later run goes on."
         if ours or run.status == dg.DagsterRunStatus.CANCELING:
@@ -111,7 +111,7 @@ def wait_for_slots(instance: dg.DagsterInstance, pools: set[str], on_wait: Calla
         if not said:
             on_wait("; ".join(f"run {run[:8]} works on {step}" for run, step in holders))
             said = True
-        close_runs_of_the_dead(instance)
+        close_orphaned_runs(instance)
         time.sleep(_POLL_SECONDS)
 
 
@@ -139,7 +139,7 @@ def _locked(instance: dg.DagsterInstance, name: str) -> IO[str]:
     return file
 
 
-def _is_dead(path: Path) -> bool:
+def _is_orphaned(path: Path) -> bool:
     """Whether the process that locked this file is gone; False where there is no such file, or another machine made it."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -155,5 +155,5 @@ def _sweep(instance: dg.DagsterInstance) -> None:
     """Delete the files of processes of this machine that are gone."""
     folder = _folder(instance)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.name.startswith(".") and _is_dead(path):
+        if not path.name.startswith(".") and _is_orphaned(path):
             path.unlink(missing_ok=True)

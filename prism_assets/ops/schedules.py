@@ -65,7 +65,7 @@ def _request(context: dg.ScheduleEvaluationContext, key: str) -> dg.RunRequest:
 
 
 def automated_keys(settings: Settings) -> list[str]:
-    """Partitions of target × strategy that may be made without a hand: training on the whole pool may not."""
+    """Partitions of target × strategy that may be made automatically: training on the whole pool is started manually."""
     return [
         join_key(target, strategy)
         for strategy in settings.strategies

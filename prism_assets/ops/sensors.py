@@ -1,4 +1,4 @@
-"""The watchers: of files, of processes, and the sensor that evaluates automation conditions. All on by default."""
+"""The sensors: of files, of processes, and the one that evaluates automation conditions. All on by default."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from prism_assets.ops.home import claim_home
-from prism_assets.ops.runs import close_runs_of_the_dead
+from prism_assets.ops.runs import close_orphaned_runs
 from prism_assets.ops.shards import reconcile_shards
 from prism_assets.project import LAKE, Project
 from prism_assets.resources.lake import Lake, digest
@@ -145,8 +145,8 @@ def _dead_runs(project: Project) -> dg.SensorDefinition:
         description="Closes runs whose process was killed, or everything else would wait for the model that they hold.",
     )
     def dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        """Closes the runs of the dead; asks for nothing: the instance tries failed runs again, the rest is seen missing."""
-        closed = close_runs_of_the_dead(context.instance)
+        """Closes orphaned runs and requests none: the instance retries failed runs, and automation finds what is missing."""
+        closed = close_orphaned_runs(context.instance)
         for run in closed:
             context.log.warning(f"The process of run {run} is gone: the run is closed.")
         return dg.SkipReason(f"{len(closed)} runs of killed processes closed.")

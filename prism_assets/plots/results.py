@@ -88,7 +88,7 @@ def strategies_comparison(
 def paired_differences(
     differences: Mapping[str, Mapping[str, Mapping[str, Any]]], *, title: str = "Paired differences, with 95% intervals"
 ) -> bytes:
-    """A panel per metric: each strategy less each that it is held against, its interval, and the units it rests on.
+    """A panel per metric: each strategy minus each that it is compared with, its interval, and the units it rests on.
 
     `differences`: strategy -> other -> metric -> `{"mean", "interval", "values"}` or None. A metric that no pair has is
     left out.

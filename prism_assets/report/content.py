@@ -12,7 +12,7 @@ from prism_assets.tables import METRICS
 from prism_assets.trust.verdict import findings
 
 # Strategies whose selections are compared row by row with PRISM's.
-_HELD_AGAINST = ("uniform", "less")
+_COMPARED_WITH = ("uniform", "less")
 
 
 class ReportPart(NamedTuple):
@@ -136,7 +136,7 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
 
 
 def explanations(stage: Stage, name: str) -> list[dict[str, Any]]:
-    """Why the top rows of PRISM stand there, and a few surprising ones: what it alone takes, what it alone leaves."""
+    """Why the top rows of PRISM's ranking are there, and a few surprising ones: what it alone takes, what it alone leaves."""
     from prism_assets.explanation.explainer import Explainer
 
     asked = _worth_explaining(stage, name)
@@ -170,7 +170,7 @@ def _worth_explaining(stage: Stage, target: str, each: int = 3) -> list[tuple[st
     ids = {
         strategy: stage.lake.read_table(stage.shown("selection", join_key(target, strategy)), ["id"])["id"].to_pylist()
         for strategy in stage.settings.strategies
-        if strategy in ("prism", *_HELD_AGAINST)
+        if strategy in ("prism", *_COMPARED_WITH)
     }
     others = {name: set(rows) for name, rows in ids.items() if name != "prism"}
     taken_by_others = set().union(*others.values())

@@ -1,4 +1,4 @@
-"""The target direction: target gradients added up, as the query that the index answers."""
+"""The target direction: target gradients added up, and the query that the index is queried with."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple

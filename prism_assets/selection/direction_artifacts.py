@@ -1,4 +1,4 @@
-"""Directions as artefacts: target gradients weighted and added up, with the query that the index answers."""
+"""Directions as artefacts: target gradients weighted and added up, with the query that the index is queried with."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,7 +147,7 @@ def _sample_rows(work: GradientPass, sample: Artifact) -> Rows:
 
 
 def _corrected(work: GradientPass, position: int, vector: "dict[str, Any]", curvature: Artifact) -> "dict[str, Any]":
-    """(F + λI)⁻¹ t up to a factor, unsketched: t less a weighted sum of the sample's rows, by one weighted backward pass.
+    """(F + λI)⁻¹ t up to a factor, unsketched: t minus a weighted sum of the sample's rows, by one weighted backward pass.
 
     The coefficients are found in the sketch, the rows that they multiply are exact.
     """

@@ -1,6 +1,6 @@
 """The pool of one state of the index: its rows, read from the lake column by column when they are asked for.
 
-The one view that selections, explanations and trust look through.
+Selections, explanations and trust use this one view.
 """
 
 import hashlib
@@ -176,7 +176,7 @@ class Pool:
 
     def top(self, query: "np.ndarray", k: int) -> "tuple[np.ndarray, np.ndarray]":
         """Positions, ascending, and scores of the k rows of highest inner product, and of all that tie with the k-th, as
-        the index answers them (on a GPU where the store is on one). Bit for bit those of `scores`; nothing is remembered.
+        the index finds them (on a GPU where the store is on one). Bit for bit those of `scores`; nothing is remembered.
         """
         import numpy as np
 

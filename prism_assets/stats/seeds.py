@@ -88,9 +88,10 @@ def _share(values: "np.ndarray", low: "np.ndarray", high: "np.ndarray", axis: in
 
 
 def compared(name: str, other: str, difference: Summary, what: str, unit: str = "seed") -> str:
-    """One sentence on a paired difference over units (seeds, splits): above, below, or not to be told apart."""
+    """One sentence on a paired difference over units (seeds, splits): above, below, or no
+    significant difference, where the 95% interval holds zero."""
     if difference.interval is None:
         return f"{name} − {other} in {what}: {difference.mean:+.3f} on one {unit}, which says nothing about chance."
     low, high = difference.interval
-    verdict = "above" if low > 0 else "below" if high < 0 else "not to be told apart from"
+    verdict = "above" if low > 0 else "below" if high < 0 else "not significantly different from"
     return f"{name} is {verdict} {other} in {what}: {difference.mean:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n} {unit}s."

@@ -83,7 +83,7 @@ def _stable(steps: Mapping[str, Any], single: Mapping[str, Any], agreement: floa
     said += f" Across checkpoints the weights' order agrees with a rank correlation of at least {agreement:.2f}"
     if agreement >= LEAST_AGREEMENT:
         return stable, said + "."
-    return False, said + f", below {LEAST_AGREEMENT}: the weights are still moving. Warm up for longer."
+    return False, said + f", below {LEAST_AGREEMENT}: the weights are still changing. Warm up for longer."
 
 
 def reach(steps: Sequence[Mapping[str, float]]) -> float:
@@ -118,7 +118,7 @@ def _single(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     stored, exact = single["prism"]["stored"], single["prism"]["exact"]
     if stored["interval"] is None:
         return None, (
-            f"{stored['n']} candidates are too few, or do too much alike, to compare scores with what training on them "
+            f"{stored['n']} candidates are too few, or their effects too similar, to compare scores with what training on them "
             "does."
         )
     said = (
@@ -149,7 +149,7 @@ def _held_out(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     prism, uniform = single["prism"]["held_out"], single["uniform"]["held_out"]
     if prism["interval"] is None:
         return None, (
-            f"{prism['n']} candidates are too few, or do too much alike, to compare scores with held-out examples."
+            f"{prism['n']} candidates are too few, or their effects too similar, to compare scores with held-out examples."
         )
     low, high = prism["interval"]
     said = (
@@ -160,11 +160,11 @@ def _held_out(single: Mapping[str, Any]) -> tuple[bool | None, str]:
         return True, said
     if high < 0:
         return False, said + (
-            " What prism ranks high harms held-out examples: targets and eval file ask for different things, or the noise "
+            " What prism ranks high harms held-out examples: targets and held-out file ask for different things, or the noise "
             "among the targets is what the model likes. Do not select by these weights."
         )
     return False, said + (
-        " That cannot be told from chance: targets and eval file may ask for different things. Compare strategies on "
+        " That is not significant (the 95% interval holds zero): targets and held-out file may ask for different things. Compare strategies on "
         "held-out data."
     )
 
@@ -174,7 +174,10 @@ def _subsets(datamodel: Mapping[str, Any] | None) -> tuple[bool | None, str]:
         return None, "Not measured: trust.datamodel_subsets is 0."
     prism = datamodel["prism"]["own"]
     if prism["interval"] is None:
-        return None, f"{prism['n']} subsets are too few, or did too much alike, to compare them with summed scores."
+        return (
+            None,
+            f"{prism['n']} subsets are too few, or their effects too similar, to compare them with summed scores.",
+        )
     low, high = prism["interval"]
     said = (
         f"Linear datamodeling score: over {prism['n']} short fine-tunings on halves of {datamodel['rows']} candidates, "
@@ -186,7 +189,10 @@ def _subsets(datamodel: Mapping[str, Any] | None) -> tuple[bool | None, str]:
         return True, said
     if high < 0:
         return False, said + " That order is the wrong way round: do not select by these scores."
-    return False, said + " That cannot be told from chance; more trust.datamodel_subsets would narrow the interval."
+    return (
+        False,
+        said + " That is not significant (the 95% interval holds zero); more trust.datamodel_subsets would narrow it.",
+    )
 
 
 def _figure(value: float | None) -> str:

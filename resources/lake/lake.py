@@ -9,8 +9,9 @@ Layout of the store below `root`:
     tracking/                                                 what other tools log of a run; no part of any artefact
     prism.duckdb                                              views over all of it; delete it at any time
 
-An artefact is published by one atomic step to a key that names its fingerprint. Whoever loses a race finds the winner's
-artefact in place and discards its own. What an artefact is, and what it was made from, stands in the artefact.
+An artefact is published by one atomic step to a key that names its fingerprint. Of two runs that publish the
+same one, the second finds the first's in place and discards its own. What an artefact is, and what it was made from, is
+stored in the artefact.
 """
 
 import json
@@ -157,7 +158,7 @@ class Lake:
     # -- publishing --------------------------------------------------------------------------------------------
 
     def publish(self, recipe: Recipe, content: Content, *, run_id: str = "") -> Artifact:
-        """Publish what was made from a recipe, with its header in it; the winner's where another was faster."""
+        """Publish what was made from a recipe, with its header in it; another run's where that one was faster."""
         if isinstance(content, Rows):
             return self.publish_table(
                 recipe,
@@ -185,7 +186,7 @@ class Lake:
         """Publish a table as Parquet with its header in the footer.
 
         `attachments` maps a file suffix (".jsonl") to a function that writes such a file; they lie beside the
-        Parquet file under the same fingerprint and are in place before it, so whoever sees the table sees them too.
+        Parquet file under the same fingerprint and are in place before it, so a reader that finds the table finds them too.
         """
         import pyarrow.parquet as pq
 
@@ -306,7 +307,7 @@ class Lake:
     # -- what is remembered ------------------------------------------------------------------------------------
 
     def cache_file(self, name: str) -> Path:
-        """A file that may be deleted at any time, for one who remembers things in a form of its own."""
+        """A file that may be deleted at any time, for code that remembers things in a format of its own."""
         return self.store.local(f"cache/{name}")
 
     def log_folder(self, *names: str) -> Path:

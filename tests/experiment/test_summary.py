@@ -95,9 +95,15 @@ def test_the_verdict_on_weighting_follows_from_the_interval(prism, says):
 
 def test_what_cannot_be_told_apart_is_named_so():
     _, sentences = outcome([0.9, 0.3, 0.6])
-    assert "prism in target preference: not to be told apart from uniform, less and random." in sentences
+    assert (
+        "prism in target preference: no significant difference (95% interval) from uniform, less and random."
+        in sentences
+    )
     _, sentences = outcome([0.54, 0.56, 0.6])
-    assert "prism in target preference: above random; not to be told apart from uniform and less." in sentences
+    assert (
+        "prism in target preference: above random; no significant difference (95% interval) from uniform and less."
+        in sentences
+    )
 
 
 def test_the_verdict_states_its_limits():

@@ -81,7 +81,7 @@ def test_good_numbers_hold_everywhere_and_stand_in_the_sentences():
         (("effective_number_of_targets", "prism"), 2.4, "weights_not_concentrated", "Add targets"),
         (("random_steps", "training_step", "flipped_mean"), 0.11, "preferences_stable", "more than 10%"),
         (("single_steps", "flipped_mean"), 0.3, "preferences_stable", "flips 30.0%"),
-        (("weight_rank_agreement",), 0.4, "preferences_stable", "still moving"),
+        (("weight_rank_agreement",), 0.4, "preferences_stable", "still changing"),
         (("growing_steps", "needed"), 0.05, "first_order_reaches", "learning_rate"),
         (("growing_steps", "prism"), steps(-1, 1, 1, 1), "first_order_reaches", "up to 0 probe steps"),
         (("single_steps", "prism", "stored"), correlation(0.45, 0.2, 0.6), "single_steps_agree", "sketch_dim"),

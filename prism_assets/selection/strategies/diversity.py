@@ -25,8 +25,8 @@ def marginal_relevance(relevance: np.ndarray, vectors: np.ndarray, wanted: int, 
     order: list[int] = []
     while len(order) < min(wanted, len(left)):
         row = int(np.argmax(trade_off * left - (1 - trade_off) * nearest))
-        likeness = vectors @ vectors[row]
-        nearest = np.maximum(nearest, likeness) if order else likeness.astype(np.float64)
+        similarity = vectors @ vectors[row]
+        nearest = np.maximum(nearest, similarity) if order else similarity.astype(np.float64)
         left[row] = -np.inf
         order.append(row)
     return np.array(order, dtype=np.int64)
@@ -48,6 +48,6 @@ def _prism_mmr(pool: PoolView) -> Ranking:
 
 
 PRISM_MMR = Strategy(
-    "prism-mmr", "PRISM's best rows, less what is like rows taken before (maximal marginal relevance)",
+    "prism-mmr", "PRISM's best rows, minus what is similar to rows taken before (maximal marginal relevance)",
     rank=_prism_mmr, reads=frozenset({"features", "direction"}),
 )  # fmt: skip
