@@ -48,7 +48,7 @@ class UnreadableFile(UserMistake, ValueError):
 
 
 class MixedTargets(UserMistake, ValueError):
-    """A target or eval file of plain records and pairs; ``plain_line`` and ``pair_line`` are the first."""
+    """A target or held-out file of plain records and pairs; ``plain_line`` and ``pair_line`` are the first."""
 
     def __init__(self, path: Path | str, plain_line: int, pair_line: int):
         super().__init__(
@@ -59,7 +59,7 @@ class MixedTargets(UserMistake, ValueError):
 
 
 class UnusableTargets(UserMistake):
-    """A target or eval file is missing or has no usable row; the message says which and why."""
+    """A target or held-out file is missing or has no usable row; the message says which and why."""
 
 
 class UnusableBenchmark(UserMistake):
@@ -105,7 +105,8 @@ class DamagedSegment(PrismError, RuntimeError):
     def __init__(self, path: Path, reason: str):
         self.path, self.reason = Path(path), reason
         super().__init__(
-            f"{path}: {reason}. Delete this segment and materialise the index again: it is rebuilt from the feature rows"
+            f"{path}: {reason}. Delete this segment and materialise the index again: it is rebuilt from the feature "
+            "rows"
         )
 
 

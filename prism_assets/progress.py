@@ -10,7 +10,8 @@ _LOG_EVERY_SECONDS = 15.0
 
 
 class Stopwatch:
-    """The CPU and GPU seconds of work since the stopwatch was made: for the notes of an artefact, never for its identity.
+    """The CPU and GPU seconds of work since the stopwatch was made: for the notes of an artefact, never for its
+    identity.
 
     What is done inside `uncounted` is not in it.
     """
@@ -35,7 +36,8 @@ _uncounted = (0.0, 0.0)
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """Work that no stopwatch counts: loading a model, which would fall on its first user, or what has a stopwatch of its own."""
+    """Work that no stopwatch counts: loading a model, which would fall on its first user, or what has a stopwatch of
+    its own."""
     global _uncounted
     _wait_for_gpu()
     before = _counted()
@@ -81,7 +83,8 @@ class Progress:
             rate = done / (now - self.started)
             left = (self.total - done) / rate
             self.log.info(
-                f"{self.what}: {done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left:,.0f} s left {note}".rstrip()
+                f"{self.what}: {done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left:,.0f} s left "
+                f"{note}".rstrip()
             )
 
     def advance(self, more: int = 1, note: str = "") -> None:

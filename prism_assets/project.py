@@ -1,6 +1,6 @@
 """A project in a Dagster instance: its name there, and everything that is named after it.
 
-Two projects in one instance, or a project beside somebody's own definitions, must not collide: asset keys carry the prefix,
+Two projects in one instance, or a project beside other definitions, must not collide: asset keys carry the prefix,
 and so do jobs, sensors, schedules, resources and the dynamic partitions of shards.
 """
 
@@ -88,7 +88,8 @@ class Project:
         loads_model: bool = False,
         **more: Any,
     ) -> Any:
-        """The decorator `dagster.asset` for an asset of the registry: keys, partitions, versions and resources filled in."""
+        """The decorator `dagster.asset` for an asset of the registry: keys, partitions, versions and resources filled
+        in."""
         entry = asset_named(name)
         partitions = self.partitions_of(entry)
         return dg.asset(

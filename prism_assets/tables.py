@@ -1,8 +1,9 @@
 """The registry: what assets there are, and what tables they publish. A new asset is its file and its entry here.
 
-Everything that is true of a table or of an asset is defined once, in this module: the schema that the catalogue promises,
-the scope that its heads are kept under, the asset that shows it, what of it `prism gc` may collect, which rows name other
-artefacts, which settings it reads, which job, step and condition make it. Plain data: no Dagster, no lake.
+Everything that is true of a table or of an asset is defined once, in this module: the schema that the catalogue
+promises, the scope that its heads are kept under, the asset that shows it, what of it `prism gc` may collect, which
+rows name other artefacts, which settings it reads, which job, step and condition make it. Plain data: no Dagster, no
+lake.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ class Table:
     # Raised by hand when the same inputs and settings get other results, beyond rounding.
     version: int
     scope: Scope = "none"
-    # Column -> SQL type: there also while the table, or a column of it, has no data. None: the catalogue shows what is there.
+    # Column -> SQL type: there also while the table, or a column of it, has no data. None: the catalogue shows what is
+    # there.
     columns: Mapping[str, str] | None = None
     # Column -> table: these columns hold fingerprints of other artefacts.
     rows_name: Mapping[str, str] = field(default_factory=dict)
@@ -302,7 +304,8 @@ ASSETS: list[Asset] = [
         job="refresh_targets",
         step="Report",
     ),
-    # Short fine-tunings and hundreds of forward passes a target: started manually or by the weekly schedule, not at each arrival.
+    # Short fine-tunings and hundreds of forward passes a target: started manually or by the weekly schedule, not at
+    # each arrival.
     Asset(
         "trust",
         "prism_assets.trust.trust",
@@ -360,9 +363,11 @@ JOBS: dict[str, str] = {
     "refresh_shards": "Rows and gradient features of inbox files.",
     "refresh_targets": "Everything that is one per target.",
     "refresh_selections": "Selection, fine-tuning and evaluation of targets and strategies.",
-    "check_trust": "Whether the weights, the directions and the scores of targets hold, measured. Costly, and never automatic.",
+    "check_trust": "Whether the weights, the directions and the scores of targets hold, measured. Costly, and never "
+    "automatic.",
     # Not `experiment`: a job may not be called as an asset is.
-    "run_experiment": "Every strategy over several splits and seeds, and their paired differences. Never started automatically.",
+    "run_experiment": "Every strategy over several splits and seeds, and their paired differences. Never started "
+    "automatically.",
 }
 
 

@@ -1,4 +1,4 @@
-"""How an asset works and reports: a Stage from Dagster's context, one run over many partitions, outcomes and checks."""
+"""How an asset runs and reports: a Stage from Dagster's context, one run over many partitions, outcomes and checks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ def each_partition(
 ) -> dg.MaterializeResult:
     """Do the work of every partition of this run and report on each.
 
-    All partitions are worked on before a failure is raised, so a bad one does not keep the others back; what they
+    All partitions are worked on before a failure is raised, so a bad one does not stop the others; what they
     published is found again by the next run. Raises dagster.Failure with every reason.
     """
     keys = list(context.partition_keys)

@@ -1,7 +1,7 @@
 """The store: the one place that owns paths. Keys are relative names with slashes, stored below a folder.
 
-Two ways to write: `put_new` gives a key its content once, and of two writers the first wins; `put` replaces, as a head or
-a cache entry needs it. Both are atomic: no reader finds half a file, and a killed writer leaves a draft at most.
+Two ways to write: `put_new` gives a key its content once, and of two writers the first wins; `put` replaces, as a head
+or a cache entry needs it. Both are atomic: no reader finds half a file, and a killed writer leaves a draft at most.
 """
 
 import errno

@@ -1,4 +1,5 @@
-"""`prism export`: an adapter and its data as folders that peft and datasets read, with cards that say where they are from."""
+"""`prism export`: an adapter and its data as folders that peft and datasets read, with cards that say where they are
+from."""
 
 import json
 

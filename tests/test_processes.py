@@ -1,4 +1,4 @@
-"""Runs whose process is gone are closed and give back what they hold; those of the living, here or elsewhere, are not."""
+"""Runs whose process is gone are closed and give back what they hold; those of running processes are not."""
 
 import multiprocessing
 import os

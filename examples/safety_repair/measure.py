@@ -3,7 +3,7 @@
     python examples/safety_repair/measure.py [--config work/prism.yaml] [--json]
 
 Kinds are never shown to a selection; they are counted here only. The margin is the mean log-probability of the safe
-answer less that of the unsafe one, over held-out pairs; benign is the mean log-probability of held-out benign records.
+answer minus that of the unsafe one, over held-out pairs; benign is the mean log-probability of held-out benign records.
 """
 
 from __future__ import annotations

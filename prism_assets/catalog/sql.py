@@ -21,7 +21,7 @@ class QueryResult(NamedTuple):
 
 
 def refresh(lake: Lake) -> Path:
-    """Write the catalogue file anew; returns its path."""
+    """Write the catalogue file again; returns its path."""
     return lake.rebuild_catalog(additions())
 
 

@@ -4,7 +4,7 @@ Beside the lake's own tables (`raw.<table>`, and `<table>` where no view below h
 and `lineage` there are
 
     candidates          rows of all shards, with why they are excluded: shard, row, id, …, status
-    rejects             records that were not accepted, of shards, target files and eval files
+    rejects             records that were not accepted, of shards, target files and held-out files
     features            rows of gradient features: shard, row, id, vector, norm, …
     weights             weight of every target example under each strategy
     scores              the selected rows of every target and strategy, with rank and score

@@ -56,11 +56,12 @@ def _print_explanation(found: Any) -> None:
         else f"no exact score: {found.why_not_exact}"
     )
     role = "makes the shortlist that exact scores rank" if found.reranked else "ranks"
+    which = "Score" if found.exact_score is None else "Exact score"
     typer.echo(f"score {found.score:.4g}, from the sketch, which {role}; {exact}")
     print_table(
         ["target", "weight", "influence", "contribution"],
         [[short(what, 72), *numbers] for what, *numbers in found.score_rows(limit=20)],
-        title=f"{'Score' if found.exact_score is None else 'Exact score'} for {found.target} under {found.strategy}, by targets",
+        title=f"{which} for {found.target} under {found.strategy}, by targets",
     )
     marks = {True: "yes", False: "no", None: None}
     ranks = [[one.strategy, one.rank, one.of, one.score, one.by, marks[one.selected]] for one in found.ranks]

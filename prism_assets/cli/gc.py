@@ -55,7 +55,8 @@ def gc(
             print_table(["table", "artefacts", "MiB"], rows, title="Removed" if yes else "Not needed")
         total = sum(size for _, size in tables.values()) / 2**20
         typer.echo(
-            f"{total:,.2f} MiB {'freed.' if yes else 'can be freed; `prism gc --yes` frees them.' if tables else 'can be freed.'}"
+            f"{total:,.2f} MiB "
+            f"{'freed.' if yes else 'can be freed; `prism gc --yes` frees them.' if tables else 'can be freed.'}"
         )
         typer.echo(f"Feature versions kept: {', '.join(found.kept_versions) or 'none'}.")
         if found.dropped_versions:

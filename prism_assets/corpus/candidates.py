@@ -33,8 +33,8 @@ def build(project: Project) -> dg.AssetsDefinition:
     def candidates(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Candidate examples of one inbox file, validated, de-duplicated within the file and tokenised once.
 
-        A record that is not accepted is in the table `rejects` with line, field and reason. A file that cannot be read at all
-        yields no rows and fails the check `file_readable`; other files go on.
+        A record that is not accepted is in the table `rejects` with line, field and reason. A file that cannot be read
+        at all yields no rows and fails the check `file_readable`; other files go on.
         """
         stage = stage_of(project, context)
         files = inbox_files(stage.settings, stage.lake, at_rest_seconds=0)
@@ -49,7 +49,8 @@ def inbox_files(settings: "Settings", lake: "Lake", at_rest_seconds: float | Non
 
 
 def scan_inbox(settings: "Settings", lake: "Lake", at_rest_seconds: float | None = None) -> "Scan":
-    """What lies in the inbox, content hashes remembered in the lake; by default at rest for as long as the settings say."""
+    """The files of the inbox, with content hashes remembered in the lake; settled after `at_rest_seconds` (default: the
+    setting)."""
     from prism_assets.corpus.inbox import scan
 
     rest = settings.candidates.at_rest_seconds if at_rest_seconds is None else at_rest_seconds
@@ -68,8 +69,8 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
         known = stage.shown_or_none("candidates", shard)
         if known is None:
             raise StageError(
-                f"Shard {shard} is no longer in the inbox {stage.settings.candidates.inbox}: its file was edited, renamed "
-                "or removed before it could be read. It will be retired at the next look at the inbox."
+                f"Shard {shard} is no longer in the inbox {stage.settings.candidates.inbox}: its file was edited, "
+                "renamed or removed before it could be read. It will be retired at the next look at the inbox."
             )
         return Outcome([known], 0)
     file = files[shard]

@@ -1,4 +1,4 @@
-"""How files of records become tables of tokens and rejects: for candidates, targets and eval files alike."""
+"""How files of records become tables of tokens and rejects: for candidates, targets and held-out files."""
 
 from collections.abc import Callable
 from functools import cache
@@ -52,7 +52,7 @@ class RecordFile(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What a file became."""
+    """The two tables of a file, and how many artefacts were made for it."""
 
     rows: Artifact
     rejects: Artifact

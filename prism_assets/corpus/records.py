@@ -6,9 +6,9 @@ A record has one of these layouts (a null field counts as absent; other fields a
 - ``messages``: objects with ``role`` (system, user, assistant) and ``content``; the assistant has the last;
 - ``conversations``: the ShareGPT form of the same, ``from`` (system, human, gpt) and ``value``;
 - ``instruction``, ``output``, optionally ``input`` (Alpaca; a blank line joins instruction and input);
-- ``prompt``, ``safe``, ``unsafe`` (targets and eval records only): the wanted and the unwanted completion.
+- ``prompt``, ``safe``, ``unsafe`` (targets and held-out records only): the wanted and the unwanted completion.
 
-Optional: ``id`` and ``source``; for targets and eval records also ``rejected`` (the unwanted completion,
+Optional: ``id`` and ``source``; for targets and held-out records also ``rejected`` (the unwanted completion,
 which makes the record a pair), ``group`` (a subtask), ``answer`` or ``answers`` (accepted answers).
 """
 

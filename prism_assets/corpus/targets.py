@@ -1,4 +1,4 @@
-"""The asset `targets`: target examples and held-out records, tokenised alike."""
+"""The asset `targets`: target examples and held-out records, tokenised the same way."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from prism_assets.resources.lake import Artifact, hash_file
 from prism_assets.stage import Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
-ROWS_ACCEPTED = Check("target_rows_accepted", "No target or eval row was rejected.")
-DISJOINT = Check("eval_disjoint", "No eval record is a target example.")
+ROWS_ACCEPTED = Check("target_rows_accepted", "No target or held-out record was rejected.")
+DISJOINT = Check("eval_disjoint", "No held-out record is a target example.")
 
 
 def build(project: Project) -> dg.AssetsDefinition:
     @project.asset("targets", group="corpus", kinds={"parquet"}, deps=["base_model"], checks=[ROWS_ACCEPTED, DISJOINT])
     def targets(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        """Target examples (plain, or pairs of a wanted and an unwanted completion) and held-out eval records."""
+        """Target examples (plain, or pairs of a wanted and an unwanted completion) and held-out records."""
         stage = stage_of(project, context)
         return each_partition(context, stage, lambda name: _read_target(stage, name))
 
@@ -75,11 +75,11 @@ def _require_fitting_score(stage: Stage, targets: Artifact, name: str) -> None:
         return
     if any(stage.lake.read_table(targets, ["rejected"])["rejected"].is_valid().to_pylist()):
         raise UnusableTargets(
-            f"targets.{name}: preference.score: sum is for plain targets, and these are pairs, whose sides have no common "
-            "number of tokens. Use mean."
+            f"targets.{name}: preference.score: sum is for plain targets, and these are pairs, whose sides have no "
+            "common number of tokens. Use mean."
         )
 
 
 def conversations(stage: Stage, artifact: Artifact) -> set[str]:
-    """Ids of targets or eval records as conversations: a pair counts as its wanted completion."""
+    """Ids of targets or held-out records as conversations: a pair counts as its wanted completion."""
     return set(stage.lake.read_table(artifact, ["conversation_id"])["conversation_id"].to_pylist())

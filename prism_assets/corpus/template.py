@@ -116,8 +116,8 @@ class ChatTemplate:
     def segments(self, messages: Sequence[Message]) -> list[TextSegment]:
         """The rendered conversation; assistant turns are supervised, with the special token that ends them.
 
-        Raises `Untokenizable` where the template raises an error for the conversation, cannot say where a completion begins, or
-        leaves out a part of the last one.
+        Raises `Untokenizable` where the template raises an error for the conversation, cannot say where a completion
+        begins, or leaves out a part of the last one.
         """
         rendered = self._render(messages)
         segments: list[TextSegment] = []

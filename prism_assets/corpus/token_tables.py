@@ -58,7 +58,8 @@ def prompt_tokens(example: TokenizedExample | TokenizedPair) -> np.ndarray:
 def encode_all(
     examples: Sequence[Example], encoder: Encoder, progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[TokenizedExample | TokenizedPair | None], list[Reject]]:
-    """Tokenises each example; one that cannot be tokenised is None in the list and a reject. Pairs become `TokenizedPair`.
+    """Tokenises each example; one that cannot be tokenised is None in the list and a reject. Pairs become
+    `TokenizedPair`.
 
     progress is called with (done, total) after each example.
     """

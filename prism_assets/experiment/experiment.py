@@ -26,7 +26,8 @@ from prism_assets.work import Outcome, each_partition, stage_of
 def build(project: Project) -> dg.AssetsDefinition:
     @project.asset("experiment", group="experiment", kinds={"html", "parquet"}, deps=["experiment_trials"])
     def experiment(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        """Mean, deviation, paired differences to uniform, less and random with intervals, costs, and the verdict in words.
+        """Mean, deviation, paired differences to uniform, less and random with intervals, costs, and the verdict in
+        words.
 
         A table, and beside it experiment.json's part and page of the target; those over all targets are written to
         `storage.report`.

@@ -34,9 +34,9 @@ def build(project: Project) -> dg.AssetsDefinition:
     def experiment_trials(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Every strategy in every split with every seed: selection, adapter and held-out metrics of each trial.
 
-        Made by the functions that make the production assets, from the same recipes: what `prism run` made is found, and
-        a killed experiment goes on where it stopped. All trials of a target select from one state of the pool; a strategy
-        that draws at random draws again in each split.
+        Made by the functions that make the production assets, from the same recipes: what `prism run` made is found,
+        and a killed experiment goes on where it stopped. All trials of a target select from one state of the pool; a
+        strategy that draws at random draws again in each split.
         """
         stage = stage_of(project, context)
         return each_partition(context, stage, lambda name: _run_trials(stage, name))

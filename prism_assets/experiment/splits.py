@@ -1,4 +1,5 @@
-"""Splits: redraws of a target's records, so that a comparison does not rest on one draw of targets and held-out records.
+"""Splits: redraws of a target's records, so that a comparison does not rest on one draw of targets and held-out
+records.
 
 Split 0 is the two files as they are. Every other split is a function of the records and its own number alone.
 """
@@ -57,10 +58,10 @@ def _split_again(targets: "pa.Table", held_out: "pa.Table", split: int) -> Split
     records = pa.concat_tables([targets.take(pa.array(only_targets, pa.int64())), held_out])
     if records.num_rows <= targets.num_rows:
         raise ValueError(
-            f"{records.num_rows} different records are too few for {targets.num_rows} targets and some held-out records: "
-            "add held-out records (eval), or set experiment.redraw to apart"
+            f"{records.num_rows} different records are too few for {targets.num_rows} targets and some held-out "
+            "records: add held-out records (eval), or set experiment.redraw to apart"
         )
-    # A keyed hash of the record, so that one record more or less moves few others.
+    # A keyed hash of the record, so that one record more or less changes the place of few others.
     keys = [hashlib.sha256(f"{split}:{one}".encode()).digest() for one in records["id"].to_pylist()]
     order = sorted(range(records.num_rows), key=keys.__getitem__)
     chosen, rest = sorted(order[: targets.num_rows]), sorted(order[targets.num_rows :])

@@ -151,7 +151,8 @@ def total_cost(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def share_cost(
     content: dict[str, Any], shared: Mapping[str, Mapping[str, Any]], needed: Mapping[str, Sequence[str]]
 ) -> None:
-    """Add to what `summarize_trials` returned the stages that trials share, and what each strategy would cost by itself.
+    """Add to what `summarize_trials` returned the stages that trials share, and what each strategy would cost by
+    itself.
 
     `needed`: strategy -> the shared stages that it could not do without. They are paid once for all targets and
     strategies, so the sums `with_shared` overlap.

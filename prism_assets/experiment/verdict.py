@@ -65,10 +65,13 @@ def _weighting(content: Mapping[str, Any]) -> str:
     if side == "above":
         return "The preference weighting paid here: prism is above uniform, which differs by the weights alone."
     if side == "below":
-        return "The preference weighting cost here: prism is below uniform, which differs by the weights alone. Use uniform."
+        return (
+            "The preference weighting cost here: prism is below uniform, which differs by the weights alone. Use "
+            "uniform."
+        )
     return (
-        "It is not shown that the preference weighting pays here: between prism and uniform, which differ by the weights "
-        "alone, there is no significant difference (the 95% interval holds zero)."
+        "It is not shown that the preference weighting pays here: between prism and uniform, which differ by the "
+        "weights alone, there is no significant difference (the 95% interval holds zero)."
     )
 
 
@@ -106,8 +109,8 @@ def _limits(content: Mapping[str, Any]) -> list[str]:
     if content["unit"] == "split":
         sentences.append(
             "Splits are redraws of the same records, so they overlap: an interval is about redrawing these records and "
-            "about training, and is too narrow for records that nobody has seen. Pool, warm-up and sketch are the same in "
-            "all splits."
+            "about training, and is too narrow for records that nobody has seen. Pool, warm-up and sketch are the same "
+            "in all splits."
         )
     if 1 < content["units"] < FEW_UNITS:
         half = _interval_width(content["units"])
@@ -122,7 +125,8 @@ def _limits(content: Mapping[str, Any]) -> list[str]:
     )
     if content["units"] > 1:
         sentences.append(
-            f"Each interval holds for itself at 95%; there are {intervals}, so one in twenty of them misses by chance alone."
+            f"Each interval holds for itself at 95%; there are {intervals}, so one in twenty of them misses by chance "
+            "alone."
         )
     return sentences
 

@@ -1,7 +1,7 @@
 """`prism explain`: reads what the lake holds of a candidate and says why it ranks where it does.
 
 Nothing is computed again: scores come from the stored index, directions and target sketches. The exception is the
-exact score, a gradient of the one candidate per checkpoint, which shows what the sketch cost.
+exact score, a gradient of the one candidate per checkpoint, which shows the error of the sketch.
 """
 
 import time
@@ -28,7 +28,7 @@ class Explainer:
     """Explains candidates for one target and strategy; what they share is read once.
 
     A context manager: the model that the exact score needs stays adapted until it ends, so open one at a time.
-    `exact` None computes the exact score where the model can be loaded; True insists on it (ModelError says why it cannot
+    `exact` None computes the exact score where the model can be loaded; True requires it (ModelError says why it cannot
     be), False leaves it out.
     """
 

@@ -9,7 +9,7 @@ from prism_assets.resources.lake import Artifact, Lake
 from prism_assets.selection.pool import Pool
 
 SHORTEST_PREFIX = 4
-# Above so many ids, near matches are looked for among those that begin alike.
+# Above so many ids, similar names are looked for among those with the same first two characters.
 _COMPARED = 20_000
 
 

@@ -77,7 +77,7 @@ def adapter_card(facts: Facts) -> str:
 
 
 def data_card(facts: Facts) -> str:
-    """README.md of the data: the hub's front matter, which names the split's file, then columns, sources and lineage."""
+    """README.md of the data: the hub's front matter, which names the split's file, columns, sources and lineage."""
     from huggingface_hub import DatasetCardData
 
     front = DatasetCardData(
@@ -112,9 +112,9 @@ def data_card(facts: Facts) -> str:
 
 def _data_sentence(facts: Facts) -> str:
     return (
-        f"{facts.rows:,} examples ({facts.completion_tokens:,} completion tokens), which the strategy `{facts.strategy}` of "
-        f"prism-assets selected for the target `{facts.target}` from {facts.pool_rows:,} candidates "
-        f"under the budget {facts.budget}."
+        f"{facts.rows:,} examples ({facts.completion_tokens:,} completion tokens), which the strategy "
+        f"`{facts.strategy}` of prism-assets selected for the target `{facts.target}` from {facts.pool_rows:,} "
+        f"candidates under the budget {facts.budget}."
     )
 
 
@@ -150,7 +150,8 @@ def _figure_lines(facts: Facts) -> list[str]:
 
 def _lineage_section(facts: Facts, sources: Sequence[CitedArtifact]) -> list[str]:
     rows = [
-        f"| {_cell(one.what)} | `{one.fingerprint}` | `{one.content_hash}` | {f'`{one.run_id}`' if one.run_id else '–'} |"
+        f"| {_cell(one.what)} | `{one.fingerprint}` | `{one.content_hash}` | "
+        f"{f'`{one.run_id}`' if one.run_id else '–'} |"
         for one in sources
     ]
     version = f" Gradient features are of version `{facts.feature_version}`." if facts.feature_version else ""
@@ -169,7 +170,8 @@ def _cell(text: str) -> str:
 
 
 def _repository_names(composition: Mapping[str, int]) -> list[str]:
-    """The sources written owner/name, as data sets are on the hub. A bare word is a label: it would claim another's data."""
+    """The sources written owner/name, as data sets are on the hub. A bare word is a label: it would claim another's
+    data."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

@@ -1,11 +1,11 @@
-"""`prism export`: an adapter and the data that it was trained on, each with a card, as folders to hand on.
+"""`prism export`: an adapter and the data that it was trained on, each with a card, as folders to share.
 
     <folder>/adapter/   adapter_model.safetensors, adapter_config.json, README.md: what PeftModel.from_pretrained reads
     <folder>/data/      train.parquet, README.md: what datasets.load_dataset reads
 
 Adapters in the lake are shared by strategies that select equal rows, so they say nothing of how their rows were found;
-a card does, and is written here only. `export` is called from outside: it reads from the lake and writes files. `adapter_card` and
-`data_card` turn what it found into text.
+a card does, and is written here only. `export` is called from outside: it reads from the lake and writes files.
+`adapter_card` and `data_card` turn what it found into text.
 """
 
 import json
@@ -118,8 +118,8 @@ def _check_same(rows: "pa.Table", exported: Exported) -> None:
             or evaluation.header["inputs"]["records"]["content_hash"] != records
         ):
             raise CannotExport(
-                f"Selection, adapter and evaluation of {adapter.partition} do not belong together: one was made anew and "
-                "the others were not yet. `prism run` brings them up to date."
+                f"Selection, adapter and evaluation of {adapter.partition} do not belong together: one was made again "
+                "and the others were not yet. `prism run` brings them up to date."
             )
 
 

@@ -38,9 +38,9 @@ def build(project: Project) -> dg.AssetsDefinition:
     def candidate_index(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Immutable FAISS inner-product segments, reconciled with the live pool.
 
-        A new shard is a segment of its own; once a night the small ones are compacted into one (run tag `prism/compact`),
-        which changes no answer. A shard whose features are not finished is left out and counted; the next materialisation
-        takes it in.
+        A new shard is a segment of its own; once a night the small ones are compacted into one (run tag
+        `prism/compact`), which changes no answer. A shard whose features are not finished is left out and counted; the
+        next materialisation takes it in.
         """
         stage = stage_of(project, context)
         return the_whole(context, stage, _reconcile(stage, context.run.tags.get(COMPACT_TAG) == "true"))
@@ -129,11 +129,11 @@ def _compact(stage: Stage, shards: Sequence[IndexedShard]) -> Placed:
 
     recipe = stage.recipe("index_segments", {"storage": stage.index.storage}, {"segments": parts})
     whole, computed = stage.make(recipe, lambda: Folder(write))
-    moved = {
+    compacted = {
         one.shard: one._replace(segment=whole.fingerprint, first_row=first)
         for one, first in zip(small, whole.notes["first_rows"], strict=True)
     }
-    return Placed([moved.get(one.shard, one) for one in shards], computed)
+    return Placed([compacted.get(one.shard, one) for one in shards], computed)
 
 
 def _list_segments(stage: Stage, pool: Artifact, shards: Sequence[IndexedShard]) -> Made:

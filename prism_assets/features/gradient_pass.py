@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class GradientPass:
-    """Gradients at the warm-up's checkpoints. Loads model, checkpoints and sketch on first use; `gradient_pass` opens one."""
+    """Gradients at the warm-up's checkpoints. Loads model, checkpoints and sketch on first use; `gradient_pass` opens
+    one."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage

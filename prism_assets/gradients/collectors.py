@@ -18,7 +18,7 @@ from prism_assets.gradients.sketch import Projection
 
 
 class Collector:
-    """Forms a layer's gradients from what the backward pass reports, and hands them to `receive`.
+    """Forms a layer's gradients from what the backward pass reports, and passes them to `receive`.
 
     at_supervised: the layers that see the batch's supervised positions only, as [1, N, features].
     """

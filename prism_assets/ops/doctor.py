@@ -1,4 +1,4 @@
-"""`prism doctor`: what an installation has, and what of its results is stale."""
+"""`prism doctor`: what an installation has, and which results are stale."""
 
 import json
 import platform
@@ -120,7 +120,7 @@ def _stale(stage: Stage) -> list[Finding]:
     try:
         _ = stage.corpus_version, stage.dtype
     except ModelError:
-        return []  # said above
+        return []  # reported by `_model`
     if not settings.candidates.inbox.is_dir():
         return []
     keys = sorted(inbox_files(settings, stage.lake, at_rest_seconds=0))

@@ -242,8 +242,8 @@ def _refuse_damaged(lake: Lake, artifacts: Mapping[_Key, Artifact], heads: Itera
         for key in _keys_of(lake, *_key(head)):
             if _suffix(key) not in _ATTACHED:
                 raise DamagedArtifact(
-                    f"{lake.store.local(key)} is damaged, so what it was made from is not known. Run `prism run` first: it sets the "
-                    "file aside and makes it again."
+                    f"{lake.store.local(key)} is damaged, so what it was made from is not known. Run `prism run` "
+                    "first: it sets the file aside and makes it again."
                 )
 
 

@@ -88,9 +88,9 @@ def run_pipeline(
 ) -> list[StepResult]:
     """Look at the inbox, then materialise every asset in order (or these steps); what exists is found, not computed.
 
-    `tags` are added to every run: `{"prism/compact": "true"}` compacts index segments. A run whose process was killed is
-    closed first, so that nothing waits for it. Raises PipelineError at the first run that fails, RunRefused (one of them)
-    where the user must change something.
+    `tags` are added to every run: `{"prism/compact": "true"}` compacts index segments. A run whose process was killed
+    is closed first, so that nothing waits for it. Raises PipelineError at the first run that fails, RunRefused (one of
+    them) where the user must change something.
     """
     from prism_assets.ops.runs import PROCESS_TAG, close_orphaned_runs, registered
 
@@ -214,7 +214,7 @@ class Pipeline:
 
 
 def _require_usable_model(settings: Settings, model: Any) -> None:
-    """Raise UserMistake for what would fail a step later, perhaps hours later: no model, no GPU, too short a context."""
+    """Raise UserMistake for what would fail a step later, maybe after hours: no model, no GPU, too short a context."""
     from prism_assets.corpus.encoding import require_context
     from prism_assets.errors import ModelError
 

@@ -2,8 +2,8 @@
 
 A step of a pool holds one of its slots while it works. Dagster gives back the slot of a run that ends, but its launcher
 for one machine never notices that a run's process is gone (killed, power cut): the run would count as started, and its
-slot as taken, for ever, and everything else would wait for it. So a process that works on a run says so by a locked file
-in the instance's folder, and the system lets go of the lock however the process ends.
+slot as taken, for ever, and everything else would wait for it. So a process that works on a run says so by a locked
+file in the instance's folder, and the system lets go of the lock however the process ends.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ _working_on: IO[str] | None = None
 
 @contextmanager
 def registered(instance: dg.DagsterInstance) -> Iterator[str]:
-    """A name for this process, for PROCESS_TAG, which `close_orphaned_runs` knows to be alive until the process ends."""
+    """A name of this process, for PROCESS_TAG; it counts as alive for `close_orphaned_runs` until the process ends."""
     name = uuid.uuid4().hex
     with _locked(instance, name):
         try:
@@ -140,7 +140,7 @@ def _locked(instance: dg.DagsterInstance, name: str) -> IO[str]:
 
 
 def _is_orphaned(path: Path) -> bool:
-    """Whether the process that locked this file is gone; False where there is no such file, or another machine made it."""
+    """Whether the process that locked this file is gone; False without such a file, or for another machine's."""
     try:
         with open(path, encoding="utf-8") as file:
             if file.read() != platform.node():

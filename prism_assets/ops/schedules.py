@@ -1,4 +1,4 @@
-"""Jobs, and the schedules that catch what no event told. Schedules start switched off and are turned on in the UI."""
+"""Jobs, and the schedules that catch what no event triggered. Schedules start switched off; the UI turns them on."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def _request(context: dg.ScheduleEvaluationContext, key: str) -> dg.RunRequest:
 
 
 def automated_keys(settings: Settings) -> list[str]:
-    """Partitions of target × strategy that may be made automatically: training on the whole pool is started manually."""
+    """Partitions of target × strategy that may be made automatically: training on the whole pool is not."""
     return [
         join_key(target, strategy)
         for strategy in settings.strategies

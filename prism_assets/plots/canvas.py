@@ -151,7 +151,7 @@ def percent_decimals(largest: float) -> int:
 
 
 def without_middle(name: str, length: int) -> str:
-    """`name` on one line and at most `length` characters, its middle left out: a path's ends tell most."""
+    """`name` on one line and at most `length` characters, its middle left out: a path is recognised by its ends."""
     line = " ".join(str(name).split())
     if len(line) <= length:
         return line

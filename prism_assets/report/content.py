@@ -64,7 +64,8 @@ def target_content(stage: Stage, name: str) -> ReportPart:
 
 
 def _trust_in(stage: Stage, weights: Artifact, target: str) -> Artifact | None:
-    """What was measured of the trust in a target; None where nothing was, or for other weights or directions than today's."""
+    """What was measured of the trust in a target; None where nothing was, or for other weights or directions than
+    today's."""
     found = stage.shown_or_none("trust", target)
     if found is None or found.header["inputs"]["weights"]["content_hash"] != weights.content_hash:
         return None
@@ -136,7 +137,8 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
 
 
 def explanations(stage: Stage, name: str) -> list[dict[str, Any]]:
-    """Why the top rows of PRISM's ranking are there, and a few surprising ones: what it alone takes, what it alone leaves."""
+    """Why the top rows of PRISM's ranking are there, and a few surprising ones: what it alone takes, what it alone
+    leaves."""
     from prism_assets.explanation.explainer import Explainer
 
     asked = _worth_explaining(stage, name)

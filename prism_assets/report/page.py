@@ -95,11 +95,11 @@ def _target_view(anchor: str, name: str, target: Mapping[str, Any]) -> dict[str,
     pool, direction = target.get("pool") or {}, target.get("direction") or {}
     facts = [
         (
-            "Targets",
+            "Target examples",
             count_text(target.get("number_of_targets")),
-            "pairs" if target.get("kind") == "pairs" else "examples",
+            "pairs" if target.get("kind") == "pairs" else "plain",
         ),
-        ("Held out", count_text(target.get("number_of_eval")), "examples"),
+        ("Held-out records", count_text(target.get("number_of_eval")), ""),
         ("Pool", count_text(pool.get("rows")), "rows"),
         ("Canonical", count_text(pool.get("canonical")), "rows, each content once"),
     ]

@@ -47,7 +47,7 @@ class MadeDirections(NamedTuple):
 
 
 def make_directions(work: GradientPass, inputs: DirectionInputs, strategies: "Iterable[Strategy]") -> MadeDirections:
-    """The direction of each of the strategies: t per checkpoint (unsketched, fp32), its sketch and norm, and the query."""
+    """The direction of each strategy: t per checkpoint (unsketched, fp32), its sketch and norm, and the query."""
     directions, computed = {}, 0
     for strategy in strategies:
         recipe, weights, usable = _recipe(work.stage, inputs, strategy)
@@ -147,7 +147,8 @@ def _sample_rows(work: GradientPass, sample: Artifact) -> Rows:
 
 
 def _corrected(work: GradientPass, position: int, vector: "dict[str, Any]", curvature: Artifact) -> "dict[str, Any]":
-    """(F + λI)⁻¹ t up to a factor, unsketched: t minus a weighted sum of the sample's rows, by one weighted backward pass.
+    """(F + λI)⁻¹ t up to a factor, unsketched: t minus a weighted sum of the sample's rows, by one weighted backward
+    pass.
 
     The coefficients are found in the sketch, the rows that they multiply are exact.
     """
@@ -163,9 +164,9 @@ def _corrected(work: GradientPass, position: int, vector: "dict[str, Any]", curv
     usable = np.flatnonzero([reason is None for reason in table["refused"].to_pylist()])
     if not len(usable):
         raise SettingsError(
-            f"preference.fisher_damping: the warm-up sample has {table.num_rows} rows and none with a usable gradient (the first "
-            f"is refused because {table['refused'][0].as_py()}), so there is no curvature to correct by. Leave the key out, or "
-            "raise warmup.share."
+            f"preference.fisher_damping: the warm-up sample has {table.num_rows} rows and none with a usable gradient "
+            f"(the first is refused because {table['refused'][0].as_py()}), so there is no curvature to correct by. "
+            "Leave the key out, or raise warmup.share."
         )
     kept = table.take(usable)
     vectors = vectors_of(kept).reshape(len(usable), len(work.checkpoints), -1)[:, position].astype(np.float64)

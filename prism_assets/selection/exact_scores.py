@@ -5,8 +5,8 @@
 One gradient pass a checkpoint over the shortlist, each gradient multiplied with the direction while it is there. Last
 bits depend on which rows share a batch, so batches must not depend on what else is in the pool: the rows of a shard are
 cut into tiers by their sketched scores, a tier is always worked on as a whole, and what it gave is remembered by
-direction and shard features. So a selection does not depend on the order of arrival, and an arrival costs the tiers that
-it newly needs.
+direction and shard features. So a selection does not depend on the order of arrival, and an arrival costs the tiers
+that it newly needs.
 """
 
 from collections.abc import Sequence

@@ -175,8 +175,9 @@ class Pool:
         return {one.shard: scored for one, scored in zip(self.segments, scores, strict=True) if scored is not None}
 
     def top(self, query: "np.ndarray", k: int) -> "tuple[np.ndarray, np.ndarray]":
-        """Positions, ascending, and scores of the k rows of highest inner product, and of all that tie with the k-th, as
-        the index finds them (on a GPU where the store is on one). Bit for bit those of `scores`; nothing is remembered.
+        """Positions, ascending, and scores of the k rows of highest inner product, and of all that tie with the k-th,
+        as the index finds them (on a GPU where the store is on one). Bit for bit those of `scores`; nothing is
+        remembered.
         """
         import numpy as np
 
@@ -216,7 +217,7 @@ def indexed_pool(stage: "Stage", version: str | None = None) -> Pool:
 
 
 def usable_rows(lake: "Lake", segment: IndexedShard) -> "np.ndarray":
-    """The mask [n] of the rows of an index segment whose gradient was not refused. Raises LakeError for lost features."""
+    """The mask [n] of an index segment's rows whose gradient was not refused. Raises LakeError for lost features."""
     import numpy as np
 
     features = lake.get("candidate_features", segment.features)

@@ -66,8 +66,8 @@ def _top_by_score(
 ) -> "tuple[pa.Table, dict[str, Any]]":
     """Rows by descending score within the budget, reading only shards that have some; and what to note of the scores.
 
-    `exact` gives the scores by which the first `shortlist` times the budget are ordered. `whole`: the scores of all rows
-    are computed, remembered and noted; else the index is asked for the top alone.
+    `exact` gives the scores by which the first `shortlist` times the budget are ordered. `whole`: the scores of all
+    rows are computed, remembered and noted; else the index is asked for the top alone.
     """
     import numpy as np
 

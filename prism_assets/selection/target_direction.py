@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 ENOUGH_TARGETS = Check(
     "enough_effective_targets",
-    "The weights rest on at least three targets' worth (1/Σw²); below that one or two examples decide what is selected: add "
-    "targets or raise `preference.temperature`.",
+    "The weights rest on at least three targets' worth (1/Σw²); below that one or two examples decide what is "
+    "selected: add targets or raise `preference.temperature`.",
 )
 FIRST_ORDER = Check(
     "first_order_holds",
@@ -50,7 +50,8 @@ def build(project: Project) -> dg.AssetsDefinition:
         loads_model=True,
     )
     def target_direction(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        """Target gradients added up with the weights of each gradient strategy: t per checkpoint, unsketched, and the query.
+        """Target gradients added up with the weights of each gradient strategy: t per checkpoint, unsketched, and the
+        query.
 
         Measured on the way: what a small step along the PRISM and the uniform direction does to J and to the held-out
         examples, against what first order predicts.
@@ -154,7 +155,7 @@ def _weigh(
 
 def _rank_agreement(weights: "list[np.ndarray]") -> float | None:
     """Smallest Spearman correlation between the weights of the last checkpoint and those of another; None for one
-    checkpoint, and where a checkpoint weighs all targets alike."""
+    checkpoint, and where a checkpoint gives all targets the same weight."""
     from prism_assets.stats.ranks import spearman
 
     found = [spearman(weights[-1], other) for other in weights[:-1]]
@@ -171,8 +172,8 @@ def _first_order(
 ) -> dict[str, Any]:
     """Predicted and measured gains of one small step, the same length for each direction, at the last checkpoint.
 
-    The length is the one at which J is predicted to rise by the share `preference.probe_step` along PRISM. `table` holds
-    the usable targets.
+    The length is the one at which J is predicted to rise by the share `preference.probe_step` along PRISM. `table`
+    holds the usable targets.
     """
     import numpy as np
 

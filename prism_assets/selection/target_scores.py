@@ -18,8 +18,8 @@ def require_made_of(features: Artifact, targets: Artifact) -> None:
     """Raise LakeError where these target features are not those of these targets: the files have changed in between."""
     if features.header["inputs"]["targets"]["content_hash"] != targets.content_hash:
         raise LakeError(
-            f"target_features of {targets.partition} are those of earlier target files: materialise target_features first, "
-            "or run `prism run`."
+            f"target_features of {targets.partition} are those of earlier target files: materialise target_features "
+            "first, or run `prism run`."
         )
 
 

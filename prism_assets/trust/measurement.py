@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prism_assets.gradients.engine import GradientEngine
     from prism_assets.stats.ranks import Correlation
 
-# Passes over a subset: enough that order and curvature have their say, few enough to be short.
+# Passes over a subset: enough for order and curvature to have an effect, few enough to be short.
 _DATAMODEL_EPOCHS = 2
 
 

@@ -93,7 +93,7 @@ class Stability(NamedTuple):
 def random_directions(
     shapes: Mapping[str, tuple[int, ...]], number: int, seed: int
 ) -> "Iterator[dict[str, torch.Tensor]]":
-    """`number` directions drawn uniformly from the unit sphere over all parameters (normalised Gaussians), on the CPU."""
+    """`number` directions drawn uniformly from the unit sphere of all parameters (normalised Gaussians), on the CPU."""
     import torch
 
     for position in range(number):

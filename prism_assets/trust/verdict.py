@@ -67,16 +67,16 @@ def _stable(steps: Mapping[str, Any], single: Mapping[str, Any], agreement: floa
         return None, "There are no two targets of different weight, so no preference can flip."
     said = (
         f"A random step as long as one training step flips {_share(small['flipped_mean'])} of the target pairs on "
-        f"average and {_share(small['flipped_max'])} at most over {steps['number']} steps (rank correlation of the weights "
-        f"{_figure(small['rank_correlation_mean'])}, at least {_figure(small['rank_correlation_min'])}); one as long as "
-        f"the whole warm-up flips {_share(far['flipped_mean'])}. A training step on a single candidate flips "
-        f"{_share(single['flipped_mean'])} on average and {_share(single['flipped_max'])} at most."
+        f"average and {_share(small['flipped_max'])} at most over {steps['number']} steps (rank correlation of the "
+        f"weights {_figure(small['rank_correlation_mean'])}, at least {_figure(small['rank_correlation_min'])}); one "
+        f"as long as the whole warm-up flips {_share(far['flipped_mean'])}. A training step on a single candidate "
+        f"flips {_share(single['flipped_mean'])} on average and {_share(single['flipped_max'])} at most."
     )
     stable = max(small["flipped_mean"], single["flipped_mean"]) <= MOST_FLIPPED
     if not stable:
         said += (
-            f" That is more than {MOST_FLIPPED:.0%}: which targets count is partly chance. More warm-up or more targets "
-            "make it firmer; a higher preference.temperature makes it matter less."
+            f" That is more than {MOST_FLIPPED:.0%}: which targets count is partly chance. More warm-up or more "
+            "targets make it firmer; a higher preference.temperature makes it matter less."
         )
     if agreement is None:
         return stable, said + " There is one checkpoint, so none to agree with."
@@ -87,7 +87,8 @@ def _stable(steps: Mapping[str, Any], single: Mapping[str, Any], agreement: floa
 
 
 def reach(steps: Sequence[Mapping[str, float]]) -> float:
-    """The largest size up to which measured over predicted lies within `FIRST_ORDER_RATIO` at every step; 0 where at none."""
+    """The largest size up to which measured over predicted lies within `FIRST_ORDER_RATIO` at every step; 0 where at
+    none."""
     reached = 0.0
     for step in sorted(steps, key=lambda one: one["size"]):
         predicted = step["predicted"]
@@ -102,8 +103,8 @@ def _reaches(growing: Mapping[str, Any]) -> tuple[bool, str]:
     needed, unit = growing["needed"], growing["probe_step"]
     passed = reached["prism"] >= needed
     said = (
-        f"Measured and predicted change of J agree within a factor of two up to {reached['prism'] / unit:g} probe steps "
-        f"along prism and {reached['uniform'] / unit:g} along uniform"
+        f"Measured and predicted change of J agree within a factor of two up to {reached['prism'] / unit:g} probe "
+        f"steps along prism and {reached['uniform'] / unit:g} along uniform"
     )
     goes = f"a training step on the best candidate goes {needed / unit:.1f} along prism"
     if passed:
@@ -118,13 +119,13 @@ def _single(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     stored, exact = single["prism"]["stored"], single["prism"]["exact"]
     if stored["interval"] is None:
         return None, (
-            f"{stored['n']} candidates are too few, or their effects too similar, to compare scores with what training on them "
-            "does."
+            f"{stored['n']} candidates are too few, or their effects too similar, to compare scores with what training "
+            "on them does."
         )
     said = (
         f"Training on one candidate alone changes J in the order of the stored scores with a rank correlation of "
-        f"{_correlation(stored)}, of the exact scores {_correlation(exact)} ({stored['n']} candidates); uniform's stored "
-        f"scores order its own objective, the mean score, with {_correlation(single['uniform']['stored'])}."
+        f"{_correlation(stored)}, of the exact scores {_correlation(exact)} ({stored['n']} candidates); uniform's "
+        f"stored scores order its own objective, the mean score, with {_correlation(single['uniform']['stored'])}."
     )
     if _orders(stored):
         return True, said
@@ -132,8 +133,8 @@ def _single(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     if _orders(exact):
         return (
             False,
-            said
-            + f" The exact scores reach what is asked for ({wanted}), the stored ones do not: raise features.sketch_dim.",
+            said + f" The exact scores reach what is asked for ({wanted}), the stored ones do not: raise "
+            "features.sketch_dim.",
         )
     return False, said + (
         f" Asked for is {wanted}: the ranking says little about what a row really does here. Check features.optimizer, "
@@ -149,23 +150,24 @@ def _held_out(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     prism, uniform = single["prism"]["held_out"], single["uniform"]["held_out"]
     if prism["interval"] is None:
         return None, (
-            f"{prism['n']} candidates are too few, or their effects too similar, to compare scores with held-out examples."
+            f"{prism['n']} candidates are too few, or their effects too similar, to compare scores with held-out "
+            "examples."
         )
     low, high = prism["interval"]
     said = (
-        f"The held-out log-probability follows prism's scores with a rank correlation of {_correlation(prism)}, uniform's "
-        f"with {_correlation(uniform)}."
+        f"The held-out log-probability follows prism's scores with a rank correlation of {_correlation(prism)}, "
+        f"uniform's with {_correlation(uniform)}."
     )
     if low > 0:
         return True, said
     if high < 0:
         return False, said + (
-            " What prism ranks high harms held-out examples: targets and held-out file ask for different things, or the noise "
-            "among the targets is what the model likes. Do not select by these weights."
+            " What prism ranks high harms held-out examples: targets and held-out file ask for different things, or "
+            "the noise among the targets is what the model likes. Do not select by these weights."
         )
     return False, said + (
-        " That is not significant (the 95% interval holds zero): targets and held-out file may ask for different things. Compare strategies on "
-        "held-out data."
+        " That is not significant (the 95% interval holds zero): targets and held-out file may ask for different "
+        "things. Compare strategies on held-out data."
     )
 
 
@@ -183,7 +185,8 @@ def _subsets(datamodel: Mapping[str, Any] | None) -> tuple[bool | None, str]:
         f"Linear datamodeling score: over {prism['n']} short fine-tunings on halves of {datamodel['rows']} candidates, "
         f"J followed the summed scores with a rank correlation of {_correlation(prism)} (uniform's own objective "
         f"{_correlation(datamodel['uniform']['own'])}); held-out log-probability followed prism's sums with "
-        f"{_correlation(datamodel['prism']['held_out'])}, uniform's with {_correlation(datamodel['uniform']['held_out'])}."
+        f"{_correlation(datamodel['prism']['held_out'])}, uniform's with "
+        f"{_correlation(datamodel['uniform']['held_out'])}."
     )
     if low > 0:
         return True, said

@@ -59,7 +59,8 @@ class Lake:
         return Path(self.root)
 
     def local(self, artifact: Artifact, *inside: str, suffix: str | None = None) -> Path:
-        """Where an artefact can be read on this machine: its file or folder, a file in it, or the one beside it with `suffix`."""
+        """Where an artefact can be read on this machine: its file or folder, a file in it, or the attachment with
+        `suffix`."""
         path = self.store.local(artifact.key)
         return (path.with_suffix(suffix) if suffix else path).joinpath(*inside)
 
@@ -99,7 +100,7 @@ class Lake:
         return list(dict.fromkeys((Path(key).parent.name, Path(key).name.split(".")[0]) for key in keys))
 
     def owner_of(self, path: Path) -> tuple[str, str] | None:
-        """Table and fingerprint of the artefact that a file is, lies beside or lies in; None where it is no such file."""
+        """Table and fingerprint of the artefact that a file is, lies beside or lies in; None for another file."""
         parts = Path(self.store.key_of(path) or "").parts
         return (parts[1], parts[2].split(".")[0]) if parts[:1] == ("artifacts",) and len(parts) > 2 else None
 
@@ -186,7 +187,8 @@ class Lake:
         """Publish a table as Parquet with its header in the footer.
 
         `attachments` maps a file suffix (".jsonl") to a function that writes such a file; they lie beside the
-        Parquet file under the same fingerprint and are in place before it, so a reader that finds the table finds them too.
+        Parquet file under the same fingerprint and are in place before it, so a reader that finds the table finds them
+        too.
         """
         import pyarrow.parquet as pq
 
@@ -287,7 +289,8 @@ class Lake:
     def read_tensors(self, artifact: Artifact) -> "dict[str, torch.Tensor]":
         """The tensors of a safetensors artefact.
 
-        Raises DamagedArtifact where they differ from their content hash (safetensors has no checksums); as `read_table`.
+        Raises DamagedArtifact where they differ from their content hash (safetensors has no checksums); as
+        `read_table`.
         """
         from safetensors.torch import load_file
 
@@ -343,7 +346,7 @@ class Lake:
         return connection
 
     def rebuild_catalog(self, additions: CatalogAdditions | None = None) -> Path:
-        """Write `prism.duckdb` anew and rename it into place, so no reader and no step waits for another."""
+        """Write a new `prism.duckdb` and rename it into place, so no reader and no step waits for another."""
         import duckdb
 
         def write(path: Path) -> None:

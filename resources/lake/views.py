@@ -31,9 +31,9 @@ def define_views(
 ) -> None:
     """`artifacts`, `heads` and `lineage` as tables; one view per Parquet table over its heads' files.
 
-    `files` maps table and fingerprint to the file that DuckDB reads. The view of a table is defined in the schema `raw` and,
-    under the same name, in `main`, where the statements of `additions` may replace it. It carries the partition, version
-    and fingerprint of the head beside each row.
+    `files` maps table and fingerprint to the file that DuckDB reads. The view of a table is defined in the schema `raw`
+    and, under the same name, in `main`, where the statements of `additions` may replace it. It carries the partition,
+    version and fingerprint of the head beside each row.
     """
     rows = [_artifact_row(one, files[one.table, one.fingerprint]) for one in artifacts]
     _insert(connection, "artifacts", _ARTIFACT_COLUMNS, rows)

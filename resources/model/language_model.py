@@ -167,7 +167,7 @@ class LanguageModel:
         seed: int = 0,
         state: "Mapping[str, torch.Tensor] | None" = None,
     ) -> "Iterator[PeftModel]":
-        """The base model with a LoRA adapter: fresh (seeded) or the starting adapter, then `state` laid over it.
+        """The base model with a LoRA adapter: fresh (seeded) or the starting adapter, then `state` loaded into it.
 
         With a starting adapter its own configuration counts and the LoRA arguments are not used. The base model is
         given back unchanged when the context ends. `state` maps canonical LoRA parameter names to tensors.

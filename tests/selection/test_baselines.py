@@ -1,4 +1,5 @@
-"""Baselines: perplexity, BM25, hidden states and diversity, each against a slow computation of the same from its formula."""
+"""Baselines: perplexity, BM25, hidden states and diversity, each against a slow computation of the same from its
+formula."""
 
 import itertools
 import math

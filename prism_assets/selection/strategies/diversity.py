@@ -7,8 +7,8 @@ from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy, 
 # A row is taken from the best 4 × the budget: below that PRISM itself says that there is better, and the work stays
 # proportional to the square of the budget.
 SHORTLIST = 4
-# λ. Carbonell and Goldstein use .7 to focus on what is relevant (.3 to look around). Here: a copy of a row that is taken
-# already must lead by 0.3/0.7 = 43% of the shortlist's range of influence to be taken as well.
+# λ. Carbonell and Goldstein use .7 to focus on what is relevant (.3 to look around). Here: a copy of a row that is
+# taken already must lead by 0.3/0.7 = 43% of the shortlist's range of influence to be taken as well.
 TRADE_OFF = 0.7
 
 

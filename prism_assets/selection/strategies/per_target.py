@@ -39,7 +39,8 @@ def round_robin(influences: np.ndarray, quotas: np.ndarray, ids: Sequence[str], 
     """Rows [wanted] that the targets take in turn, each its best one left (ties by id).
 
     influences: [n, m]; quotas: [m], the share of turns of each target. The next turn is the target's that is furthest
-    behind its quota (the largest-deficit rule of apportionment), so after k turns each has its share of k to within one.
+    behind its quota (the largest-deficit rule of apportionment), so after k turns each has its share of k to within
+    one.
     """
     quotas = quotas / quotas.sum()
     wanted = min(wanted, len(influences))
@@ -71,8 +72,8 @@ def _round_robin(pool: PoolView) -> Ranking:
 def saturating_coverage(influences: np.ndarray, value: np.ndarray, ids: Sequence[str], wanted: int) -> Ranking:
     """Rows [wanted] chosen greedily for f(S) = Σ_j a_j log(1 + Σ_{i∈S} max(0, c_ij)), with their gains.
 
-    influences: c [n, m]; value: a [m]. The first rows count almost additively, as in a ranking by Σ_j a_j c_ij; the more
-    a target is served, the less another row for it counts. f is monotone and submodular (a concave function of a
+    influences: c [n, m]; value: a [m]. The first rows count almost additively, as in a ranking by Σ_j a_j c_ij; the
+    more a target is served, the less another row for it counts. f is monotone and submodular (a concave function of a
     modular one), so the greedy choice reaches 1 − 1/e of the best (Nemhauser, Wolsey and Fisher 1978); the form is the
     feature-based functions of Wei, Iyer and Bilmes (2014). Gains only shrink as S grows, so a row's last known gain
     bounds it and most are never computed again (Minoux's lazy greedy 1978).
