@@ -335,4 +335,4 @@ def test_every_key_is_described():
 
 def test_the_page_of_settings_is_that_of_the_schema():
     page = Path(__file__).parent.parent / "docs" / "settings.md"
-    assert page.read_text(encoding="utf-8") == settings_page(), "python -m prism_assets.settings.reference > docs/settings.md"
+    assert page.read_text(encoding="utf-8") == settings_page(), "python -m prism_assets.settings.reference writes it"
