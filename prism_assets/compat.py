@@ -49,6 +49,7 @@ class TrainSampler:
             raise LibraryChanged("transformers", "Trainer._get_train_sampler")
 
     def train_sampler(self) -> Sampler[int]:
+        """The sampler of training examples; a subclass gives it."""
         raise NotImplementedError
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

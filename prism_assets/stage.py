@@ -55,6 +55,7 @@ class Stage:
 
     @cached_property
     def model_identity(self) -> "ModelIdentity":
+        """Hashes of the model's weights, tokenizer and starting adapter. Raises ModelError."""
         return self.model.identify()
 
     @cached_property
@@ -64,14 +65,17 @@ class Stage:
 
     @cached_property
     def corpus_version(self) -> str:
+        """The version of tokens: tokenizer and tokenisation settings. Raises ModelError."""
         return identity.corpus_version(self.settings, self.model_identity)
 
     @cached_property
     def lora_identity(self) -> dict[str, Any]:
+        """The settings that LoRA parameters depend on; with a starting adapter only that there is one."""
         return identity.lora_identity(self.settings)
 
     @cached_property
     def warmup_scope(self) -> str:
+        """The scope of the pinned warm-up: model, tokens, LoRA and warm-up settings, dtype."""
         return identity.warmup_scope(self.settings, self.model_identity, self.dtype)
 
     @cached_property
@@ -81,6 +85,7 @@ class Stage:
 
     @cached_property
     def feature_identity(self) -> dict[str, Any]:
+        """The settings and hashes that a feature row depends on beside its tokens. Raises NotMadeYet."""
         return identity.feature_identity(self.settings, self.model_identity, self.dtype, self.warmup)
 
     @cached_property

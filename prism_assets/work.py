@@ -34,6 +34,7 @@ class Outcome:
 
     @property
     def version(self) -> str:
+        """The data version in Dagster: the content hash, or a hash of several."""
         contents = [artifact.content_hash for artifact in self.artifacts]
         return contents[0] if len(contents) == 1 else digest(contents)
 

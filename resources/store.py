@@ -36,6 +36,7 @@ class FolderStore:
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
 
     def exists(self, key: str) -> bool:
+        """Whether there is a file or folder at the key."""
         return self.local(key).exists()
 
     def keys(self, pattern: str) -> list[str]:

@@ -168,6 +168,7 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exa
 
 
 def main() -> None:
+    """Train the model and write it, then print how well it knows each skill."""
     parser = argparse.ArgumentParser(description="Trains the demo's language model from scratch.")
     parser.add_argument("out", type=Path, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0)

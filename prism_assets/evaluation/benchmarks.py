@@ -60,6 +60,7 @@ class Score(NamedTuple):
 
     @property
     def label(self) -> str:
+        """Task, metric and filter, as tables and plots name the score."""
         return f"{self.task} {self.metric}" + ("" if self.filter == "none" else f" ({self.filter})")
 
 

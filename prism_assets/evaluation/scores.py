@@ -44,7 +44,12 @@ def _score(stage: Stage, records: "pa.Table", adapter: Artifact | None) -> Rows:
 
 
 def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Columns [n] and means of the metrics over held-out records; exact match is None where no record has an answer."""
+    """The columns and the means of the metrics over n held-out records.
+
+    Columns: mean_log_prob float64 [n], nats per token (for pairs: of the wanted completion); margin [n], null for plain
+    records; prediction and exact_match, null where a record has no answer. Means: of `metrics.held_out`, exact_match
+    (None where no record has an answer) and the number of records.
+    """
     import numpy as np
     import pyarrow as pa
 

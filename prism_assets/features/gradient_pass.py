@@ -29,6 +29,7 @@ class GradientPass:
         self._start: dict[str, torch.Tensor] = {}
 
     def close(self) -> None:
+        """Give the model back."""
         self._stack.close()
 
     def at(self, checkpoint: WarmupCheckpoint | None) -> "GradientEngine":

@@ -34,9 +34,11 @@ class NotFullPool(dg.AutomationCondition):
 
     @property
     def name(self) -> str:
+        """The name that the UI shows."""
         return "not_full_pool"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
+        """The candidate partitions without those of `full`."""
         keys = context.candidate_subset.expensively_compute_partition_keys()
         allowed = {key for key in keys if not key.startswith("full|")}
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(allowed))

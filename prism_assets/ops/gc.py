@@ -51,6 +51,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all that goes."""
         return sum(one.bytes for one in (*self.artifacts, *self.leftovers))
 
     def by_table(self) -> dict[str, tuple[int, int]]:

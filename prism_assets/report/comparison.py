@@ -44,12 +44,16 @@ def comparison_table(data: Mapping[str, Any]) -> list[list[str]]:
 
 
 class Cell(NamedTuple):
+    """A figure as text and as a number, and whether it is the best of its column."""
+
     text: str
     value: float | None
     best: bool
 
 
 class MetricRow(NamedTuple):
+    """A row of the table of strategies; all but `cells` is text."""
+
     strategy: str
     cells: list[Cell]
     rows: str
@@ -102,5 +106,6 @@ def benchmark_text(metric: Mapping[str, Any] | None, strategy: str) -> str:
 
 
 def check_format(data: Mapping[str, Any]) -> None:
+    """Raise ValueError where report.json has another format than this version reads."""
     if data.get("format") != FORMAT:
         raise ValueError(f"report.json has format {data.get('format')!r}; this version reads format {FORMAT}")

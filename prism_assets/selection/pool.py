@@ -75,6 +75,7 @@ class Pool:
 
     @cached_property
     def ids(self) -> list[str]:
+        """Ids of the ranked rows [n]."""
         return self.column("id")["id"].to_pylist()
 
     def places(self, positions: "np.ndarray") -> list[tuple[str, int]]:

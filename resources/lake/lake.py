@@ -51,6 +51,7 @@ class Lake:
 
     @cached_property
     def store(self) -> FolderStore:
+        """The store of all files below `root`."""
         return FolderStore(Path(self.root))
 
     @property
@@ -335,6 +336,7 @@ class Lake:
 
     @property
     def catalog_path(self) -> Path:
+        """The DuckDB file with the views over the lake."""
         return self.store.local("prism.duckdb")
 
     def connect(self, additions: CatalogAdditions | None = None) -> "duckdb.DuckDBPyConnection":

@@ -34,7 +34,7 @@ class Texts(NamedTuple):
 
 
 class PoolView(Protocol):
-    """The n rows that may be ranked, and the m targets. Everything beyond ids is read when it is asked for.
+    """The n rows that may be ranked, and the m target examples. Everything beyond ids is read when it is asked for.
 
     Labels (`source`, the record's own id) are not among it: no strategy can see them. Nor are held-out records.
     """
@@ -44,17 +44,41 @@ class PoolView(Protocol):
     seed: int
     wanted: int  # an order of so many rows surely fills the budget
 
-    def texts(self) -> Texts: ...  # of the candidates [n]
-    def target_texts(self) -> Texts: ...  # of the targets [m] (of pairs: the wanted completions)
-    def mean_log_probs(self) -> np.ndarray: ...  # float64 [n] at the last checkpoint
-    def direction_scores(self) -> np.ndarray: ...  # float32 [n] influence: PRISM's scores
-    def vectors(
-        self, positions: np.ndarray
-    ) -> np.ndarray: ...  # float32 [k, D] of these rows, inner products are cosines
-    def influences(self) -> np.ndarray: ...  # float32 [n, m] mean cosine of a row with each target's gradient
-    def target_scores(self) -> TargetScores: ...
-    def target_groups(self) -> Sequence[str]: ...  # [m] the subtask of each target; "" where it has none
-    def similarities(self) -> np.ndarray: ...  # float32 [n, m] cosine of a row's hidden states with each target's
+    def texts(self) -> Texts:
+        """Prompts and completions of the rows [n]."""
+        ...
+
+    def target_texts(self) -> Texts:
+        """Prompts and completions of the targets [m]; of pairs the wanted completions."""
+        ...
+
+    def mean_log_probs(self) -> np.ndarray:
+        """Mean log-probability of each row at the last checkpoint, float64 [n], nats per token."""
+        ...
+
+    def direction_scores(self) -> np.ndarray:
+        """Influence of each row by PRISM's direction, float32 [n]."""
+        ...
+
+    def vectors(self, positions: np.ndarray) -> np.ndarray:
+        """Stored gradient features of these rows, float32 [k, D]; inner products are cosines."""
+        ...
+
+    def influences(self) -> np.ndarray:
+        """Mean cosine of each row's gradient with each target's, float32 [n, m]."""
+        ...
+
+    def target_scores(self) -> TargetScores:
+        """Scores and gradient norms of the targets."""
+        ...
+
+    def target_groups(self) -> Sequence[str]:
+        """The subtask of each target [m]; empty where it has none."""
+        ...
+
+    def similarities(self) -> np.ndarray:
+        """Cosine of each row's hidden states with each target's, float32 [n, m]."""
+        ...
 
 
 class Ranking(NamedTuple):
@@ -80,6 +104,7 @@ class Strategy(NamedTuple):
 
     @property
     def needs_direction(self) -> bool:
+        """Whether it ranks by the inner product with one direction."""
         return self.weigh is not None
 
     @property
