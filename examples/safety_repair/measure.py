@@ -1,4 +1,4 @@
-"""What the repair did, from the lake: which kinds were selected, what that bought, and what it cost.
+"""What the repair did, from the lake: which kinds were selected, what that gained, and what it cost.
 
     python examples/safety_repair/measure.py [--config work/prism.yaml] [--json]
 

@@ -186,7 +186,7 @@ def run_tasks(
     """The harness's scores of a causal LM, on the device that it is on; at most `limit` documents of each task.
 
     As by the harness's command line: no chat template, few-shot examples as the task says. Random states are left as
-    they were. Raises UnusableBenchmark for a data set that cannot be had, for tasks that run what a model wrote, and
+    they were. Raises UnusableBenchmark for a data set that cannot be loaded, for tasks that run what a model wrote, and
     for a score that is no finite number.
     """
     from lm_eval import evaluate

@@ -1,4 +1,4 @@
-"""Cards: what an exported adapter and exported data say of themselves."""
+"""Cards: the README.md of an exported adapter and of exported data."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ class CitedArtifact(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the cards say."""
+    """The facts that the cards are written from."""
 
     target: str
     strategy: str

@@ -30,7 +30,7 @@ class Collector:
         self.inverse_counts = batch.counts.reciprocal().to(dtype)[:, None, None]
 
     def collect(self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor) -> None:
-        """Form the gradients of the layer's A and B and pass each to `receive`; shapes as in `lora.GradientCollector`."""
+        """Pass the gradients of the layer's A and B to `receive`; shapes as in `lora.GradientCollector`."""
         if layer in self.at_supervised:
             inputs, down, output_gradient, up = map(self._pad, (inputs, down, output_gradient, up))
         self.receive(layer.name_a, self.outer(up, inputs))

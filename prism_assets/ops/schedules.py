@@ -24,7 +24,7 @@ def build_jobs(project: Project) -> list[Any]:
 
 
 def build_schedules(project: Project) -> list[Any]:
-    """A nightly look at everything that is one for the pool, weekly ones at what was trained and whether it holds."""
+    """A nightly run over the pool, weekly ones over all selections and over the measurements of trust."""
     settings = project.settings
 
     @dg.schedule(

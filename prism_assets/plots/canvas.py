@@ -97,7 +97,7 @@ def ticks(most: int, integer: bool = False) -> MaxNLocator:
     return MaxNLocator(most, steps=[1, 2, 5, 10], integer=integer, min_n_ticks=1)
 
 
-def say_nothing(axes: Axes) -> None:
+def show_no_values(axes: Axes) -> None:
     """Say that there are no values to show, in place of ticks."""
     axes.text(0.5, 0.5, "no values to show", ha="center", va="center", transform=axes.transAxes, color=MUTED)
     axes.set_xticks([])

@@ -22,8 +22,8 @@ from prism_assets.plots.canvas import (
     finish,
     finite,
     new_figure,
-    say_nothing,
     shares_of,
+    show_no_values,
     ticks,
     without_middle,
 )
@@ -59,7 +59,7 @@ def score_histogram(histogram: Mapping[str, Any], *, title: str = "Influence sco
                 _cutoff_label(axes, cutoff, edges, histogram.get("selected"))
             axes.xaxis.set_major_locator(ticks(8))
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, "influence score", "candidates", grid="y")
         return canvas.png(figure)
 
@@ -112,7 +112,7 @@ def composition(
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
             figure.legend(loc="outside lower center", ncols=3, handlelength=1.0, handleheight=1.0)
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, "share of the rows", "")
         return canvas.png(figure)
 

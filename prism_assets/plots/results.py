@@ -23,7 +23,7 @@ from prism_assets.plots.canvas import (
     finite,
     finite_values,
     new_figure,
-    say_nothing,
+    show_no_values,
     ticks,
     tint,
     without_middle,
@@ -80,7 +80,7 @@ def strategies_comparison(
             panels[0].set_yticks(range(len(strategies)), [without_middle(name, 24) for name in strategies])
             panels[0].set_ylim(len(strategies) - 0.4, -0.6)
         else:
-            say_nothing(panels[0])
+            show_no_values(panels[0])
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         return canvas.png(figure)
 
@@ -121,7 +121,7 @@ def paired_differences(
             panels[0].set_yticks(range(len(pairs)), names)
             panels[0].set_ylim(len(pairs) - 0.4, -0.6)
         else:
-            say_nothing(panels[0])
+            show_no_values(panels[0])
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         return canvas.png(figure)
 
@@ -151,6 +151,6 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, unit: str, title: s
             axes.invert_yaxis()
             figure.legend(loc="outside lower center", ncols=5, handlelength=1.0, handleheight=1.0)
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, f"{unit} seconds, all trials of a strategy", "", grid="x")
         return canvas.png(figure)

@@ -1,4 +1,4 @@
-"""Vectors that statistics can be made of."""
+"""Checked vectors for statistics."""
 
 from typing import Any
 

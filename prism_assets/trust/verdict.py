@@ -1,4 +1,4 @@
-"""What the measurements of one target say: thresholds with their reasons, and a sentence each.
+"""The conclusions from the measurements of one target: thresholds with their reasons, and a sentence each.
 
 Takes the notes of a `trust` artefact (plain numbers) and needs no more than the standard library, as the report does.
 """
@@ -29,7 +29,7 @@ class TrustFinding(NamedTuple):
 CHECKS: dict[str, str] = {
     "weights_not_concentrated": "Do the weights rest on enough targets?",
     "preferences_stable": "Do preferences flip under small steps of the model?",
-    "first_order_reaches": "Does the first-order picture reach as far as a training step goes?",
+    "first_order_reaches": "Does the first-order approximation hold as far as a training step goes?",
     "single_steps_agree": "Do the scores order what training on single candidates really does to J?",
     "held_out_follows": "And what it does to held-out examples?",
     "subsets_predicted": "Do summed scores predict what training on subsets really does?",

@@ -58,7 +58,7 @@ class LanguageModel:
             )
         except Exception as error:  # the hub has a dozen exception types for "not reachable" and "no such model"
             raise ModelError(
-                f"model.name: {self.name!r} (revision {self.revision}) is neither a folder here nor to be had from the "
+                f"model.name: {self.name!r} (revision {self.revision}) is no folder here and cannot be loaded from the "
                 f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
             ) from error
 

@@ -1,10 +1,10 @@
-"""PRISM's ranking without rows that teach the same: candidates are compared with each other, not only with targets."""
+"""PRISM's ranking without redundant rows: candidates are compared with each other, not only with targets."""
 
 import numpy as np
 
 from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy, by_scores
 
-# A row is taken from the best 4 × the budget: below that PRISM itself says that there is better, and the work stays
+# A row is taken from the best 4 × the budget: below that PRISM ranks enough rows higher, and the work stays
 # proportional to the square of the budget.
 SHORTLIST = 4
 # λ. Carbonell and Goldstein use .7 to focus on what is relevant (.3 to look around). Here: a copy of a row that is

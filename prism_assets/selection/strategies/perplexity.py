@@ -1,4 +1,4 @@
-"""Perplexity: neither what the model knows by heart nor what puzzles it, the middle of the pool."""
+"""Perplexity: the middle of the pool, neither what the model predicts best nor what it predicts worst."""
 
 import numpy as np
 
