@@ -125,7 +125,7 @@ def from_table(table: pa.Table) -> list[TokenizedExample]:
 
 
 def rejected_from_table(table: pa.Table) -> list[TokenizedExample]:
-    """The unwanted completion's tokens of each row; ValueError where a row is a plain target."""
+    """The unwanted completion's tokens of each row; ValueError where a row is a plain target example."""
     if "rejected_input_ids" not in table.column_names or table["rejected_input_ids"].null_count:
         raise ValueError("these are plain targets: they have no unwanted completions")
     return _examples(table, "rejected_input_ids", "rejected_loss_mask")

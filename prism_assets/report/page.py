@@ -192,7 +192,7 @@ def _weight_groups(weights: list[Mapping[str, Any]]) -> list[tuple[str, list[dic
     if not ordered:
         return []
     if len(ordered) <= 2 * _SHOWN_WEIGHTS:
-        return [("All targets, by weight", [_weight_row(row) for row in ordered])]
+        return [("All target examples, by weight", [_weight_row(row) for row in ordered])]
     return [
         (f"The {_SHOWN_WEIGHTS} highest weights", [_weight_row(row) for row in ordered[:_SHOWN_WEIGHTS]]),
         (f"The {_SHOWN_WEIGHTS} lowest weights", [_weight_row(row) for row in ordered[-_SHOWN_WEIGHTS:]]),

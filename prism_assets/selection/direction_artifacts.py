@@ -77,7 +77,7 @@ def load_direction(lake: Lake, artifact: Artifact) -> "tuple[np.ndarray, list[di
 
 
 def _recipe(stage: Stage, inputs: DirectionInputs, strategy: "Strategy") -> "tuple[Recipe, np.ndarray, np.ndarray]":
-    """What a direction is made from, its weights float64 [C, m'], and the positions [m'] of the usable targets."""
+    """What a direction is made from, its weights float64 [C, m'], and where the usable target examples are [m']."""
     table = stage.lake.read_table(inputs.targets)
     scores, usable = scores_of(stage.settings, stage.lake.read_table(inputs.features), table)
     # Coefficients of the gradients of mean log-probabilities, which is what a gradient pass gives.
@@ -104,7 +104,7 @@ def _direction(
     from prism_assets.gradients.vectors import norm
     from prism_assets.selection.direction import query_vector, target_vector
 
-    # Refused targets are left out, not weighted with zero: zero times NaN is NaN.
+    # Refused target examples are left out, not weighted with zero: zero times NaN is NaN.
     chosen = target_set(work.stage.lake.read_table(inputs.targets).take(usable))
     tensors: dict[str, torch.Tensor] = {}
     sketches, norms = [], []

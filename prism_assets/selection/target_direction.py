@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ENOUGH_TARGETS = Check(
     "enough_effective_targets",
-    "The weights rest on at least three targets' worth (1/Σw²); below that one or two examples decide what is "
+    "The weights rest on at least three target examples' worth (1/Σw²); below that one or two examples decide what is "
     "selected: add targets or raise `preference.temperature`.",
 )
 FIRST_ORDER = Check(
@@ -83,7 +83,7 @@ def _target(project: Project, work: GradientPass, name: str) -> Outcome:
 
 
 def _make_weights(work: GradientPass, inputs: DirectionInputs, directions: dict[str, Artifact]) -> Made:
-    """One row per target with its score, preference and weights (last checkpoint); diagnostics in the notes."""
+    """One row per target example with its score, preference and weights (last checkpoint); diagnostics in the notes."""
     stage = work.stage
     table = stage.lake.read_table(inputs.targets)
     scores, usable = scores_of(stage.settings, stage.lake.read_table(inputs.features), table)

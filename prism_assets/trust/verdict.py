@@ -64,7 +64,7 @@ def _effective(effective: Mapping[str, float], targets: int) -> tuple[bool, str]
 def _stable(steps: Mapping[str, Any], single: Mapping[str, Any], agreement: float | None) -> tuple[bool | None, str]:
     small, far = steps["training_step"], steps["warmup"]
     if small["flipped_mean"] is None:
-        return None, "There are no two targets of different weight, so no preference can flip."
+        return None, "There are no two target examples of different weight, so no preference can flip."
     said = (
         f"A random step as long as one training step flips {_share(small['flipped_mean'])} of the target pairs on "
         f"average and {_share(small['flipped_max'])} at most over {steps['number']} steps (rank correlation of the "

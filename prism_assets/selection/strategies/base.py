@@ -18,7 +18,7 @@ Input = Literal["seed", "text", "features", "direction", "target_features", "hid
 
 
 class TargetScores(NamedTuple):
-    """What a weighting may look at, for C checkpoints and m targets."""
+    """What a weighting may look at, for C checkpoints and m target examples."""
 
     scores: np.ndarray  # float64 [C, m] preference scores s_kj
     norms: np.ndarray  # float64 [C, m] exact gradient norms ‖g_kj‖

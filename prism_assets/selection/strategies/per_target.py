@@ -1,4 +1,4 @@
-"""Strategies that keep the targets apart: each candidate has an influence on every target, and none may take all."""
+"""Strategies that keep target examples apart: a candidate has an influence on each, and none may take all."""
 
 import heapq
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from prism_assets.selection.strategies.directions import preference
 
 
 def shares(targets: TargetScores) -> np.ndarray:
-    """How much of ∇J each target contributes, float64 [m], summing to 1: w_j ‖g_j‖, the length of its term in
+    """How much of ∇J each target example contributes, float64 [m], summing to 1: w_j ‖g_j‖, the length of its term in
     t = Σ_j w_j g_j, averaged over checkpoints after scaling each to sum 1."""
     lengths = preference(targets) * targets.norms
     return (lengths / lengths.sum(axis=1, keepdims=True)).mean(axis=0)
