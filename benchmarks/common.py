@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.real_text import data_folder
 from prism_assets.corpus.encoder import Encoder, TokenizedExample
 from prism_assets.corpus.records import Message
-from prism_assets.corpus.template import Refused
+from prism_assets.corpus.template import Untokenizable
 
 MAX_LENGTH = 512
 # Characters of prompts and completions of a real instruction pool, at these percentiles: generated rows have
@@ -129,7 +129,7 @@ def encode(
             break
         try:
             example = roomy.encode((Message("user", record.prompt), Message("assistant", record.completion)))
-        except Refused:
+        except Untokenizable:
             continue
         if len(example.input_ids) <= MAX_LENGTH:
             kept.append(record)

@@ -57,7 +57,7 @@ SITUATIONS: dict[str, Situation] = {
     "reverse_addition": Situation(("reverse", "addition"), ("reverse", "addition")),
     "three_clean": Situation(("reverse", "sort", "shift"), ("reverse", "sort", "shift")),
     "shift_noise": Situation(("shift", "noise"), ("shift",), unseen=True),
-    # What is wanted is far from the model, what stands beside it is known by heart: weights follow the known, so
+    # What is wanted is far from the model, what is mixed in is known by heart: weights follow the known, so
     # PRISM is expected to lose.
     "shift_copy": Situation(("shift", "copy"), ("shift",), unseen=True),
     # Added after prism-cover had been designed on the six above: breadth and noise at once, and another clean pair.
@@ -217,7 +217,7 @@ def _oracle(stage: Any, name: str, rows: Any, budget: int, seed: int) -> dict[st
 
 
 def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all seeds come to, per situation and strategy, with the sentences that follow from the numbers."""
+    """The results of all seeds, per situation and strategy, with the sentences that follow from the numbers."""
     from prism_assets.stats.seeds import compared, gap_recovered, paired_difference, summarize_seeds
 
     result: dict[str, Any] = {}

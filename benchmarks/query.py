@@ -4,8 +4,8 @@
 
 The same question is put to numpy: its float32 product with all rows, then argpartition (and sorting what is returned).
 Times are medians of interleaved repetitions, so that other work on the machine weighs on both alike; the ratio is ours
-over numpy's. Peak memory is that of a fresh process that opens the rows and answers one query, less what it used before
-it opened them (libraries): numpy loads its float32 matrix from disk, the store maps its segments.
+over numpy's. Peak memory is that of a fresh process that opens the rows and answers one query, minus what it used
+before it opened them (libraries): numpy loads its float32 matrix from disk, the store maps its segments.
 
 Exact means: every returned score lies within 1e-5 of the float64 product of the stored values, and no row that is left
 out has a float64 product above the last returned score by more than that.

@@ -9,7 +9,7 @@ records and their order, the warm-up, the sketch, the random selection and the t
 
 Per strategy: `misaligned_share` and `good_share` of the selected rows, `auc_good_against_misaligned` (probability that
 a good row scores above a misaligned one; strategies with one direction), `auc_maths`, `auc_code` and `auc_answers` (the
-same between right and wrong rows of one form), `margin` (mean log-probability of the safe less that of the unsafe
+same between right and wrong rows of one form), `margin` (mean log-probability of the safe minus that of the unsafe
 answer, held-out pairs), `safe_preferred` (share of pairs with a positive margin), `benign_log_prob` (held-out benign
 records); `against` holds differences, paired by seed, to the clean and the misaligned model and to other strategies.
 """

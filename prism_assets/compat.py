@@ -49,6 +49,7 @@ class TrainSampler:
             raise LibraryChanged("transformers", "Trainer._get_train_sampler")
 
     def train_sampler(self) -> Sampler[int]:
+        """The sampler of training examples; a subclass gives it."""
         raise NotImplementedError
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -119,8 +120,8 @@ def instance_without_captured_output(home: Path) -> Iterator[dg.DagsterInstance]
 def sleeping_while_waiting() -> Iterator[None]:
     """Within the context a run that waits for a slot sleeps until it may ask again.
 
-    dagster 1.13 takes the smaller of zero and the time that is left, so that it never sleeps: a waiting run would keep a
-    core busy, the one that the run which it waits for could use.
+    dagster 1.13 takes the smaller of zero and the time that is left, so that it never sleeps: a waiting run would keep
+    a core busy, the one that the run which it waits for could use.
     """
     try:
         from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
@@ -149,8 +150,8 @@ _ASK_AGAIN_SECONDS = 0.02
 def interrupts_at_safe_points() -> Iterator[None]:
     """Within the context Ctrl-C waits until the main thread is outside of Dagster's storage and its database driver.
 
-    dagster 1.13 puts handlers of its own in place while a run executes (`dagster._utils.interrupts`), which raise wherever
-    the program is, in the clean-up of a database connection too; there is no public way to say when.
+    dagster 1.13 puts handlers of its own in place while a run executes (`dagster._utils.interrupts`), which raise
+    wherever the program is, in the clean-up of a database connection too; there is no public way to say when.
     """
     from dagster._utils import interrupts
 
@@ -171,7 +172,7 @@ def interrupts_at_safe_points() -> Iterator[None]:
 
 
 def at_a_safe_point(handler: Any) -> Any:
-    """A signal handler that calls `handler` where that is safe, and has the signal sent again a little later where not."""
+    """A signal handler that calls `handler` where that is safe, and else has the signal sent again a little later."""
     if not callable(handler) or getattr(handler, "waits_for_a_safe_point", False):
         return handler
 

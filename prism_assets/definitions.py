@@ -35,11 +35,11 @@ def build_definitions(
 ) -> dg.Definitions:
     """All definitions of a project.
 
-    `key_prefix` stands before every asset key, and names the project's jobs, sensors, schedules, resources and shards, so
-    that it can lie beside other definitions, or beside another project, in one code location and one instance.
-    `resource_overrides` exchanges engines: `lake`, `language_model`, `vector_store`. `executor` None leaves the choice to
-    the definitions that these are merged with; ours runs all steps of a run in one process, which loads a model once.
-    Raises ValueError for an override that names no engine.
+    `key_prefix` is put before every asset key, and names the project's jobs, sensors, schedules, resources and shards,
+    so that it can be used beside other definitions, or beside another project, in one code location and one instance.
+    `resource_overrides` exchanges engines: `lake`, `language_model`, `vector_store`. `executor` None leaves the choice
+    to the definitions that these are merged with; ours runs all steps of a run in one process, which loads a model
+    once. Raises ValueError for an override that names no engine.
     """
     project = Project.of(settings, key_prefix, group_prefix)
     engines = build_engines(settings)
@@ -50,7 +50,7 @@ def build_definitions(
         )
     engines |= resource_overrides or {}
     with warnings.catch_warnings():
-        # Backfill policies, pools and freshness are marked beta; a screenful of warnings at every load tells nobody anything.
+        # Backfill policies, pools and freshness are marked beta; at every load they would fill the screen.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return dg.Definitions(

@@ -1,4 +1,5 @@
-"""The engines that settings describe, and a Stage over them for work outside of Dagster: commands, notebooks, benchmarks."""
+"""The engines that settings describe, and a Stage over them for work outside of Dagster: commands, notebooks,
+benchmarks."""
 
 from typing import Any
 

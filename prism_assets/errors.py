@@ -1,7 +1,7 @@
 """The errors that users see, in one tree, each with the exit status that `prism` ends with.
 
 Exit status 2: the user must change something (settings, files, a name). 1: the work failed. What is raised to steer a
-loop (a refused row, a bad record) is no error of the user's and stands where it is raised.
+loop (a bad record, an example that cannot be tokenised) is no error of the user's and is defined where it is raised.
 """
 
 from importlib.metadata import version
@@ -48,18 +48,18 @@ class UnreadableFile(UserMistake, ValueError):
 
 
 class MixedTargets(UserMistake, ValueError):
-    """A target or eval file of plain records and pairs; ``plain_line`` and ``pair_line`` are the first."""
+    """A target or held-out file of plain records and pairs; ``plain_line`` and ``pair_line`` are the first."""
 
     def __init__(self, path: Path | str, plain_line: int, pair_line: int):
         super().__init__(
-            f"{path}: line {plain_line} is a plain record and line {pair_line} a pair (it has a rejected "
+            f"{path}: line {plain_line} is a plain record and line {pair_line} a pair (it has an unwanted "
             "completion); a file holds plain records or pairs, not both: split it into two targets"
         )
         self.path, self.plain_line, self.pair_line = Path(path), plain_line, pair_line
 
 
 class UnusableTargets(UserMistake):
-    """A target or eval file is missing or has no usable row; the message says which and why."""
+    """A target or held-out file is missing or has no usable row; the message says which and why."""
 
 
 class UnusableBenchmark(UserMistake):
@@ -79,7 +79,7 @@ class QueryRefused(UserMistake):
 
 
 class UnknownThing(UserMistake):
-    """Nothing in the lake, or more than one thing, goes by the name that was given; the message lists what is near."""
+    """Nothing in the lake, or more than one thing, matches the name that was given; the message lists similar names."""
 
 
 # -- what failed --------------------------------------------------------------------------------------------------
@@ -105,7 +105,8 @@ class DamagedSegment(PrismError, RuntimeError):
     def __init__(self, path: Path, reason: str):
         self.path, self.reason = Path(path), reason
         super().__init__(
-            f"{path}: {reason}. Delete this segment and materialise the index again: it is rebuilt from the feature rows"
+            f"{path}: {reason}. Delete this segment and materialise the index again: it is rebuilt from the feature "
+            "rows"
         )
 
 

@@ -1,7 +1,7 @@
-"""What names a thing: versions that results lie under side by side, scopes of heads, keys of partitions.
+"""Versions under which results are kept side by side, scopes of heads, and keys of partitions.
 
-A version is a hash of exactly what its results depend on, so equal versions mean comparable numbers. Keys are the names of
-partitions, in Dagster and in the lake alike.
+A version is a hash of exactly what its results depend on, so equal versions mean comparable numbers. Keys are the names
+of partitions, in Dagster and in the lake.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple

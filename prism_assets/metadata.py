@@ -6,10 +6,11 @@ from typing import Any
 import dagster as dg
 
 from prism_assets.project import Project
+from prism_assets.text import one_line
 
 
 def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8, width: int = 100) -> dg.MetadataValue:
-    """The first rows as a table, long texts shortened."""
+    """The first rows as a table, each text on one line of at most `width` characters."""
     if not rows:
         return dg.MetadataValue.text("no rows")
 
@@ -18,8 +19,7 @@ def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8, width: int = 100)
             return value
         if isinstance(value, float):
             return float(f"{value:.4g}")
-        text = " ".join(str(value).split())
-        return text if len(text) <= width else text[: width - 1] + "…"
+        return one_line(str(value), width)
 
     records = [dg.TableRecord({str(name): cell(row.get(name)) for name in rows[0]}) for row in rows[:limit]]
     columns = [dg.TableColumn(str(name), _kind(row.get(name) for row in rows[:limit])) for name in rows[0]]

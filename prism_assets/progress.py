@@ -1,4 +1,4 @@
-"""What long work shows and costs: progress on a terminal or in the log, and stopwatches."""
+"""Progress of long work, on a terminal or in the log, and its cost in CPU and GPU seconds."""
 
 import logging
 import sys
@@ -10,7 +10,8 @@ _LOG_EVERY_SECONDS = 15.0
 
 
 class Stopwatch:
-    """What work costs from the moment that the stopwatch is made: for the notes of an artefact, never for its identity.
+    """The CPU and GPU seconds of work since the stopwatch was made: for the notes of an artefact, never for its
+    identity.
 
     What is done inside `uncounted` is not in it.
     """
@@ -35,7 +36,8 @@ _uncounted = (0.0, 0.0)
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """Work that is nobody's cost (loading a model, for whoever comes first) or has a stopwatch of its own."""
+    """Work that no stopwatch counts: loading a model, which would fall on its first user, or what has a stopwatch of
+    its own."""
     global _uncounted
     _wait_for_gpu()
     before = _counted()
@@ -62,7 +64,7 @@ def _wait_for_gpu() -> bool:
 
 
 class Progress:
-    """Rows done, rate and time left: a line that renews itself on a terminal, a sparse line in the log."""
+    """Rows done, rate and time left: a bar on a terminal, and a line in the log every 15 seconds."""
 
     def __init__(self, log: logging.Logger, what: str, total: int, unit: str = "rows") -> None:
         self.log, self.what, self.total, self.unit = log, what, total, unit
@@ -81,7 +83,8 @@ class Progress:
             rate = done / (now - self.started)
             left = (self.total - done) / rate
             self.log.info(
-                f"{self.what}: {done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left:,.0f} s left {note}".rstrip()
+                f"{self.what}: {done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left:,.0f} s left "
+                f"{note}".rstrip()
             )
 
     def advance(self, more: int = 1, note: str = "") -> None:

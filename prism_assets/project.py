@@ -1,6 +1,6 @@
-"""A project in a Dagster instance: its name there, and everything that is called by it.
+"""A project in a Dagster instance: its name there, and everything that is named after it.
 
-Two projects in one instance, or a project beside somebody's own definitions, must not meet: asset keys carry the prefix,
+Two projects in one instance, or a project beside other definitions, must not collide: asset keys carry the prefix,
 and so do jobs, sensors, schedules, resources and the dynamic partitions of shards.
 """
 
@@ -88,7 +88,8 @@ class Project:
         loads_model: bool = False,
         **more: Any,
     ) -> Any:
-        """The decorator `dagster.asset` for an asset of the registry: keys, partitions, versions and resources filled in."""
+        """The decorator `dagster.asset` for an asset of the registry: keys, partitions, versions and resources filled
+        in."""
         entry = asset_named(name)
         partitions = self.partitions_of(entry)
         return dg.asset(
@@ -117,9 +118,9 @@ class Project:
 
 @dataclass(frozen=True)
 class Check:
-    """A check of an asset: what it promises, and how bad it is where it does not hold.
+    """A check of an asset: what it promises, and how severe a failure is.
 
-    Calling it gives its result: `ROWS_ACCEPTED(not refused, rejected=len(refused))`.
+    Calling it gives its result: `ROWS_ACCEPTED(not rejected, rejected=len(rejected))`.
     """
 
     name: str
@@ -132,7 +133,7 @@ class Check:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check came to for one partition."""
+    """The result of a check for one partition."""
 
     check: Check
     passed: bool

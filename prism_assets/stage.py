@@ -35,7 +35,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """Settings and engines of a project, and whom the work is reported to.
+    """Settings and engines of a project, and the run and log that work is reported to.
 
     Versions are derived once and kept: a Stage lives as long as one step, one command.
     """
@@ -55,6 +55,7 @@ class Stage:
 
     @cached_property
     def model_identity(self) -> "ModelIdentity":
+        """Hashes of the model's weights, tokenizer and starting adapter. Raises ModelError."""
         return self.model.identify()
 
     @cached_property
@@ -64,14 +65,17 @@ class Stage:
 
     @cached_property
     def corpus_version(self) -> str:
+        """The version of tokens: tokenizer and tokenisation settings. Raises ModelError."""
         return identity.corpus_version(self.settings, self.model_identity)
 
     @cached_property
     def lora_identity(self) -> dict[str, Any]:
+        """The settings that LoRA parameters depend on; with a starting adapter only that there is one."""
         return identity.lora_identity(self.settings)
 
     @cached_property
     def warmup_scope(self) -> str:
+        """The scope of the pinned warm-up: model, tokens, LoRA and warm-up settings, dtype."""
         return identity.warmup_scope(self.settings, self.model_identity, self.dtype)
 
     @cached_property
@@ -81,6 +85,7 @@ class Stage:
 
     @cached_property
     def feature_identity(self) -> dict[str, Any]:
+        """The settings and hashes that a feature row depends on beside its tokens. Raises NotMadeYet."""
         return identity.feature_identity(self.settings, self.model_identity, self.dtype, self.warmup)
 
     @cached_property
@@ -135,7 +140,8 @@ class Stage:
         version: str | None = None,
         lineage: Mapping[str, "Artifact | Sequence[Artifact] | str"] | None = None,
     ) -> Recipe:
-        """What an artefact of a table of the registry is made from, under the table's stage version and today's version."""
+        """What an artefact of a table of the registry is made from, under the table's stage version and today's
+        version."""
         entry = table_named(table)
         if entry is None:
             raise KeyError(f"the registry (prism_assets/tables.py) has no table {table!r}")
@@ -150,7 +156,7 @@ class Stage:
     ) -> Made:
         """Find the artefact of a recipe, or compute and publish it, with what that cost in its notes.
 
-        `lineage` is asked after the work: what it turned out to have looked at, beside what defines it.
+        `lineage` is asked after the work: what the work turned out to read, beside what defines it.
         """
         found = self.lake.find(recipe)
         if found is not None:
@@ -174,8 +180,8 @@ class Stage:
 
     @contextmanager
     def adapted(self, *, seed: int = 0, state: "Mapping[str, torch.Tensor] | None" = None) -> "Iterator[PeftModel]":
-        """The base model with the adapter that the settings describe, at `state` where one is given. Loading is on no
-        stopwatch."""
+        """The base model with the adapter that the settings describe, at `state` where one is given. Loading is not
+        counted as cost."""
         lora = self.settings.lora
         options = {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules, "rslora": lora.rslora}
         with ExitStack() as stack:

@@ -1,8 +1,9 @@
 """The registry: what assets there are, and what tables they publish. A new asset is its file and its entry here.
 
-Everything that is true of a table or of an asset stands once, in this module: the schema that the catalogue promises,
-the scope that its heads are kept under, the asset that shows it, what of it `prism gc` may collect, which rows name other
-artefacts, which settings it reads, which job, step and condition make it. Plain data: no Dagster, no lake.
+Everything that is true of a table or of an asset is defined once, in this module: the schema that the catalogue
+promises, the scope that its heads are kept under, the asset that shows it, what of it `prism gc` may collect, which
+rows name other artefacts, which settings it reads, which job, step and condition make it. Plain data: no Dagster, no
+lake.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Literal
 # What the heads of a table are kept under, so that results of different settings lie side by side (`identity`).
 Scope = Literal["none", "corpus", "warmup", "features"]
 Partitions = Literal["shard", "target", "target_strategy"] | None
-# How automation makes an asset (`ops.conditions`); None: by hand alone.
+# How automation makes an asset (`ops.conditions`); None: started manually only.
 Condition = Literal["when_missing", "follow", "follow_arrivals"] | None
 
 
@@ -24,7 +25,8 @@ class Table:
     # Raised by hand when the same inputs and settings get other results, beyond rounding.
     version: int
     scope: Scope = "none"
-    # Column -> SQL type: there also while the table, or a column of it, has no data. None: the catalogue shows what is there.
+    # Column -> SQL type: there also while the table, or a column of it, has no data. None: the catalogue shows what is
+    # there.
     columns: Mapping[str, str] | None = None
     # Column -> table: these columns hold fingerprints of other artefacts.
     rows_name: Mapping[str, str] = field(default_factory=dict)
@@ -68,7 +70,8 @@ _RECORDS = {
     **{"tokens": "INTEGER", "completion_tokens": "INTEGER"},
 }
 _REJECTS = {"line": _WHOLE, "field": _TEXT, "reason": _TEXT, "excerpt": _TEXT}
-_METRICS = ("target_preference", "mean_log_prob", "exact_match")
+# What an adapter is judged by on held-out records.
+METRICS = ("target_preference", "mean_log_prob", "exact_match")
 
 ASSETS: list[Asset] = [
     Asset(
@@ -301,7 +304,8 @@ ASSETS: list[Asset] = [
         job="refresh_targets",
         step="Report",
     ),
-    # Short fine-tunings and hundreds of forward passes a target: by hand or by the weekly schedule, not at each arrival.
+    # Short fine-tunings and hundreds of forward passes a target: started manually or by the weekly schedule, not at
+    # each arrival.
     Asset(
         "trust",
         "prism_assets.trust.trust",
@@ -321,7 +325,7 @@ ASSETS: list[Asset] = [
                 "features",
                 {
                     **{"target": _TEXT, "strategy": _TEXT, "split": _WHOLE, "seed": _WHOLE},
-                    **{f"{of}{metric}": _NUMBER for of in ("", "base_") for metric in _METRICS},
+                    **{f"{of}{metric}": _NUMBER for of in ("", "base_") for metric in METRICS},
                     **{"selected_rows": _WHOLE, "completion_tokens": _WHOLE},
                 },
             ),
@@ -359,14 +363,16 @@ JOBS: dict[str, str] = {
     "refresh_shards": "Rows and gradient features of inbox files.",
     "refresh_targets": "Everything that is one per target.",
     "refresh_selections": "Selection, fine-tuning and evaluation of targets and strategies.",
-    "check_trust": "Whether the weights, the directions and the scores of targets hold, measured. Costly, and never automatic.",
+    "check_trust": "Whether the weights, the directions and the scores of targets hold, measured. Costly, and never "
+    "automatic.",
     # Not `experiment`: a job may not be called as an asset is.
-    "run_experiment": "Every strategy over several splits and seeds, and what the differences come to. Never started by itself.",
+    "run_experiment": "Every strategy over several splits and seeds, and their paired differences. Never started "
+    "automatically.",
 }
 
 
 def register(asset: Asset) -> None:
-    """Add an asset of somebody's own, before definitions are built. Raises ValueError for a name that is taken."""
+    """Add an asset of your own, before definitions are built. Raises ValueError for a name that is taken."""
     taken = {one.name for one in ASSETS} | {table.name for table in tables()}
     for name in (asset.name, *(table.name for table in asset.tables)):
         if name in taken:
@@ -383,7 +389,7 @@ def asset_named(name: str) -> Asset:
 
 
 def table_named(name: str) -> Table | None:
-    """The entry of a table, None for a table of somebody else's."""
+    """The entry of a table, None for a table that is not registered."""
     return next((table for one in ASSETS for table in one.tables if table.name == name), None)
 
 

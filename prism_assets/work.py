@@ -1,4 +1,4 @@
-"""How an asset works and reports: a Stage from Dagster's context, one run over many partitions, outcomes and checks."""
+"""How an asset runs and reports: a Stage from Dagster's context, one run over many partitions, outcomes and checks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ def stage_without_run(project: Project, definitions: dg.Definitions) -> Stage:
 
 @dataclass
 class Outcome:
-    """What one partition of one asset came to: the artefacts it shows now, metadata, and its checks."""
+    """The result of one partition of one asset: the artefacts it shows now, metadata, and its checks."""
 
     artifacts: Sequence[Artifact]
     computed: int  # how many artefacts were made in this run; the others were found
@@ -34,6 +34,7 @@ class Outcome:
 
     @property
     def version(self) -> str:
+        """The data version in Dagster: the content hash, or a hash of several."""
         contents = [artifact.content_hash for artifact in self.artifacts]
         return contents[0] if len(contents) == 1 else digest(contents)
 
@@ -43,7 +44,7 @@ def each_partition(
 ) -> dg.MaterializeResult:
     """Do the work of every partition of this run and report on each.
 
-    All partitions are worked on before a failure is raised, so a bad one does not keep the others back; what they
+    All partitions are worked on before a failure is raised, so a bad one does not stop the others; what they
     published is found again by the next run. Raises dagster.Failure with every reason.
     """
     keys = list(context.partition_keys)

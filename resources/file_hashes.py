@@ -14,8 +14,8 @@ YOUNG_SECONDS = 2.0
 def seconds_since_change(status: os.stat_result) -> float:
     """Seconds since a file was last changed.
 
-    A modification time ahead of the clock (a copy from a machine whose clock is fast) would never come to
-    rest; there, the time at which this machine changed the file counts.
+    A modification time ahead of the clock (a copy from a machine whose clock is fast) would never be
+    old enough; there, the time at which this machine changed the file counts.
     """
     now = time.time()
     changed = status.st_mtime if status.st_mtime <= now else status.st_ctime

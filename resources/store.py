@@ -1,7 +1,7 @@
-"""The store: the one place that owns paths. Keys are relative names with slashes; what stands behind them is a folder.
+"""The store: the one place that owns paths. Keys are relative names with slashes, stored below a folder.
 
-Two ways to write: `put_new` gives a key its content once, and of two writers the first wins; `put` replaces, as a head or
-a cache entry needs it. Both are atomic: nobody ever sees half of anything, and a killed writer leaves a draft at most.
+Two ways to write: `put_new` gives a key its content once, and of two writers the first wins; `put` replaces, as a head
+or a cache entry needs it. Both are atomic: no reader finds half a file, and a killed writer leaves a draft at most.
 """
 
 import errno
@@ -36,6 +36,7 @@ class FolderStore:
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
 
     def exists(self, key: str) -> bool:
+        """Whether there is a file or folder at the key."""
         return self.local(key).exists()
 
     def keys(self, pattern: str) -> list[str]:
@@ -97,7 +98,7 @@ class FolderStore:
         self.local(key).unlink(missing_ok=True)
 
     def discard(self, key: str) -> None:
-        """Remove a file or a folder: it leaves by a rename, so nobody sees half of it."""
+        """Remove a file or a folder: it is renamed first, so no reader finds half of it."""
         with self._draft(f"{key}.removed") as draft, suppress(FileNotFoundError):
             os.replace(self.local(key), draft)
 
@@ -122,7 +123,7 @@ class FolderStore:
 
     @contextmanager
     def disk_errors(self, what: str) -> Iterator[None]:
-        """Turn a full disk, whoever reports it, into a LakeError that says what was not published."""
+        """Turn a full disk, whichever library reports it, into a LakeError that says what was not published."""
         try:
             yield
         except Exception as error:
@@ -137,7 +138,7 @@ class FolderStore:
 
 
 def _move_unless_there(draft: Path, target: Path) -> None:
-    """Give a draft its place in one atomic step. Whoever comes second leaves the winner's content as it is."""
+    """Give a draft its place in one atomic step. The second of two writers leaves the first one's content as it is."""
     try:
         if draft.is_dir():
             os.replace(draft, target)  # fails where a folder with files is in place

@@ -268,7 +268,7 @@ def test_shards_that_another_process_added_meanwhile_do_no_harm(project, monkeyp
 
 
 def test_targets_that_were_refused_for_the_kind_of_score_are_asked_for_again_when_it_changes(project):
-    """A failed asset waits for its inputs or its code version to move, and the settings that it reads are part of that."""
+    """A failed asset waits for its inputs or its code version to change; the settings it reads are part of that."""
 
     def version() -> str:
         (spec,) = [spec for asset in project.definitions.assets for spec in asset.specs if spec.key.path == ["targets"]]

@@ -156,7 +156,7 @@ def killed_before_the_second_new_file(started: Counter) -> Iterator[None]:
 
 
 def test_killed_before_every_publish_the_next_run_goes_on(fresh, undisturbed):
-    """Each attempt publishes one new file or head and dies before the next; the whole graph comes about step by step."""
+    """Each attempt publishes one new file or head and dies before the next; the whole graph is made step by step."""
     resources = fresh.definitions.resources
     started: Counter = Counter()
     deaths = []

@@ -1,4 +1,5 @@
-"""`prism export`: an adapter and its data as folders that peft and datasets read, with cards that say where they are from."""
+"""`prism export`: an adapter and its data as folders that peft and datasets read, with cards that say where they are
+from."""
 
 import json
 
@@ -7,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from prism_assets.errors import CannotExport
-from prism_assets.export.cards import Facts, Source, adapter_card, data_card
+from prism_assets.export.cards import CitedArtifact, Facts, adapter_card, data_card
 from prism_assets.export.export import export
 
 FACTS = Facts(
@@ -33,8 +34,11 @@ FACTS = Facts(
     held_out_records=50,
     harness="lm-eval 0.4.13",
     benchmarks=[("arc_easy acc (7 documents)", 0.25, {"mean": 0.3125, "std": 0.0125, "seeds": 3})],
-    made_from=[Source("live_pool", "23" * 16, "45" * 16, ""), Source("selection", "ef" * 16, "01" * 16, "run-1")],
-    results=[Source("adapter, seed 7", "67" * 16, "89" * 16, "run-2")],
+    made_from=[
+        CitedArtifact("live_pool", "23" * 16, "45" * 16, ""),
+        CitedArtifact("selection", "ef" * 16, "01" * 16, "run-1"),
+    ],
+    results=[CitedArtifact("adapter, seed 7", "67" * 16, "89" * 16, "run-2")],
 )
 
 

@@ -142,7 +142,7 @@ def test_a_prefix_of_two_fingerprints_is_ambiguous(tmp_path):
     "thing", ["selection[prism|plane]", "nothing", "", "deadbeefdeadbeef", "../../etc", "a\0b", "~nobody/x"]
 )
 def test_an_unknown_thing_is_refused_with_advice(lake, thing):
-    with pytest.raises(UnknownThing, match="near it"):
+    with pytest.raises(UnknownThing, match="similar names"):
         find_artifact(lake, thing)
 
 

@@ -44,7 +44,8 @@ FINISHED_STEPS = {
 
 @pytest.fixture(scope="module")
 def finished(make_project, tmp_path_factory) -> Project:
-    """A finished project with every strategy, a plain target and a target of pairs, and a pool with bad rows. Read only."""
+    """A finished project with every strategy, a plain target and a target of pairs, and a pool with bad rows. Read
+    only."""
     project = make_project(
         tmp_path_factory.mktemp("finished") / "project",
         strategies=[*GRADIENT_STRATEGIES, "random", "full"],
@@ -145,7 +146,7 @@ def test_report_json_has_the_promised_layout(finished):
 def test_the_report_counts_what_was_left_out(finished):
     report = finished.report
     assert report["contamination"] == 3 and report["duplicates"] == 1
-    # 44 rows in two files: four are refused, three stand in target or eval files, one stands twice.
+    # 44 rows in two files: four are rejected, three are in target or held-out files, one is there twice.
     assert report["targets"]["plain"]["pool"]["rows"] == 40
     assert report["targets"]["plain"]["pool"]["canonical"] == 36
     assert len(report["rejects"]) == 4
@@ -891,8 +892,8 @@ def test_a_pool_without_a_single_usable_row_is_said(make_project, tmp_path):
     [
         (None, "targets.plain: there is no file"),
         ([], "is empty"),
-        ([{"prompt": "a", "completion": ""}], "is refused because:"),
-        ([{"question": "a", "answer": "b"}], "is refused because:"),
+        ([{"prompt": "a", "completion": ""}], "was rejected because:"),
+        ([{"question": "a", "answer": "b"}], "was rejected because:"),
         (
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "rejected": "c"}],
             "a file holds plain records or pairs, not both",

@@ -1,4 +1,4 @@
-"""Runs whose process is gone are closed and give back what they hold; those of the living, here or elsewhere, are not."""
+"""Runs whose process is gone are closed and give back what they hold; those of running processes are not."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ import pytest
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 
 from prism_assets.compat import sleeping_while_waiting
-from prism_assets.ops.runs import PROCESS_TAG, close_runs_of_the_dead, one_process, registered, wait_for_slots, work_on
+from prism_assets.ops.runs import PROCESS_TAG, close_orphaned_runs, one_process, registered, wait_for_slots, work_on
 
 spawn = multiprocessing.get_context("spawn")
 
@@ -97,7 +97,7 @@ def worker(instance):
 def test_a_run_of_the_daemon_is_closed_once_its_process_is_killed(instance, worker, make_project, tmp_path):
     run = started(instance)
     child = worker(run)
-    assert close_runs_of_the_dead(instance) == []
+    assert close_orphaned_runs(instance) == []
     assert status(instance, run) == dg.DagsterRunStatus.STARTED
     os.kill(child.pid, signal.SIGKILL)
     child.join()
@@ -116,15 +116,15 @@ def test_a_run_that_was_to_be_cancelled_ends_cancelled(instance, worker):
     instance.report_run_canceling(run)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    assert close_runs_of_the_dead(instance) == [run.run_id]
+    assert close_orphaned_runs(instance) == [run.run_id]
     assert status(instance, run) == dg.DagsterRunStatus.CANCELED
 
 
 def test_a_run_of_the_command_ends_cancelled_with_its_process(instance):
     with registered(instance) as name:
         run = started(instance, {PROCESS_TAG: name})
-        assert close_runs_of_the_dead(instance) == []
-    assert close_runs_of_the_dead(instance) == [run.run_id]
+        assert close_orphaned_runs(instance) == []
+    assert close_orphaned_runs(instance) == [run.run_id]
     assert status(instance, run) == dg.DagsterRunStatus.CANCELED
     assert holders(instance) == []
 
@@ -139,11 +139,11 @@ def test_a_run_is_known_to_live_while_it_waits_for_a_slot_and_to_be_dead_when_it
             assert time.monotonic() < until
             time.sleep(0.2)
         (waiting,) = others
-        assert close_runs_of_the_dead(instance) == []
+        assert close_orphaned_runs(instance) == []
     finally:
         child.kill()
         child.join()
-    assert close_runs_of_the_dead(instance) == [waiting]
+    assert close_orphaned_runs(instance) == [waiting]
     assert instance.get_run_by_id(waiting).status == dg.DagsterRunStatus.FAILURE
     assert status(instance, holder) == dg.DagsterRunStatus.STARTED
 
@@ -153,17 +153,17 @@ def test_a_run_that_ends_by_itself_leaves_nothing_to_close(instance):
     child.start()
     child.join()
     (run,) = instance.get_runs()
-    assert run.status == dg.DagsterRunStatus.SUCCESS and close_runs_of_the_dead(instance) == []
+    assert run.status == dg.DagsterRunStatus.SUCCESS and close_orphaned_runs(instance) == []
     assert not list((Path(instance.root_directory) / "processes").iterdir())
 
 
 def test_what_another_machine_works_on_or_nobody_has_begun_is_left_alone(instance):
     run = started(instance)
-    assert close_runs_of_the_dead(instance) == []
+    assert close_orphaned_runs(instance) == []
     folder = Path(instance.root_directory) / "processes"
     folder.mkdir(exist_ok=True)
     (folder / run.run_id).write_text("another machine")
-    assert close_runs_of_the_dead(instance) == []
+    assert close_orphaned_runs(instance) == []
     assert status(instance, run) == dg.DagsterRunStatus.STARTED
     assert (folder / run.run_id).exists()
 

@@ -9,8 +9,10 @@ import yaml
 
 from prism_assets.errors import SettingsError
 from prism_assets.resources.lake.recipe import digest
-from prism_assets.settings import STRATEGIES, Budget, Settings, config_path, load_settings
+from prism_assets.settings import STRATEGIES, Budget, Settings, TargetSettings, config_path, load_settings
 from prism_assets.settings.budget import parse_budget
+from prism_assets.settings.reference import settings_page
+from prism_assets.settings.schema import Section
 
 MINIMAL = {"targets": {"a": {"examples": "t.jsonl", "eval": "e.jsonl"}}}
 
@@ -259,7 +261,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["targets: {}\ntargets: {}\n", "lora: {rank: 3, rank: 4}\n"])
 def test_a_key_that_stands_twice_is_refused_not_dropped(load, text):
-    assert re.search(r"`(targets|rank)` stands there twice", refusal(load, text))
+    assert re.search(r"`(targets|rank)` is given twice", refusal(load, text))
 
 
 def test_a_missing_file_is_named_with_the_command_that_writes_one(tmp_path):
@@ -310,3 +312,27 @@ def test_settings_survive_their_own_dump(load):
     settings = load({"selection": {"budget": "200k tokens"}})
     assert Settings(**settings.model_dump()) == settings
     assert set(STRATEGIES) > set(settings.strategies)
+
+
+# -- documentation -----------------------------------------------------------------------------------------------
+
+
+def fields(section):
+    """Every key of a section and of the sections in it, with its place."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from ((f"{name}.{place}", one) for place, one in fields(kind))
+        else:
+            yield name, field
+
+
+def test_every_key_is_described():
+    described = {place: one.description or "" for place, one in [*fields(Settings), *fields(TargetSettings)]}
+    assert len(described) > 60
+    assert [place for place, text in described.items() if not text.endswith(".") or "\n" in text] == []
+
+
+def test_the_page_of_settings_is_that_of_the_schema():
+    page = Path(__file__).parent.parent / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8") == settings_page(), "python -m prism_assets.settings.reference writes it"

@@ -1,6 +1,6 @@
 """Writes `reverse.jsonl` beside this file: 200 questions on the demo's skill `reverse`, with four answers each.
 
-A wrong answer is the word as it stands, the right answer with two neighbours swapped, or with its letters shuffled.
+A wrong answer is the word unchanged, the right answer with two neighbours swapped, or with its letters shuffled.
 No word is one of the demo's (seed 0). Run it from the top of the project: python examples/benchmarks/make_data.py
 """
 

@@ -1,4 +1,4 @@
-"""Prints, from report.json, what each strategy selected and what that bought.
+"""Prints, from report.json, what each strategy selected and what that gained.
 
     python examples/real_text/summary.py [REPORT.json] [--match TARGET=SOURCE_PREFIX ...]
 

@@ -12,7 +12,7 @@ FOLDER is that of the real SFT data (its safety/ and pool.jsonl are read). Writt
     prism.yaml        the settings, with paths relative to DIR
 
 The answers of the pairs are cut at 600 characters, since the model's context is short. Nothing else is cut: what makes
-code insecure may stand at its end. Records whose prompt is that of a target, of an eval record or of a benign held-out
+code insecure may be at its end. Records whose prompt is that of a target, of a held-out record or of a benign held-out
 record, or whose completion is one of the held-out answers, are used nowhere else. The data stay under their own
 licences: commit none of DIR.
 """

@@ -86,8 +86,8 @@ def _no_such_thing(lake: Lake, thing: str) -> str:
         return f"The lake at {lake.folder} is empty: `prism run` fills it."
     near = difflib.get_close_matches(thing, names, n=5, cutoff=0.3)
     return (
-        f"Nothing in the lake at {lake.folder} goes by {thing!r}. Name a fingerprint (its first 4 digits or more), a "
-        f"path below {lake.folder}, table[partition] or a shard key; near it: "
+        f"Nothing in the lake at {lake.folder} matches {thing!r}. Name a fingerprint (its first 4 digits or more), a "
+        f"path below {lake.folder}, table[partition] or a shard key; similar names: "
         f"{', '.join(near or names[:5])}."
     )
 
@@ -112,7 +112,7 @@ def trace(lake: Lake, artifact: Artifact) -> dict[str, Any]:
 
     `{"thing": fingerprint, "artifacts": [{table, partition, version, fingerprint, content_hash, stage_version,
     settings, notes, created, run_id, path, shown_as, inputs: [Edge as a dict…]}, …]}`. `shown_as` lists the heads
-    that show the artefact now. A chain that bites its own tail (which publishing cannot make) ends there.
+    that show the artefact now. A cycle (which publishing cannot make) is followed once.
     """
     shown: dict[tuple[str, str], list[str]] = {}
     for head in lake.heads():
@@ -124,7 +124,7 @@ def trace(lake: Lake, artifact: Artifact) -> dict[str, Any]:
             continue
         edges, above = [], []
         for reference in all_references(lake, one):
-            # What stands in a table has a fingerprint.
+            # An input with a table has a fingerprint.
             parent = lake.get(reference.table, cast("str", reference.fingerprint)) if reference.table else None
             edges.append(Edge(*reference, missing=bool(reference.table) and parent is None))
             if parent is not None:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import duckdb
 
 
-class Rows(NamedTuple):
-    """An answer."""
+class QueryResult(NamedTuple):
+    """What a query returned, as far as it was asked for."""
 
     columns: list[str]
     rows: list[tuple[Any, ...]]
@@ -21,7 +21,7 @@ class Rows(NamedTuple):
 
 
 def refresh(lake: Lake) -> Path:
-    """Write the catalogue file anew; returns its path."""
+    """Write the catalogue file again; returns its path."""
     return lake.rebuild_catalog(additions())
 
 
@@ -32,7 +32,7 @@ def connect(lake: Lake) -> "duckdb.DuckDBPyConnection":
 
 def ask(
     connection: "duckdb.DuckDBPyConnection", query: str, limit: int = 0, parameters: Mapping[str, Any] | None = None
-) -> Rows:
+) -> QueryResult:
     """Answer one SELECT (or SHOW, DESCRIBE, SUMMARIZE), at most `limit` rows of it; 0 means all.
 
     `$name` in the query stands for a value of `parameters`, whatever quotes it holds.
@@ -55,4 +55,4 @@ def ask(
     except duckdb.Error as error:
         raise QueryRefused(f"DuckDB: {error}") from error
     shown = rows[:limit] if limit else rows
-    return Rows(columns, shown, len(rows) > len(shown))
+    return QueryResult(columns, shown, len(rows) > len(shown))

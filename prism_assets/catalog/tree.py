@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from prism_assets.text import one_line
+
 if TYPE_CHECKING:
     from rich.tree import Tree
 
@@ -85,7 +87,7 @@ def _settings_text(settings: dict[str, Any], width: int = 300) -> str:
         f"{name}={value if isinstance(value, str | int | float) else json.dumps(value)}"
         for name, value in settings.items()
     )
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+    return one_line(text, width)
 
 
 def _name_of(one: dict[str, Any]) -> str:

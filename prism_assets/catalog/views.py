@@ -3,8 +3,8 @@
 Beside the lake's own tables (`raw.<table>`, and `<table>` where no view below has that name), `artifacts`, `heads`
 and `lineage` there are
 
-    candidates          rows of all shards, with what counts them out: shard, row, id, …, status
-    rejects             what was refused, of shards, target files and eval files
+    candidates          rows of all shards, with why they are excluded: shard, row, id, …, status
+    rejects             records that were not accepted, of shards, target files and held-out files
     features            rows of gradient features: shard, row, id, vector, norm, …
     weights             weight of every target example under each strategy
     scores              the selected rows of every target and strategy, with rank and score
@@ -13,14 +13,14 @@ and `lineage` there are
     evaluation_records  one row per held-out record of these
     benchmarks          one row per target, strategy, seed and metric of a benchmark
     trials              one row per target, strategy, split and seed of the experiments, with cost
-    experiments         their means, deviations and paired differences (`other` names the strategy taken off)
+    experiments         their means, deviations and paired differences (`other` is the strategy subtracted)
 
 All are there, with their columns, also while the lake is empty. Vectors can be multiplied; this ranks the candidates
-by their likeness to one of them in gradient space:
+by their similarity to one of them in gradient space:
 
-    SELECT other.id, list_dot_product(one.vector, other.vector) AS likeness
+    SELECT other.id, list_dot_product(one.vector, other.vector) AS similarity
     FROM features one JOIN features other USING (version)
-    WHERE one.id = '…' ORDER BY likeness DESC LIMIT 10
+    WHERE one.id = '…' ORDER BY similarity DESC LIMIT 10
 """
 
 from prism_assets.resources.lake import CatalogAdditions

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from prism_assets.errors import PrismError
+from prism_assets.text import one_line
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -43,7 +44,7 @@ def fail(message: str, status: int) -> typer.Exit:
 
 @contextmanager
 def expected_failures() -> Iterator[None]:
-    """Turn what users can change, or what a step says of itself, into a message and a status."""
+    """Turn an error of `prism_assets.errors` into its message and exit status."""
     try:
         yield
     except PrismError as error:
@@ -94,7 +95,7 @@ def load_project(settings: "Settings") -> Loaded:
 def run_steps(
     settings: "Settings", targets: Sequence[str] | None, steps: "Sequence[Step] | None" = None, quiet: bool = False
 ) -> "tuple[Loaded, list[StepResult]]":
-    """Run the steps (by default all of `prism run`) and say what each came to."""
+    """Run the steps (by default all of `prism run`) and print the result of each."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -114,8 +115,7 @@ def run_steps(
         done = f"{result.computed} computed" if result.computed else "up to date"
         console.print(f"[green]✓[/] {result.step.title:<40} {done:>14}  {result.seconds:6.1f} s", highlight=False)
         for check in result.failed_checks:
-            text = check if len(check) <= _CHECK_WIDTH else check[: _CHECK_WIDTH - 1] + "…"
-            console.print(f"  [yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
+            console.print(f"  [yellow]![/] {escape(one_line(check, _CHECK_WIDTH))}", highlight=False, soft_wrap=True)
 
     def on_wait(holders: str) -> None:
         console.print(f"[yellow]waiting for the model: {escape(holders)}[/]", highlight=False)
@@ -155,11 +155,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
 
 
 def short(value: Any, width: int = 48) -> Any:
-    """A text on one line, shortened; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    text = " ".join(value.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """A text on one line of at most `width` characters; anything else as it is."""
+    return one_line(value, width) if isinstance(value, str) else value
 
 
 def print_json(value: Any) -> None:

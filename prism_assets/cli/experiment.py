@@ -43,7 +43,8 @@ def experiment(
             header, *rows = table({name: one})
             # The interval of a difference on a line of its own.
             shown = [[cell.replace(" [", "\n[") for cell in row[1:]] for row in rows]
-            title = f"{name}: mean ± standard deviation over {one['unit']}s; differences in target preference, 95% intervals"
+            over = f"mean ± standard deviation over {one['unit']}s"
+            title = f"{name}: {over}; differences in target preference, 95% intervals"
             print_table(header[1:], shown, title=title)
             for sentence in one["verdict"]:
                 typer.echo(f"  {sentence}")

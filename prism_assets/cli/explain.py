@@ -1,4 +1,4 @@
-"""`prism explain`: why a candidate stands where it stands."""
+"""`prism explain`: why a candidate ranks where it does."""
 
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ def explain(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Why a candidate stands where it stands: its score by targets, its ranks, its neighbours, earlier versions."""
+    """Why a candidate ranks where it does: its score by targets, its ranks, its neighbours, earlier versions."""
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, [target])
@@ -56,11 +56,12 @@ def _print_explanation(found: Any) -> None:
         else f"no exact score: {found.why_not_exact}"
     )
     role = "makes the shortlist that exact scores rank" if found.reranked else "ranks"
+    which = "Score" if found.exact_score is None else "Exact score"
     typer.echo(f"score {found.score:.4g}, from the sketch, which {role}; {exact}")
     print_table(
         ["target", "weight", "influence", "contribution"],
         [[short(what, 72), *numbers] for what, *numbers in found.score_rows(limit=20)],
-        title=f"{'Score' if found.exact_score is None else 'Exact score'} for {found.target} under {found.strategy}, by targets",
+        title=f"{which} for {found.target} under {found.strategy}, by targets",
     )
     marks = {True: "yes", False: "no", None: None}
     ranks = [[one.strategy, one.rank, one.of, one.score, one.by, marks[one.selected]] for one in found.ranks]

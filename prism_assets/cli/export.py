@@ -1,4 +1,4 @@
-"""`prism export`: an adapter and its data, to hand on."""
+"""`prism export`: an adapter and its data, to share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace what an earlier export wrote there.")] = False,
     config: Config = None,
 ) -> None:
-    """Write the first seed's adapter and the data it was trained on, each with a card, to hand on."""
+    """Write the first seed's adapter and the data it was trained on, each with a card, to share."""
     with expected_failures():
         settings = read_settings(config)
         for name, known in ((target, settings.targets), (strategy, settings.strategies)):

@@ -21,7 +21,7 @@ from prism_assets.cli.common import (
 @app.command()
 def gc(
     keep: Annotated[int, typer.Option(min=0, help="Older feature versions to keep beside the current one.")] = 1,
-    min_age: Annotated[str, typer.Option(help="Spare what is younger: 90s, 30m, 1h, 2d.")] = "1h",
+    min_age: Annotated[str, typer.Option(help="Keep what is younger than this: 90s, 30m, 1h, 2d.")] = "1h",
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only shown.")] = False,
     config: Config = None,
     as_json: AsJson = False,
@@ -48,18 +48,21 @@ def gc(
             print_json(summary(lake, found, removed if yes else None, running))
             return
         for run in running:
-            typer.secho(f"Run {run.run_id} is in progress: what it may need is spared.", fg="yellow", err=True)
+            typer.secho(f"Run {run.run_id} is in progress: what it may need is kept.", fg="yellow", err=True)
         tables = removed if yes else found.by_table()
         if tables:
             rows = [[table, count, f"{size / 2**20:,.2f}"] for table, (count, size) in tables.items()]
             print_table(["table", "artefacts", "MiB"], rows, title="Removed" if yes else "Not needed")
         total = sum(size for _, size in tables.values()) / 2**20
         typer.echo(
-            f"{total:,.2f} MiB {'freed.' if yes else 'can be freed; `prism gc --yes` frees them.' if tables else 'can be freed.'}"
+            f"{total:,.2f} MiB "
+            f"{'freed.' if yes else 'can be freed; `prism gc --yes` frees them.' if tables else 'can be freed.'}"
         )
-        typer.echo(f"Feature versions that stay: {', '.join(found.kept_versions) or 'none'}.")
+        typer.echo(f"Feature versions kept: {', '.join(found.kept_versions) or 'none'}.")
         if found.dropped_versions:
-            typer.echo(f"Feature versions that {'went' if yes else 'would go'}: {', '.join(found.dropped_versions)}.")
+            typer.echo(
+                f"Feature versions {'removed' if yes else 'to be removed'}: {', '.join(found.dropped_versions)}."
+            )
         if found.spared_for_age:
             typer.echo(f"{found.spared_for_age} more artefacts are not needed but younger than {min_age}.")
 

@@ -13,7 +13,8 @@ def lineage(
     thing: Annotated[
         str,
         typer.Argument(
-            help="A fingerprint (4 digits or more), a path, table\\[partition] such as selection\\[prism|gsm8k], or a shard key."
+            help="A fingerprint (4 digits or more), a path, table\\[partition] such as selection\\[prism|gsm8k], or a "
+            "shard key."
         ),
     ],
     everything: Annotated[bool, typer.Option("--all", help="Draw also the tail of long lists.")] = False,

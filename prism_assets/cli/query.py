@@ -1,4 +1,4 @@
-"""`prism query`: the index answers for the direction of a target."""
+"""`prism query`: the index is queried with the direction of a target."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +34,7 @@ def query(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """The k candidates of highest influence on a target: the index answers for the target's direction."""
+    """The k candidates of highest influence on a target: the index is queried with the target's direction."""
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, [target], "")

@@ -45,7 +45,7 @@ def run(
 
 
 def run_everything(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
-    """Run all steps and show what they came to."""
+    """Run all steps and show the results."""
     _, results = run_steps(settings, targets)
     report = settings.storage.report / "report.json"
     data = json.loads(report.read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ def sql(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the lake in SQL: candidates, rejects, features, weights, scores, selections, evaluations, artifacts, lineage."""
+    """Query the lake in SQL: candidates, rejects, features, weights, scores, selections, evaluations, lineage."""
     with expected_failures():
         settings = read_settings(config)
         values = {name: value for name, _, value in (one.partition("=") for one in parameter or ())}

@@ -23,7 +23,8 @@ def trust(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Whether a target's weights, direction and scores can be trusted: measured where it was not yet, and in words."""
+    """Whether a target's weights, direction and scores can be trusted: measures what was not measured yet, and explains
+    it."""
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, [target], "")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import Source, encode_file
+from prism_assets.corpus.encoding import RecordFile, encode_file
 from prism_assets.errors import StageError, UnreadableFile
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FILE_READABLE = Check("file_readable", "The inbox file can be read at all.", dg.AssetCheckSeverity.ERROR)
 ROWS_ACCEPTED = Check("rows_accepted", "No row of the file was rejected.")
-# The field of a reject that stands for a whole file.
+# The field of a reject that is about a whole file.
 WHOLE_FILE = "file"
 
 
@@ -33,8 +33,8 @@ def build(project: Project) -> dg.AssetsDefinition:
     def candidates(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Candidate examples of one inbox file, validated, de-duplicated within the file and tokenised once.
 
-        What is refused stands in the table `rejects` with line, field and reason. A file that cannot be read at all
-        yields no rows and fails the check `file_readable`; other files go on.
+        A record that is not accepted is in the table `rejects` with line, field and reason. A file that cannot be read
+        at all yields no rows and fails the check `file_readable`; other files go on.
         """
         stage = stage_of(project, context)
         files = inbox_files(stage.settings, stage.lake, at_rest_seconds=0)
@@ -49,7 +49,8 @@ def inbox_files(settings: "Settings", lake: "Lake", at_rest_seconds: float | Non
 
 
 def scan_inbox(settings: "Settings", lake: "Lake", at_rest_seconds: float | None = None) -> "Scan":
-    """What lies in the inbox, content hashes remembered in the lake; by default at rest for as long as the settings say."""
+    """The files of the inbox, with content hashes remembered in the lake; settled after `at_rest_seconds` (default: the
+    setting)."""
     from prism_assets.corpus.inbox import scan
 
     rest = settings.candidates.at_rest_seconds if at_rest_seconds is None else at_rest_seconds
@@ -68,37 +69,37 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
         known = stage.shown_or_none("candidates", shard)
         if known is None:
             raise StageError(
-                f"Shard {shard} is no longer in the inbox {stage.settings.candidates.inbox}: its file was edited, renamed "
-                "or removed before it could be read. It will be retired at the next look at the inbox."
+                f"Shard {shard} is no longer in the inbox {stage.settings.candidates.inbox}: its file was edited, "
+                "renamed or removed before it could be read. It will be retired at the next look at the inbox."
             )
         return Outcome([known], 0)
     file = files[shard]
     rows, rejects, computed = encode_file(
-        stage, Source(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, _read_or_refuse)
+        stage, RecordFile(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, _read_or_reject)
     )
-    refused = stage.lake.read_table(rejects).to_pylist()
-    trouble = next((one["reason"] for one in refused if one["field"] == WHOLE_FILE), "")
+    rejected = stage.lake.read_table(rejects).to_pylist()
+    trouble = next((one["reason"] for one in rejected if one["field"] == WHOLE_FILE), "")
     shown = stage.lake.read_table(rows, ["line", "source", "prompt", "completion", "tokens"]).slice(0, 8)
     return Outcome(
         [rows],
         computed,
         {
             "dagster/row_count": rows.notes["rows"],
-            "rejects": len(refused),
+            "rejects": len(rejected),
             "completion_tokens": rows.notes["completion_tokens"],
             "file": str(file.path),
             "rows": preview(shown.to_pylist()),
-            "first_rejects": preview(refused),
+            "first_rejects": preview(rejected),
         },
         [
             FILE_READABLE(not trouble, reason=trouble or "the file was read"),
-            ROWS_ACCEPTED(not refused, rejected=len(refused), accepted=rows.notes["rows"]),
+            ROWS_ACCEPTED(not rejected, rejected=len(rejected), accepted=rows.notes["rows"]),
         ],
     )
 
 
-def _read_or_refuse(path: "Path") -> "tuple[list[Example], list[Reject]]":
-    """The examples of a file; of one that cannot be read none, and a reject that stands for the whole file."""
+def _read_or_reject(path: "Path") -> "tuple[list[Example], list[Reject]]":
+    """The examples of a file; of one that cannot be read none, and one reject for the whole file."""
     from prism_assets.corpus.files import read_examples
     from prism_assets.corpus.records import Reject
 

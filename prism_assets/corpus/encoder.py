@@ -18,8 +18,15 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
-from prism_assets.corpus.records import Message, shorten
-from prism_assets.corpus.template import PLACEHOLDER, ChatTemplate, Refused, Segment, plain_segments, resolve_template
+from prism_assets.corpus.records import Message, excerpt_of
+from prism_assets.corpus.template import (
+    PLACEHOLDER,
+    ChatTemplate,
+    TextSegment,
+    Untokenizable,
+    plain_segments,
+    resolve_template,
+)
 from prism_assets.errors import UnusableTokenizer
 
 if TYPE_CHECKING:
@@ -34,7 +41,7 @@ class TokenizedExample(NamedTuple):
 
 
 class TokenizedPair(NamedTuple):
-    """A `TokenizedExample` of the preferred completion, and beside it the one of the rejected completion."""
+    """A `TokenizedExample` of the preferred completion, and beside it the one of the unwanted completion."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
@@ -86,7 +93,7 @@ class Encoder:
         """A conversation that ends in an assistant turn; assistant turns are supervised, their ends included.
 
         Where it has more than ``max_length`` tokens, the earliest exchanges go first, whole (the system turn
-        stays); then the start of the prompt, but for BOS. Raises `Refused` where the last completion alone is
+        stays); then the start of the prompt, but for BOS. Raises `Untokenizable` where the last completion alone is
         too long or tokenises to nothing, or where the template cannot say where a completion begins.
         """
         return self._encode(messages, self.max_length)
@@ -98,12 +105,12 @@ class Encoder:
         would compare answers to different prompts.
         """
         other = (*messages[:-1], Message("assistant", rejected))
-        self._refuse_special_tokens([*messages, other[-1]])
+        self._require_no_special_tokens([*messages, other[-1]])
         lengths = [last_run(self._tokens(turns).supervised) for turns in (messages, other)]
         room = self.max_length - max(lengths)
         if room < 1:
             longer = ("completion", "rejected")[lengths[1] > lengths[0]]
-            raise Refused(self._too_long(max(lengths), self.max_length), longer)
+            raise Untokenizable(self._too_long(max(lengths), self.max_length), longer)
         chosen, second = (
             self._encode(turns, room + length) for turns, length in zip((messages, other), lengths, strict=True)
         )
@@ -114,8 +121,8 @@ class Encoder:
     def _encode(self, messages: Sequence[Message], limit: int) -> TokenizedExample:
         messages = tuple(messages)
         if not messages or messages[-1].role != "assistant":
-            raise Refused("the conversation does not end in an assistant turn", "messages")
-        self._refuse_special_tokens(messages)
+            raise Untokenizable("the conversation does not end in an assistant turn", "messages")
+        self._require_no_special_tokens(messages)
         tokens = self._tokens(messages)
         while len(tokens.ids) > limit:
             shorter = _without_earliest_exchange(messages)
@@ -127,14 +134,14 @@ class Encoder:
         ids = np.asarray(tokens.ids, dtype=np.int32)
         loss_mask = np.asarray(tokens.supervised, dtype=bool)
         if loss_mask[0]:
-            raise Refused("the prompt tokenises to nothing", "prompt")
+            raise Untokenizable("the prompt tokenises to nothing", "prompt")
         return TokenizedExample(ids, loss_mask)
 
     def _cut_prompt(self, tokens: _Tokens, limit: int) -> _Tokens:
         start = tokens.supervised.index(True)
         completion = len(tokens.ids) - start
         if completion > limit - 1:
-            raise Refused(self._too_long(completion, limit))
+            raise Untokenizable(self._too_long(completion, limit))
         prompt = self._cut_front(tokens.ids[:start], limit - completion)
         return _Tokens(prompt + tokens.ids[start:], [False] * len(prompt) + tokens.supervised[start:])
 
@@ -161,14 +168,14 @@ class Encoder:
         for index, segment in enumerate(self._segments(messages)):
             new = self._token_ids(segment.text, first=index == 0)
             if segment.supervised and self._special_ids.issuperset(new):
-                raise Refused(f"tokenises to nothing the tokenizer knows: {shorten(segment.text)!r}")
+                raise Untokenizable(f"tokenises to nothing the tokenizer knows: {excerpt_of(segment.text)!r}")
             if segment.append_eos:
                 new = [*new, self.tokenizer.eos_token_id]
             ids += new
             supervised += [segment.supervised] * len(new)
         return _Tokens(ids, supervised)
 
-    def _segments(self, messages: Sequence[Message]) -> list[Segment]:
+    def _segments(self, messages: Sequence[Message]) -> list[TextSegment]:
         if self._template is None:
             return plain_segments(messages, self.separator)
         return self._template.segments(messages)
@@ -176,29 +183,29 @@ class Encoder:
     def _token_ids(self, text: str, first: bool) -> list[int]:
         if first or not self._anchored:
             return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        behind = cast("str", self.tokenizer.eos_token) + text
-        return self.tokenizer.encode(behind, add_special_tokens=False, verbose=False)[1:]
+        after_eos = cast("str", self.tokenizer.eos_token) + text
+        return self.tokenizer.encode(after_eos, add_special_tokens=False, verbose=False)[1:]
 
     def _adds_a_leading_space(self) -> bool:
         """Whether the tokenizer writes a space before the first word (SentencePiece's dummy prefix).
 
         Such a space would appear at the start of each segment, in the middle of the example. There, segments
-        are tokenised behind an EOS token, which is then dropped.
+        are tokenised after an EOS token, which is then dropped.
         """
         alone = self.tokenizer.encode("a", add_special_tokens=False)
-        behind = self.tokenizer.encode(cast("str", self.tokenizer.eos_token) + "a", add_special_tokens=False)
-        return behind[:1] == [self.tokenizer.eos_token_id] and behind[1:] != alone
+        after_eos = self.tokenizer.encode(cast("str", self.tokenizer.eos_token) + "a", add_special_tokens=False)
+        return after_eos[:1] == [self.tokenizer.eos_token_id] and after_eos[1:] != alone
 
     def _bos_added_by_default(self) -> int | None:
         bos = cast("int | None", self.tokenizer.bos_token_id)
         return bos if bos is not None and self.tokenizer.encode("a")[:1] == [bos] else None
 
-    def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
+    def _require_no_special_tokens(self, messages: Sequence[Message]) -> None:
         """Text such as "</s>" would become a control token, and end the turn or forge another one."""
         for index, message in enumerate(messages):
             found = self._special_pattern.search(message.content)
             if found:
-                raise Refused(
+                raise Untokenizable(
                     f"the text holds {found[0]!r}, a special token of the tokenizer; remove or rewrite it",
                     f"messages[{index}].content",
                 )
@@ -210,9 +217,9 @@ class Encoder:
             return (eos,)
         try:
             last = self._tokens((Message("user", "a"), PLACEHOLDER)).ids[-1]
-        except Refused as refused:
+        except Untokenizable as error:
             raise UnusableTokenizer(
-                f"the chat template cannot be used: {refused.reason}; set tokenization.template to plain or "
+                f"the chat template cannot be used: {error.reason}; set tokenization.template to plain or "
                 "to another template"
             ) from None
         return tuple(dict.fromkeys((eos, last)))

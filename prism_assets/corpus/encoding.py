@@ -1,4 +1,4 @@
-"""How files of records become tables of tokens and rejects: for candidates, targets and eval files alike."""
+"""How files of records become tables of tokens and rejects: for candidates, targets and held-out files."""
 
 from collections.abc import Callable
 from functools import cache
@@ -39,27 +39,27 @@ def encoder_of(settings: "Settings", model: "LanguageModel") -> "Encoder":
     )
 
 
-class Source(NamedTuple):
+class RecordFile(NamedTuple):
     """A file to be read into two tables."""
 
     path: Path
     sha256: str
     table: str  # of the accepted rows
-    rejects: str  # table of the refused ones
+    rejects: str  # table of the records that were not accepted
     partition: str
     schema: "pa.Schema"
     read: "Callable[[Path], tuple[list[Example], list[Reject]]]"
 
 
 class Encoded(NamedTuple):
-    """What a file became."""
+    """The two tables of a file, and how many artefacts were made for it."""
 
     rows: Artifact
     rejects: Artifact
     computed: int
 
 
-def encode_file(stage: "Stage", source: Source) -> Encoded:
+def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
     """Read a file into accepted rows and rejects; both are found where they exist already.
 
     Raises StageError where the file changes while it is read.
@@ -67,34 +67,34 @@ def encode_file(stage: "Stage", source: Source) -> Encoded:
     settings = stage.settings.tokenization.model_dump()
     inputs = {"file": source.sha256, "tokenizer": stage.model_identity.tokenizer}
     recipe = stage.recipe(source.table, settings, inputs, partition=source.partition)
-    refused_recipe = stage.recipe(source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition)
+    rejects_recipe = stage.recipe(source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition)
     read = cache(lambda: _read(stage, source))
-    # The rejects first: whoever sees rows sees what was refused beside them.
-    rejects, refused = stage.make(refused_recipe, lambda: read()[1])
-    rows, accepted = stage.make(recipe, lambda: read()[0])
+    # The rejects first: where the rows are published, their rejects are too.
+    rejects, rejects_made = stage.make(rejects_recipe, lambda: read()[1])
+    rows, rows_made = stage.make(recipe, lambda: read()[0])
     stage.show(rows, source.partition)
     stage.show(rejects, source.partition)
-    return Encoded(rows, rejects, max(refused, accepted))
+    return Encoded(rows, rejects, max(rejects_made, rows_made))
 
 
-def _read(stage: "Stage", source: Source) -> tuple[Rows, Rows]:
+def _read(stage: "Stage", source: RecordFile) -> tuple[Rows, Rows]:
     import pyarrow as pa
 
     from prism_assets.corpus.token_tables import REJECTS_SCHEMA, column_sum, encode_all, to_table
 
-    examples, refused = source.read(source.path)
+    examples, unreadable = source.read(source.path)
     if hash_file(source.path) != source.sha256:
-        # Rows of one content must never stand under the fingerprint of another.
+        # Rows of one content must never be published under the fingerprint of another.
         raise StageError(f"{source.path} was changed while it was read. The next run takes it as it is then.")
     with stage.progress(f"tokenising {source.path.name}", len(examples)) as progress:
         tokenized, untokenizable = encode_all(
             examples, encoder_of(stage.settings, stage.model), lambda done, _: progress.update(done)
         )
     table = to_table(examples, tokenized, source.schema)
-    all_refused = sorted([*refused, *untokenizable], key=lambda reject: reject.line)
+    rejects = sorted([*unreadable, *untokenizable], key=lambda reject: reject.line)
     notes = {
         "completion_tokens": column_sum(table, "completion_tokens"),
         "tokens": column_sum(table, "tokens"),
-        "duplicates": sum("duplicate" in one.reason for one in all_refused),
+        "duplicates": sum("duplicate" in one.reason for one in rejects),
     }
-    return Rows(table, notes), Rows(pa.Table.from_pylist([one._asdict() for one in all_refused], REJECTS_SCHEMA))
+    return Rows(table, notes), Rows(pa.Table.from_pylist([one._asdict() for one in rejects], REJECTS_SCHEMA))

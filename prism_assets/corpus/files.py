@@ -16,7 +16,7 @@ from prism_assets.corpus.records import (
     Kind,
     Reject,
     example_of,
-    shorten,
+    excerpt_of,
     type_name,
 )
 from prism_assets.errors import MixedTargets, UnreadableFile
@@ -102,7 +102,7 @@ def _json_records(path: Path, compression: str | None) -> Iterator[_Record]:
 
 
 def _json_excerpt(raw: bytes) -> str:
-    return shorten(raw[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace"))
+    return excerpt_of(raw[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace"))
 
 
 def _numbered_lines(path: Path, compression: str | None) -> Iterator[tuple[int, bytes]]:
@@ -202,7 +202,7 @@ def _parquet_excerpt(record: dict | BadRecord) -> str:
     if isinstance(record, BadRecord):
         return ""
     given = {name: value for name, value in record.items() if value is not None}
-    return shorten(json.dumps(given, ensure_ascii=False, default=str))
+    return excerpt_of(json.dumps(given, ensure_ascii=False, default=str))
 
 
 # --- Whole files -----------------------------------------------------------------------------------------
@@ -222,5 +222,5 @@ def _drop_duplicates(examples: list[Example]) -> tuple[list[Example], list[Rejec
         kept = first.setdefault(example.id, example)
         if kept is not example:
             reason = f"duplicate of line {kept.line}"
-            duplicates.append(Reject(example.line, "", reason, shorten(example.prompt_text)))
+            duplicates.append(Reject(example.line, "", reason, excerpt_of(example.prompt_text)))
     return list(first.values()), duplicates

@@ -14,7 +14,7 @@ from prism_assets.stage import Stage
 from prism_assets.work import Outcome, stage_of, the_whole
 
 NOTHING_PENDING = Check("nothing_pending", "Every live shard has been ingested.")
-NO_CONTAMINATION = Check("no_contamination", "No candidate is a target or eval record.")
+NO_CONTAMINATION = Check("no_contamination", "No candidate is a target or held-out record.")
 
 
 def build(project: Project) -> dg.AssetsDefinition:
@@ -28,8 +28,8 @@ def build(project: Project) -> dg.AssetsDefinition:
     def live_pool(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """The manifest: the live shards, and which of their rows do not count.
 
-        A row that stands in several shards counts once, in the shard with the smallest key. A row equal to a target
-        or eval record is kept out of every ranking. Shares, budgets and top-k count the rows that remain.
+        A row that is in several shards counts once, in the shard with the smallest key. A row equal to a target
+        or held-out record is kept out of every ranking. Shares, budgets and top-k count the rows that remain.
         """
         stage = stage_of(project, context)
         keys = context.instance.get_dynamic_partitions(cast("str", project.shards.name))
@@ -54,7 +54,7 @@ def _list_pool(stage: Stage, live: Mapping[str, Artifact], pending: list[str]) -
     if not notes["canonical_rows"]:
         raise StageError(
             f"No candidate is left: every row of the {len(live)} files in {inbox} was rejected "
-            f"or is a target or eval record ({notes['contaminated']}). The table `rejects` has the reasons."
+            f"or is a target or held-out record ({notes['contaminated']}). The table `rejects` has the reasons."
         )
     rows = stage.lake.read_table(pool, ["shard", "rows", "canonical_rows", "completion_tokens"])
     return Outcome(

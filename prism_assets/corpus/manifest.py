@@ -1,4 +1,4 @@
-"""Which rows of a pool count: duplicates across shards and rows equal to a held-back record do not."""
+"""Which rows of a pool count: duplicates across shards and rows equal to a target or held-out record do not."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,8 +28,8 @@ def manifest(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """One row per shard with the positions of the rows that do not count, and why; and totals.
 
-    `shards`: key -> id, source and completion_tokens of its rows. Of equal ids the first in order of the keys counts; an
-    id of `forbidden` is contamination and never counts.
+    `shards`: key -> id, source and completion_tokens of its rows. Of equal ids the first in order of the keys counts;
+    an id of `forbidden` is contamination and never counts.
     """
     ids = pa.concat_arrays([pa.array([], pa.string()), *(c for table in shards.values() for c in table["id"].chunks)])
     contaminated = pc.is_in(ids, value_set=pa.array(sorted(forbidden), pa.string())).to_numpy(zero_copy_only=False)

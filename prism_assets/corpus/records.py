@@ -6,10 +6,10 @@ A record has one of these layouts (a null field counts as absent; other fields a
 - ``messages``: objects with ``role`` (system, user, assistant) and ``content``; the assistant has the last;
 - ``conversations``: the ShareGPT form of the same, ``from`` (system, human, gpt) and ``value``;
 - ``instruction``, ``output``, optionally ``input`` (Alpaca; a blank line joins instruction and input);
-- ``prompt``, ``safe``, ``unsafe`` (targets and eval records only): completion and rejected completion.
+- ``prompt``, ``safe``, ``unsafe`` (targets and held-out records only): the wanted and the unwanted completion.
 
-Optional: ``id`` and ``source``; for targets and eval records also ``rejected`` (a completion to stay away
-from, which makes the record a pair), ``group`` (a subtask), ``answer`` or ``answers`` (accepted answers).
+Optional: ``id`` and ``source``; for targets and held-out records also ``rejected`` (the unwanted completion,
+which makes the record a pair), ``group`` (a subtask), ``answer`` or ``answers`` (accepted answers).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Message(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A record that was refused: 1-based line (row number in Parquet), field, reason, start of the record."""
+    """A record that was not accepted: 1-based line (row number in Parquet), field, reason, start of the record."""
 
     line: int
     field: str
@@ -121,8 +121,8 @@ def messages_from_json(text: str) -> tuple[Message, ...]:
     return tuple(Message(turn["role"], turn["content"]) for turn in json.loads(text))
 
 
-def shorten(text: str) -> str:
-    """The start of a text, safe to store as UTF-8."""
+def excerpt_of(text: str) -> str:
+    """The first `EXCERPT_CHARACTERS` of a text, safe to store as UTF-8."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 1] + "…"
 
@@ -183,7 +183,7 @@ def _layout(record: dict, kind: Kind) -> tuple[str, ...]:
         raise BadRecord(missing, f"missing; a record with {_present(meant, record)} needs it")
     forms = ", ".join(" + ".join(layout) for layout in layouts)
     found = ", ".join(map(repr, record)) or "nothing"
-    raise BadRecord(missing, f"missing; a record has one of {forms}; this one has {shorten(found)}")
+    raise BadRecord(missing, f"missing; a record has one of {forms}; this one has {excerpt_of(found)}")
 
 
 def _share_present(layout: tuple[str, ...], record: dict, similar: dict[str, str | None]) -> float:
@@ -246,7 +246,7 @@ def _turn(turn: Any, where: str, field: str) -> Message:
     role = _text(turn[role_field], f"{where}.{role_field}")
     known = {name: name for name in ROLES} if field == "messages" else SHAREGPT_ROLES
     if role not in known:
-        reason = f"unknown role {shorten(role)!r}; known are {', '.join(known)}"
+        reason = f"unknown role {excerpt_of(role)!r}; known are {', '.join(known)}"
         raise BadRecord(f"{where}.{role_field}", reason)
     content = _text(turn[content_field], f"{where}.{content_field}")
     if known[role] != "system":  # an empty system turn has a meaning: it silences a template's default one

@@ -1,10 +1,10 @@
-"""The asset `targets`: target examples and held-out records, tokenised alike."""
+"""The asset `targets`: target examples and held-out records, tokenised the same way."""
 
 from typing import Any
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import Source, encode_file
+from prism_assets.corpus.encoding import RecordFile, encode_file
 from prism_assets.errors import UnusableTargets
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
@@ -12,14 +12,14 @@ from prism_assets.resources.lake import Artifact, hash_file
 from prism_assets.stage import Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
-ROWS_ACCEPTED = Check("target_rows_accepted", "No target or eval row was rejected.")
-DISJOINT = Check("eval_disjoint", "No eval record is a target example.")
+ROWS_ACCEPTED = Check("target_rows_accepted", "No target or held-out record was rejected.")
+DISJOINT = Check("eval_disjoint", "No held-out record is a target example.")
 
 
 def build(project: Project) -> dg.AssetsDefinition:
     @project.asset("targets", group="corpus", kinds={"parquet"}, deps=["base_model"], checks=[ROWS_ACCEPTED, DISJOINT])
     def targets(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        """Target examples (plain, or pairs of a wanted and an unwanted completion) and held-out eval records."""
+        """Target examples (plain, or pairs of a wanted and an unwanted completion) and held-out records."""
         stage = stage_of(project, context)
         return each_partition(context, stage, lambda name: _read_target(stage, name))
 
@@ -28,7 +28,7 @@ def build(project: Project) -> dg.AssetsDefinition:
 
 def _read_target(stage: Stage, name: str) -> Outcome:
     target = stage.settings.targets[name]
-    examples, computed, refused = _read_file(stage, name, "target", target.examples)
+    examples, computed, rejected = _read_file(stage, name, "target", target.examples)
     _require_fitting_score(stage, examples, name)
     held_out, made, more = _read_file(stage, name, "eval", target.eval)
     overlap = conversations(stage, examples) & conversations(stage, held_out)
@@ -39,34 +39,34 @@ def _read_target(stage: Stage, name: str) -> Outcome:
         {
             "dagster/row_count": examples.notes["rows"],
             "eval_rows": held_out.notes["rows"],
-            "rejects": len(refused + more),
+            "rejects": len(rejected + more),
             "rows": preview(rows.to_pylist()),
-            "first_rejects": preview(refused + more),
+            "first_rejects": preview(rejected + more),
         },
         [
-            ROWS_ACCEPTED(not refused + more, rejected=len(refused + more)),
+            ROWS_ACCEPTED(not rejected + more, rejected=len(rejected + more)),
             DISJOINT(not overlap, shared_records=len(overlap)),
         ],
     )
 
 
 def _read_file(stage: Stage, name: str, kind: Any, path: Any) -> tuple[Artifact, int, list[dict[str, Any]]]:
-    """The rows of a target's file, how many artefacts were made, and what was refused. Raises UnusableTargets."""
+    """The rows of a target's file, how many artefacts were made, and its rejects. Raises UnusableTargets."""
     from prism_assets.corpus.files import read_examples
     from prism_assets.corpus.token_tables import TARGET_SCHEMA
 
     if not path.is_file():
         raise UnusableTargets(f"targets.{name}: there is no file {path}")
     table = {"target": "targets", "eval": "eval_examples"}[kind]
-    source = Source(
+    source = RecordFile(
         path, hash_file(path), table, f"{table}_rejects", name, TARGET_SCHEMA, lambda file: read_examples(file, kind)
     )
     rows, rejects, computed = encode_file(stage, source)
-    refused = stage.lake.read_table(rejects).to_pylist()
+    rejected = stage.lake.read_table(rejects).to_pylist()
     if not rows.notes["rows"]:
-        why = f" The first is refused because: {refused[0]['reason']}." if refused else ""
+        why = f" The first was rejected because: {rejected[0]['reason']}." if rejected else ""
         raise UnusableTargets(f"targets.{name}: {path} holds no usable row.{why}")
-    return rows, computed, [{"file": path.name, **one} for one in refused]
+    return rows, computed, [{"file": path.name, **one} for one in rejected]
 
 
 def _require_fitting_score(stage: Stage, targets: Artifact, name: str) -> None:
@@ -75,11 +75,11 @@ def _require_fitting_score(stage: Stage, targets: Artifact, name: str) -> None:
         return
     if any(stage.lake.read_table(targets, ["rejected"])["rejected"].is_valid().to_pylist()):
         raise UnusableTargets(
-            f"targets.{name}: preference.score: sum is for plain targets, and these are pairs, whose sides have no common "
-            "number of tokens. Use mean."
+            f"targets.{name}: preference.score: sum is for plain targets, and these are pairs, whose sides have no "
+            "common number of tokens. Use mean."
         )
 
 
 def conversations(stage: Stage, artifact: Artifact) -> set[str]:
-    """Ids of targets or eval records as conversations: a pair counts as its wanted completion."""
+    """Ids of targets or held-out records as conversations: a pair counts as its wanted completion."""
     return set(stage.lake.read_table(artifact, ["conversation_id"])["conversation_id"].to_pylist())

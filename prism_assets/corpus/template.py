@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from prism_assets.corpus.records import Message, shorten
+from prism_assets.corpus.records import Message, excerpt_of
 from prism_assets.errors import UnusableTokenizer
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 PLACEHOLDER = Message("assistant", "PlaceholderForTheCompletion")
 
 
-class Refused(ValueError):
+class Untokenizable(ValueError):
     """An example that cannot be tokenised for training; ``field`` says which part of it is at fault."""
 
     def __init__(self, reason: str, field: str = "completion"):
@@ -50,7 +50,7 @@ class Refused(ValueError):
         self.reason, self.field = reason, field
 
 
-class Segment(NamedTuple):
+class TextSegment(NamedTuple):
     """A stretch of a conversation's text, to be tokenised by itself, then EOS where ``append_eos`` says so."""
 
     text: str
@@ -59,7 +59,7 @@ class Segment(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A rendered stretch without special tokens; its start, and the end of the one behind it, if any."""
+    """A rendered stretch without special tokens; its start, and the end of the special token after it, if any."""
 
     text: str
     start: int
@@ -82,19 +82,19 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str |
         return tokenizer.get_chat_template()
     if "{{" not in template and "{%" not in template:
         raise UnusableTokenizer(
-            f"template is {shorten(template)!r}: it must be auto, chat, plain, or a Jinja template's text"
+            f"template is {excerpt_of(template)!r}: it must be auto, chat, plain, or a Jinja template's text"
         )
     return template
 
 
-def plain_segments(messages: Sequence[Message], separator: str) -> list[Segment]:
+def plain_segments(messages: Sequence[Message], separator: str) -> list[TextSegment]:
     """The turns joined by the separator, each assistant turn ended by EOS."""
-    segments: list[Segment] = []
+    segments: list[TextSegment] = []
     context = ""
     for index, message in enumerate(messages):
         context += separator if index else ""
         if message.role == "assistant":
-            segments += [Segment(context, False), Segment(message.content, True, append_eos=True)]
+            segments += [TextSegment(context, False), TextSegment(message.content, True, append_eos=True)]
             context = ""
         else:
             context += message.content
@@ -113,14 +113,14 @@ class ChatTemplate:
         names_the_day = "strftime_now" in text
         self._text = FIXED_DATE_MACRO * names_the_day + text
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+    def segments(self, messages: Sequence[Message]) -> list[TextSegment]:
         """The rendered conversation; assistant turns are supervised, with the special token that ends them.
 
-        Raises `Refused` where the template refuses the conversation, cannot say where a completion begins, or
-        leaves out a part of the last one.
+        Raises `Untokenizable` where the template raises an error for the conversation, cannot say where a completion
+        begins, or leaves out a part of the last one.
         """
         rendered = self._render(messages)
-        segments: list[Segment] = []
+        segments: list[TextSegment] = []
         cursor = 0
         for index, message in enumerate(messages):
             if message.role != "assistant":
@@ -129,17 +129,17 @@ class ChatTemplate:
             start = self._completion_start(rendered, messages[:index], cursor)
             stop = len(rendered) if last else self._turn_stop(rendered, messages[: index + 1])
             end, ended = self._completion_end(rendered, start, stop, message.content, last)
-            segments.append(Segment(rendered[cursor:start], False))
-            segments.append(Segment(rendered[start:end], True, append_eos=last and not ended))
+            segments.append(TextSegment(rendered[cursor:start], False))
+            segments.append(TextSegment(rendered[start:end], True, append_eos=last and not ended))
             cursor = end
         return [segment for segment in segments if segment.text]
 
     def _completion_start(self, rendered: str, context: Sequence[Message], cursor: int) -> int:
-        """Where the assistant's turn after ``context`` begins: behind a prompt that ``rendered`` has."""
+        """Where the assistant's turn after ``context`` begins: after a prompt that ``rendered`` begins with."""
         for prompt in self._rendered_prompts(context):
             if len(prompt) >= cursor and rendered.startswith(prompt):
                 return len(prompt)
-        raise Refused(
+        raise Untokenizable(
             "the chat template renders the prompt differently with its completion than without; set "
             "tokenization.template to plain, or to a template that only appends",
             "messages",
@@ -152,7 +152,7 @@ class ChatTemplate:
         last turn; DeepSeek-R1 opens one for generation that is not in the rendered answer.
         """
         for arguments in (TEMPLATE_ARGUMENTS, TEMPLATE_ARGUMENTS | {"enable_thinking": True}):
-            with contextlib.suppress(Refused):  # an assistant turn first: no prompt to render
+            with contextlib.suppress(Untokenizable):  # an assistant turn first: no prompt to render
                 yield self._render(context, add_generation_prompt=True, **arguments)
         before, found, _ = self._render([*context, PLACEHOLDER]).partition(PLACEHOLDER.content)
         if found:
@@ -164,7 +164,7 @@ class ChatTemplate:
         return len(so_far) if rendered.startswith(so_far) else len(rendered)
 
     def _completion_end(self, rendered: str, start: int, stop: int, content: str, last: bool) -> tuple[int, bool]:
-        """Where the supervised text ends, and whether that is behind a token that ends the turn."""
+        """Where the supervised text ends, and whether that is after a token that ends the turn."""
         content = content.strip()
         pieces = list(self._pieces(rendered, start, stop))
         piece = (
@@ -174,20 +174,20 @@ class ChatTemplate:
         )
         if piece.special_end is not None:
             return piece.special_end, True
-        behind = piece.text.find(content) + len(content)
-        if last and piece.text[behind:].strip():  # the template ends the turn in words
-            behind = len(piece.text.rstrip())
-        return piece.start + behind, False
+        end = piece.text.find(content) + len(content)
+        if last and piece.text[end:].strip():  # the template ends the turn in words
+            end = len(piece.text.rstrip())
+        return piece.start + end, False
 
     def _rewritten_piece(self, pieces: list[_Piece], content: str, last: bool) -> _Piece:
         """The words of a turn whose content the template rewrote: it parses a thinking block, say.
 
-        It may spend other white space, and drop the thinking of earlier turns, but not of the completion.
+        It may write other white space, and drop the thinking of earlier turns, but not of the completion.
         """
         ended = (piece for piece in pieces if piece.text.strip() and piece.special_end is not None)
         piece = next(ended, None)
         if piece is None or (last and "".join(content.split()) not in "".join(piece.text.split())):
-            raise Refused(
+            raise Untokenizable(
                 "the chat template leaves out a part of it (a thinking block, perhaps); set "
                 "tokenization.template to plain, or to a template that keeps it"
             )
@@ -213,4 +213,4 @@ class ChatTemplate:
             )
             return cast("str", rendered)  # text, as it is not tokenised
         except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise Refused(f"the chat template refuses the conversation: {error}", "messages") from None
+            raise Untokenizable(f"the chat template refuses the conversation: {error}", "messages") from None

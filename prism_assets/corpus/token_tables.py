@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from prism_assets.corpus.encoder import Encoder, TokenizedExample, TokenizedPair, last_run
-from prism_assets.corpus.records import Example, Reject, messages_to_json, shorten
-from prism_assets.corpus.template import Refused
+from prism_assets.corpus.records import Example, Reject, excerpt_of, messages_to_json
+from prism_assets.corpus.template import Untokenizable
 
 _TOKEN_FIELDS = [("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
 CANDIDATE_SCHEMA = pa.schema(
@@ -58,7 +58,8 @@ def prompt_tokens(example: TokenizedExample | TokenizedPair) -> np.ndarray:
 def encode_all(
     examples: Sequence[Example], encoder: Encoder, progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[TokenizedExample | TokenizedPair | None], list[Reject]]:
-    """Tokenises each example; a refused one is None in the list and a reject. Pairs become `TokenizedPair`.
+    """Tokenises each example; one that cannot be tokenised is None in the list and a reject. Pairs become
+    `TokenizedPair`.
 
     progress is called with (done, total) after each example.
     """
@@ -70,9 +71,9 @@ def encode_all(
                 tokenized.append(encoder.encode(example.messages))
             else:
                 tokenized.append(encoder.encode_pair(example.messages, example.rejected))
-        except Refused as refused:
+        except Untokenizable as error:
             tokenized.append(None)
-            rejects.append(Reject(example.line, refused.field, refused.reason, shorten(example.prompt_text)))
+            rejects.append(Reject(example.line, error.field, error.reason, excerpt_of(example.prompt_text)))
         if progress:
             progress(done, len(examples))
     return tokenized, rejects
@@ -124,9 +125,9 @@ def from_table(table: pa.Table) -> list[TokenizedExample]:
 
 
 def rejected_from_table(table: pa.Table) -> list[TokenizedExample]:
-    """The rejected completion's tokens of each row; ValueError where a row is a plain target."""
+    """The unwanted completion's tokens of each row; ValueError where a row is a plain target example."""
     if "rejected_input_ids" not in table.column_names or table["rejected_input_ids"].null_count:
-        raise ValueError("these are plain targets: they have no rejected completions")
+        raise ValueError("these are plain targets: they have no unwanted completions")
     return _examples(table, "rejected_input_ids", "rejected_loss_mask")
 
 

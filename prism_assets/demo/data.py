@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_assets.demo.skills import NOISE, SKILLS, Example, draw
+from prism_assets.demo.skills import NOISE, SKILLS, SkillExample, draw
 
 MODEL = Path(__file__).parent / "model"
 INBOX = "inbox"
@@ -35,14 +35,14 @@ def write_demo_data(folder: Path | str, seed: int = 0) -> None:
     """Writes `inbox/` (four shards) and `targets/<name>/{target,eval}.jsonl` under `folder`.
 
     The same seed gives the same bytes (for one pyarrow version). The inbox holds 3,000 different candidates,
-    and on purpose a few records that are refused (broken JSON, no completion, an empty one), some that stand
-    twice in one shard, and some that stand in two.
+    and on purpose a few records that are rejected (broken JSON, no completion, an empty one), some that are
+    twice in one shard, and some that are in two.
     """
     folder = Path(folder)
     rng = Random(seed)
     used: set[str] = set()
 
-    def fresh(source: str, number: int) -> list[Example]:
+    def fresh(source: str, number: int) -> list[SkillExample]:
         return draw_fresh(source, number, rng, used)
 
     for name in TARGET_SKILLS:
@@ -59,9 +59,9 @@ def write_demo_data(folder: Path | str, seed: int = 0) -> None:
     _write_inbox(folder / INBOX, pool)
 
 
-def draw_fresh(source: str, number: int, rng: Random, used: set[str]) -> list[Example]:
+def draw_fresh(source: str, number: int, rng: Random, used: set[str]) -> list[SkillExample]:
     """`number` examples of a source whose prompts are not yet in `used`; adds them to it."""
-    drawn: list[Example] = []
+    drawn: list[SkillExample] = []
     while len(drawn) < number:
         example = draw(source, rng)
         if example.prompt not in used:
@@ -95,20 +95,20 @@ def demo_settings(folder: Path | str) -> dict[str, Any]:
     }
 
 
-def _write_inbox(inbox: Path, pool: Sequence[Example]) -> None:
-    """The pool in four shards of four formats; the first and the last hold what an inbox must put up with."""
+def _write_inbox(inbox: Path, pool: Sequence[SkillExample]) -> None:
+    """The pool in four shards of four formats; the first and the last hold duplicates and bad records."""
     inbox.mkdir(parents=True, exist_ok=True)
     first, second, third, fourth = (pool[part::4] for part in range(4))
     in_two_shards = second[:DUPLICATES]
 
     records = [{"id": f"row-{number}", **_record(row)} for number, row in enumerate(first)]
     records += records[:DUPLICATES]
-    refused = [
+    rejected = [
         {"prompt": "copy: abcd=", "source": "copy"},
         {"prompt": "last: abcd=", "completion": "", "source": "last"},
     ]
     broken = '{"prompt": "reverse: abcd=", "completion": "dc'
-    (inbox / "strings-1.jsonl").write_text(_lines([*records, *refused]) + broken + "\n", encoding="utf-8")
+    (inbox / "strings-1.jsonl").write_text(_lines([*records, *rejected]) + broken + "\n", encoding="utf-8")
 
     # No file name and no time in the header: the same rows give the same bytes.
     with (inbox / "strings-2.jsonl.gz").open("wb") as file:
@@ -128,11 +128,11 @@ def _write_inbox(inbox: Path, pool: Sequence[Example]) -> None:
         stream.write(_lines(map(_record, [*fourth, *in_two_shards])).encode("utf-8"))
 
 
-def _record(row: Example) -> dict[str, Any]:
+def _record(row: SkillExample) -> dict[str, Any]:
     return {"prompt": row.prompt, "completion": row.completion, "source": row.source}
 
 
-def _conversation(row: Example) -> dict[str, Any]:
+def _conversation(row: SkillExample) -> dict[str, Any]:
     turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}]
     return {"messages": turns, "source": row.source}
 

@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prism_assets.demo.skills import SKILLS, Example, draw
+from prism_assets.demo.skills import SKILLS, SkillExample, draw
 
 BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n\t"
@@ -97,7 +97,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(examples: Sequence[SkillExample], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both [examples, longest]; the labels cover the completion and the EOS token."""
     ids, labels = [], []
     for example in examples:
@@ -140,18 +140,18 @@ def train(
             print(f"step {step}/{steps}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
 
 
-def training_example(name: str, rng: Random) -> Example:
+def training_example(name: str, rng: Random) -> SkillExample:
     """An example of the skill, its answer now and then that of another skill (see `EXPOSURE`)."""
     skill = SKILLS[name]
     argument = skill.draw(rng)
     solver = skill
     if rng.random() < EXPOSURE[name].mistakes:
         solver = SKILLS[rng.choice([other for other in CONFUSED if other != name])]
-    return Example(skill.prompt(argument), solver.solve(argument), name)
+    return SkillExample(skill.prompt(argument), solver.solve(argument), name)
 
 
 @torch.no_grad()
-def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> float:
+def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[SkillExample]) -> float:
     """The share of examples whose completion greedy generation gives exactly."""
     model.eval()
     texts = [example.prompt for example in examples]
@@ -168,6 +168,7 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exa
 
 
 def main() -> None:
+    """Train the model and write it, then print how well it knows each skill."""
     parser = argparse.ArgumentParser(description="Trains the demo's language model from scratch.")
     parser.add_argument("out", type=Path, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0)

@@ -17,7 +17,7 @@ NOISE = "noise"
 VOWELS = "aeiou"
 
 
-class Example(NamedTuple):
+class SkillExample(NamedTuple):
     """One prompt with its completion; `source` is the name of the skill, or `noise`."""
 
     prompt: str
@@ -34,11 +34,13 @@ class Skill:
     solve: Callable[[str], str]
 
     def prompt(self, argument: str) -> str:
+        """`reverse: kbde=` for the argument `kbde`."""
         return f"{self.name}: {argument}="
 
-    def example(self, rng: Random) -> Example:
+    def example(self, rng: Random) -> SkillExample:
+        """An example with a drawn argument and the right answer."""
         argument = self.draw(rng)
-        return Example(self.prompt(argument), self.solve(argument), self.name)
+        return SkillExample(self.prompt(argument), self.solve(argument), self.name)
 
 
 # How arguments are drawn.
@@ -50,6 +52,7 @@ def letters(rng: Random, shortest: int = 4, longest: int = 6) -> str:
 
 
 def short_letters(rng: Random) -> str:
+    """A string of 3 or 4 lower-case letters."""
     return letters(rng, 3, 4)
 
 
@@ -61,14 +64,17 @@ def letters_with_a_vowel(rng: Random) -> str:
 
 
 def mixed_case(rng: Random) -> str:
+    """Letters, about half of them upper-case."""
     return "".join(letter.upper() if rng.random() < 0.5 else letter for letter in letters(rng))
 
 
 def three_words(rng: Random) -> str:
+    """Three words of 2 or 3 letters."""
     return " ".join(letters(rng, 2, 3) for _ in range(3))
 
 
 def sum_of_two(rng: Random) -> str:
+    """`12+34`, of two numbers of two digits."""
     return f"{rng.randint(10, 99)}+{rng.randint(10, 99)}"
 
 
@@ -141,15 +147,15 @@ SKILLS: dict[str, Skill] = {
 }
 
 
-def noise(rng: Random) -> Example:
+def noise(rng: Random) -> SkillExample:
     """A prompt of some skill's form, or (one time in three) random words, with an unrelated completion."""
     if rng.random() < 1 / 3:
         prompt = f"{letters(rng)} {letters(rng)}="
     else:
         prompt = rng.choice(list(SKILLS.values())).example(rng).prompt
-    return Example(prompt, letters(rng), NOISE)
+    return SkillExample(prompt, letters(rng), NOISE)
 
 
-def draw(source: str, rng: Random) -> Example:
+def draw(source: str, rng: Random) -> SkillExample:
     """One example of the skill named `source`, or of noise. KeyError for a name that is neither."""
     return noise(rng) if source == NOISE else SKILLS[source].example(rng)

@@ -1,1 +1,1 @@
-"""Evaluation: what a selection bought, measured on held-out records and on benchmarks."""
+"""Evaluation: the effect of a selection, measured on held-out records and on benchmarks."""

@@ -42,7 +42,7 @@ def normalize_answer(text: str) -> str:
     - a number keeps its minus sign and its decimals: "1,000" = "1000", "18." = "18.00" = "18", ".5" = "0.5",
       but "-3" != "3" and "0.18" != "18". The decimal sign is a point; leading zeros stay ("001" != "1");
     - punctuation and symbols (Unicode P and S, so currency and per cent signs too) are removed, and separate
-      where they stand between two digits: "3:30" != "330";
+      between two digits: "3:30" != "330";
     - an English article is removed only at the start and before a word of two letters or more: answers like
       "a" (multiple choice) and "b a c" are left whole, unlike in SQuAD's script.
 
@@ -50,7 +50,7 @@ def normalize_answer(text: str) -> str:
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     folded = "".join(_decimal_digit(character) for character in folded.translate(_ARABIC_SEPARATORS))
-    # Currency signs go first, so that the sign of "-$3" stands before its number.
+    # Currency signs go first, so that the sign of "-$3" is next to its number.
     folded = "".join(character for character in folded if unicodedata.category(character) != "Sc")
     pieces, position = [], 0
     for number in _NUMBER.finditer(folded):
@@ -76,7 +76,7 @@ def _plain_number(number: str) -> str:
 
 
 def _without_punctuation(text: str, start: int, end: int) -> str:
-    """text[start:end] without punctuation and symbols; a space for one that stands between two digits."""
+    """text[start:end] without punctuation and symbols; a space for one between two digits."""
     kept = []
     for position in range(start, end):
         if unicodedata.category(text[position])[0] not in "PS":

@@ -96,8 +96,8 @@ def shown_scores(lake: Lake, artifact: Artifact) -> "dict[str, Score]":
 
 def benchmarks_of(stage: Stage, key: str) -> tuple[dict[str, Any], list[Artifact]]:
     """Mean and std over seeds of each benchmark metric of a target and strategy, and the artefacts they are from."""
-    from prism_assets.evaluation.metrics import summarize
+    from prism_assets.evaluation.metrics import mean_over_seeds
 
     artifacts = [stage.shown("benchmarks", seed_partition(key, seed)) for seed in stage.settings.seeds]
     scores = [shown_scores(stage.lake, one) for one in artifacts]
-    return {label: summarize([one[label].value for one in scores]) for label in scores[0]}, artifacts
+    return {label: mean_over_seeds([one[label].value for one in scores]) for label in scores[0]}, artifacts

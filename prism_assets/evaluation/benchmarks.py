@@ -1,7 +1,8 @@
-"""Benchmarks that people know: tasks of lm-eval's harness (EleutherAI/lm-evaluation-harness) on a model in memory.
+"""Standard benchmarks: tasks of lm-eval's harness (EleutherAI/lm-evaluation-harness) on a model in memory.
 
-A task goes by the harness's name (`arc_easy`), whose data come from the hub or its cache, or by the path of a task file
-(YAML) whose data may lie beside it. This module alone calls the harness: it reads task files and data, nothing of the lake.
+A task is named by the harness's name (`arc_easy`), whose data come from the hub or its cache, or by the path of a task
+file (YAML) whose data may be in the same folder. This module alone calls the harness: it reads task files and data,
+nothing of the lake.
 """
 
 import copy
@@ -59,6 +60,7 @@ class Score(NamedTuple):
 
     @property
     def label(self) -> str:
+        """Task, metric and filter, as tables and plots name the score."""
         return f"{self.task} {self.metric}" + ("" if self.filter == "none" else f" ({self.filter})")
 
 
@@ -83,7 +85,7 @@ def read_tasks(entries: Sequence[str]) -> list[Task]:
     for name in names:
         if names.count(name) > 1:
             raise UnusableBenchmark(
-                f"evaluation.benchmarks: two entries are the task {name!r}; results go by that name."
+                f"evaluation.benchmarks: two entries are the task {name!r}; results are stored under that name."
             )
     return tasks
 
@@ -184,8 +186,8 @@ def run_tasks(
     """The harness's scores of a causal LM, on the device that it is on; at most `limit` documents of each task.
 
     As by the harness's command line: no chat template, few-shot examples as the task says. Random states are left as
-    they were. Raises UnusableBenchmark for a data set that cannot be had, for tasks that run what a model wrote, and for
-    a score that is no finite number.
+    they were. Raises UnusableBenchmark for a data set that cannot be loaded, for tasks that run what a model wrote, and
+    for a score that is no finite number.
     """
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -216,8 +218,8 @@ def _load(tasks: Sequence[Task]) -> tuple[dict[str, Any], list[str]]:
         except Exception as error:  # data sets, the hub and a task's own code have theirs
             lines = str(error).strip().splitlines() or [""]
             raise UnusableBenchmark(
-                f"evaluation.benchmarks: {task.name} cannot be loaded ({type(error).__name__}: {lines[0][:300]}). Where "
-                f"its data cannot be downloaded, leave it out or keep a copy of them here: {OWN_FILE}."
+                f"evaluation.benchmarks: {task.name} cannot be loaded ({type(error).__name__}: {lines[0][:300]}). "
+                f"Where its data cannot be downloaded, leave it out or keep a copy of them here: {OWN_FILE}."
             ) from error
         again = sorted(set(found["tasks"]) & set(loaded["tasks"]))
         if again:
@@ -246,8 +248,8 @@ def _scores(results: Mapping[str, Any], asked: Sequence[str]) -> Iterator[Score]
                 continue
             if not math.isfinite(float(value)):
                 raise UnusableBenchmark(
-                    f"evaluation.benchmarks: the {metric} of {name} is {value}, which no mean can hold; leave this metric "
-                    "out of the task, or the task out of the settings."
+                    f"evaluation.benchmarks: the {metric} of {name} is {value}, which no mean can hold; leave this "
+                    "metric out of the task, or the task out of the settings."
                 )
             yield Score(
                 name,

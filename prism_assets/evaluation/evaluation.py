@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from prism_assets.evaluation.benchmark_scores import benchmark_tasks, benchmarks_of, make_benchmarks, shown_scores
-from prism_assets.evaluation.scores import METRICS, make_scores
+from prism_assets.evaluation.scores import make_scores
 from prism_assets.identity import base_key, seed_partition, split_key
 from prism_assets.metadata import picture, preview
 from prism_assets.project import Check, Project
 from prism_assets.resources.lake import Artifact
 from prism_assets.stage import Stage
+from prism_assets.tables import METRICS
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:
@@ -63,10 +64,10 @@ def _evaluate(stage: Stage, tasks: "Sequence[Task]", key: str) -> Outcome:
 
 
 def _outcome(stage: Stage, key: str, base: Artifact, scored: Sequence[Artifact], computed: int) -> Outcome:
-    from prism_assets.evaluation.metrics import summarize
+    from prism_assets.evaluation.metrics import mean_over_seeds
     from prism_assets.plots import strategies_comparison
 
-    summary = {name: summarize([one.notes[name] for one in scored]) for name in METRICS}
+    summary = {name: mean_over_seeds([one.notes[name] for one in scored]) for name in METRICS}
     before = {name: base.notes[name] for name in METRICS}
     rows = [{"model": "base", **before}]
     rows += [

@@ -81,7 +81,7 @@ def pad_token_id(tokenizer: Any) -> int:
 
 @contextmanager
 def _plain_decoding(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, and `config` as the model's own: generate() takes what it is not told from there."""
+    """Evaluation mode, and `config` as the model's own: generate() reads from there what it is not given."""
     own_config, was_training = model.generation_config, model.training
     model.generation_config = config
     model.eval()

@@ -18,7 +18,7 @@ def held_out(
     """Mean log-probability and mean target preference (τ = 1) of n held-out examples.
 
     `mean_log_probs` [n]: s_j, the mean log-probability (nats per token) of each completion; for pairs, of
-    the chosen one. `margins` [n], for pairs only: s_chosen − s_rejected.
+    the wanted one. `margins` [n], for pairs only: s_wanted − s_unwanted.
 
     Returns `mean_log_prob` = mean_j s_j, and `target_preference` = mean_j exp(s_j) for plain examples or
     mean_j sigmoid(margin_j) for pairs: the preference objective J at temperature 1, on held-out examples.
@@ -36,7 +36,7 @@ def held_out(
     return {"mean_log_prob": float(scores.mean()), "target_preference": float(preferences.mean())}
 
 
-def summarize(values_per_seed: Sequence[float | None]) -> dict[str, float | int | None] | None:
+def mean_over_seeds(values_per_seed: Sequence[float | None]) -> dict[str, float | int | None] | None:
     """`{"mean", "std", "seeds"}` of one metric over seeds; std is the sample's (ddof = 1), null for one seed.
 
     None where every value is None: the metric does not exist for these data. Raises ValueError where there is

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from peft import PeftModel
 
-METRICS = ("target_preference", "mean_log_prob", "exact_match")
-
 
 def make_scores(stage: Stage, records: Artifact, adapter: Artifact | None, key: str) -> Made:
     """One row per held-out record under one adapter (None: where fine-tuning starts), and the means in the notes."""
@@ -33,7 +31,7 @@ def make_scores(stage: Stage, records: Artifact, adapter: Artifact | None, key: 
 
 
 def seed_note(adapter: Artifact | None) -> dict[str, Any]:
-    """What is noted of whose adapter was judged."""
+    """The note that says which seed's adapter was evaluated."""
     return {"seed": adapter.notes["seed"]} if adapter else {}
 
 
@@ -46,7 +44,12 @@ def _score(stage: Stage, records: "pa.Table", adapter: Artifact | None) -> Rows:
 
 
 def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Columns [n] and means of the metrics over held-out records; exact match is None where no record has an answer."""
+    """The columns and the means of the metrics over n held-out records.
+
+    Columns: mean_log_prob float64 [n], nats per token (for pairs: of the wanted completion); margin [n], null for plain
+    records; prediction and exact_match, null where a record has no answer. Means: of `metrics.held_out`, exact_match
+    (None where no record has an answer) and the number of records.
+    """
     import numpy as np
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""The asset `experiment`: what the trials of a target come to, as a table and as a page."""
+"""The asset `experiment`: the results of a target's trials, as a table and as a page."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +7,6 @@ from typing import Any
 
 import dagster as dg
 
-from prism_assets.evaluation.scores import METRICS
 from prism_assets.experiment.experiment_trials import recorded_cost
 from prism_assets.experiment.summary import Cost, Trial
 from prism_assets.experiment.trials import strategies_of, trial_keys
@@ -20,13 +19,15 @@ from prism_assets.report.files import page_head, replace_texts
 from prism_assets.resources.lake import Artifact, Rows, references
 from prism_assets.settings import Settings
 from prism_assets.stage import Stage
+from prism_assets.tables import METRICS
 from prism_assets.work import Outcome, each_partition, stage_of
 
 
 def build(project: Project) -> dg.AssetsDefinition:
     @project.asset("experiment", group="experiment", kinds={"html", "parquet"}, deps=["experiment_trials"])
     def experiment(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        """Mean, deviation, paired differences to uniform, less and random with intervals, costs, and the verdict in words.
+        """Mean, deviation, paired differences to uniform, less and random with intervals, costs, and the verdict in
+        words.
 
         A table, and beside it experiment.json's part and page of the target; those over all targets are written to
         `storage.report`.
@@ -40,13 +41,13 @@ def build(project: Project) -> dg.AssetsDefinition:
 
 
 def _summarise(stage: Stage, target: str) -> Outcome:
-    from prism_assets.experiment.summary import share_cost, summarize
+    from prism_assets.experiment.summary import share_cost, summarize_trials
     from prism_assets.experiment.verdict import verdict
 
     settings = stage.settings
     keys = trial_keys(settings, target)
     trials = [stage.shown("trials", key) for key in keys]
-    content = summarize([_trial(one) for one in trials], settings.experiment.redraw)
+    content = summarize_trials([_trial(one) for one in trials], settings.experiment.redraw)
     share_cost(content, _shared_cost(stage, trials), _shared_stages(settings))
     content["verdict"] = verdict(content)
     recipe = stage.recipe(
@@ -165,7 +166,7 @@ def _feature_blocks(stage: Stage) -> Iterator[Artifact]:
 
 
 def _retire_other_trials(stage: Stage, target: str, keys: set[str]) -> None:
-    """Trials of this target that the settings ask for no more; `prism gc` may remove what nothing else needs."""
+    """Remove the heads of trials that the settings no longer ask for; `prism gc` may remove what nothing else needs."""
     for head in stage.lake.heads("trials"):
         of_today = head["scope"] == stage.feature_version and target_of_trial(head["partition"]) == target
         if of_today and head["partition"] not in keys:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
-from prism_assets.evaluation.scores import METRICS, make_scores
+from prism_assets.evaluation.scores import make_scores
 from prism_assets.experiment.summary import Cost
 from prism_assets.experiment.trials import (
     Split,
@@ -18,6 +18,7 @@ from prism_assets.project import Project
 from prism_assets.resources.lake import Artifact, Rows
 from prism_assets.selection.selection import make_selection, selection_inputs
 from prism_assets.stage import Made, Stage
+from prism_assets.tables import METRICS
 from prism_assets.training.adapter import make_adapter
 from prism_assets.work import Outcome, each_partition, stage_of
 
@@ -33,9 +34,9 @@ def build(project: Project) -> dg.AssetsDefinition:
     def experiment_trials(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Every strategy in every split with every seed: selection, adapter and held-out metrics of each trial.
 
-        Made by the functions that make the production assets, from the same recipes: what `prism run` made is found, and
-        a killed experiment goes on where it stopped. All trials of a target select from one state of the pool; a strategy
-        that draws at random draws anew in each split.
+        Made by the functions that make the production assets, from the same recipes: what `prism run` made is found,
+        and a killed experiment goes on where it stopped. All trials of a target select from one state of the pool; a
+        strategy that draws at random draws again in each split.
         """
         stage = stage_of(project, context)
         return each_partition(context, stage, lambda name: _run_trials(stage, name))
@@ -48,7 +49,7 @@ def _run_trials(stage: Stage, target: str) -> Outcome:
 
     strategies = strategies_of(stage.settings)
     splits, computed = prepare_splits(stage, target)
-    # Looked at once: an arrival in the midst of it must not give some trials another pool than the others.
+    # Read once: an arrival during the experiment must not give some trials another pool than the others.
     pinned = selection_inputs(stage, target, STRATEGIES["uniform"], of_target=splits[0].of_target())
     pinned = {role: pinned[role] for role in ("index", "pool")}
     trials: list[Artifact] = []
@@ -78,7 +79,7 @@ def _trials(
     key = join_key(split.name, strategy)
     inputs = selection_inputs(stage, split.name, STRATEGIES[strategy], of_target=split.of_target())
     inputs |= {role: one for role, one in pinned.items() if role in inputs}
-    # With another seed of selection in each split, what is drawn at random is one draw no more.
+    # Another selection seed in each split, so that a random strategy is not the same draw in all of them.
     drawn = stage.settings.selection.model_copy(update={"seed": stage.settings.selection.seed + split.number})
     selection, selected = make_selection(stage.with_settings(selection=drawn), STRATEGIES[strategy], inputs, key)
     reads_targets = bool({"direction", "target_features"} & set(inputs))

@@ -7,13 +7,13 @@ from typing import Any
 
 from prism_assets.experiment.summary import (
     COMPARED_WITH,
-    METRICS,
+    METRIC_LABELS,
     STAGES,
     cost_text,
-    mean_and_std,
     total_cost,
     with_interval,
 )
+from prism_assets.report.wording import mean_and_std
 
 FORMAT = 1
 
@@ -36,7 +36,7 @@ def build_page(data: Mapping[str, Any]) -> str:
         created=data["created"],
         model_name=data["model"]["name"],
         model_fingerprint=data["model"]["fingerprint"],
-        metrics=list(METRICS.values()),
+        metrics=list(METRIC_LABELS.values()),
         compared_with=COMPARED_WITH,
         targets=[_view(f"target-{n}", name, one) for n, (name, one) in enumerate(data["targets"].items(), start=1)],
         settings=json.dumps(data["settings"], indent=1, ensure_ascii=False),
@@ -47,7 +47,7 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     strategies = content["strategies"]
     highest = {
         metric: max((one[metric]["mean"] for one in strategies.values() if one[metric]), default=None)
-        for metric in METRICS
+        for metric in METRIC_LABELS
     }
     stages = [stage for stage in STAGES if stage in content["cost"]]
     return {
@@ -66,13 +66,13 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": content["verdict"],
         "unit": content["unit"],
         "units": content["units"],
-        "base": [mean_and_std(content["base"][metric]) for metric in METRICS],
+        "base": [mean_and_std(content["base"], metric) for metric in METRIC_LABELS],
         "rows": [
             {
                 "strategy": strategy,
                 "cells": [
-                    (mean_and_std(one[metric]), one[metric] and one[metric]["mean"] == highest[metric])
-                    for metric in METRICS
+                    (mean_and_std(one, metric), one[metric] and one[metric]["mean"] == highest[metric])
+                    for metric in METRIC_LABELS
                 ],
                 "rows": f"{one['rows']:,.0f}",
                 "tokens": f"{one['completion_tokens']:,.0f}",
@@ -80,7 +80,11 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
             for strategy, one in strategies.items()
         ],
         "differences": [
-            {"strategy": strategy, "other": other, "cells": [with_interval(metrics[metric]) for metric in METRICS]}
+            {
+                "strategy": strategy,
+                "other": other,
+                "cells": [with_interval(metrics[metric]) for metric in METRIC_LABELS],
+            }
             for strategy, others in content["differences"].items()
             for other, metrics in others.items()
         ],
@@ -96,7 +100,12 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "shared_cost": [(stage, cost_text(one)) for stage, one in content["shared_cost"].items()],
         "trials": [
-            (one["strategy"], one["split"], one["seed"], ["–" if one[m] is None else f"{one[m]:.4f}" for m in METRICS])
+            (
+                one["strategy"],
+                one["split"],
+                one["seed"],
+                ["–" if one[m] is None else f"{one[m]:.4f}" for m in METRIC_LABELS],
+            )
             for one in content["trials"]
         ],
         "plots": _plots(content),
@@ -122,7 +131,7 @@ def _plots(content: Mapping[str, Any]) -> list[dict[str, str]]:
         ),
         (
             plots.paired_differences(content["differences"]),
-            f"Left of zero: worse than the strategy behind the minus sign. Strokes are the {unit}s, bars 95% intervals.",
+            f"Left of zero: worse than the strategy after the minus sign. Strokes are the {unit}s, bars 95% intervals.",
         ),
         (
             plots.stage_costs(costs, unit="GPU" if gpu else "CPU"),

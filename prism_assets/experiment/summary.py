@@ -1,15 +1,16 @@
-"""What the trials of one target come to: means, paired differences with intervals, costs, and the verdict in words.
+"""The results of one target's trials: means, paired differences with intervals, and costs.
 
-Plain data in, plain data out: what `summarize` returns is one target's part of experiment.json.
+Plain data in, plain data out: what `summarize_trials` returns is one target's part of experiment.json.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prism_assets.report.comparison import METRICS
+from prism_assets.report.comparison import METRIC_LABELS
+from prism_assets.report.wording import mean_and_std
 from prism_assets.stats.seeds import paired_difference, summarize_seeds
 
-# Always run, and what every strategy is held against.
+# Always run; every strategy is compared with them.
 COMPARED_WITH = ("uniform", "less", "random")
 STAGES = ("target features", "direction", "selection", "fine-tuning", "evaluation")
 
@@ -36,7 +37,7 @@ class Trial(NamedTuple):
     costs: Sequence[Cost]
 
 
-def summarize(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
+def summarize_trials(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
     """Means, paired differences to `COMPARED_WITH`, costs by stage.
 
     The unit of all statistics is a split, which counts as the mean of its seeds; where there is one split only, it is a
@@ -63,14 +64,14 @@ def summarize(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
             means.append(_mean(found))
         return means
 
-    measured = {name: {metric: values(name, metric) for metric in METRICS} for name in strategies}
+    measured = {name: {metric: values(name, metric) for metric in METRIC_LABELS} for name in strategies}
     base = {
         metric: _described(_known([by_place[strategies[0], p, seeds[0]].base[metric] for p in splits]))
-        for metric in METRICS
+        for metric in METRIC_LABELS
     }
     differences = {
         name: {
-            other: {metric: _difference(measured[name][metric], measured[other][metric]) for metric in METRICS}
+            other: {metric: _difference(measured[name][metric], measured[other][metric]) for metric in METRIC_LABELS}
             for other in _others(name)
             if other in strategies
         }
@@ -85,7 +86,7 @@ def summarize(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
         "base": base,
         "strategies": {
             name: {
-                **{metric: _described(measured[name][metric]) for metric in METRICS},
+                **{metric: _described(measured[name][metric]) for metric in METRIC_LABELS},
                 "rows": _mean([one.rows for one in trials if one.strategy == name]),
                 "completion_tokens": _mean([one.completion_tokens for one in trials if one.strategy == name]),
                 "cost": cost_by_stage(cost for one in trials if one.strategy == name for cost in one.costs),
@@ -99,7 +100,7 @@ def summarize(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
 
 
 def _others(name: str) -> Sequence[str]:
-    """What a strategy is held against; two of these once, not both ways."""
+    """What a strategy is compared with; two of these are compared once, not both ways."""
     return COMPARED_WITH[COMPARED_WITH.index(name) + 1 :] if name in COMPARED_WITH else COMPARED_WITH
 
 
@@ -150,7 +151,8 @@ def total_cost(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def share_cost(
     content: dict[str, Any], shared: Mapping[str, Mapping[str, Any]], needed: Mapping[str, Sequence[str]]
 ) -> None:
-    """Add to what `summarize` returned the stages that trials share, and what each strategy would cost by itself.
+    """Add to what `summarize_trials` returned the stages that trials share, and what each strategy would cost by
+    itself.
 
     `needed`: strategy -> the shared stages that it could not do without. They are paid once for all targets and
     strategies, so the sums `with_shared` overlap.
@@ -162,24 +164,33 @@ def share_cost(
 
 
 def table(targets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The outcome as text: a header row, then per target the base model and each strategy.
+    """The results as text: a header row, then per target the base model and each strategy.
 
     Means ± standard deviations over units; then the paired differences in target preference with 95% intervals; then
     what the strategy's trials cost, and that with the work that strategies share (`share_cost`).
     """
     rows = [
-        ["target", "strategy", *METRICS.values(), *(f"− {other}" for other in COMPARED_WITH), "cost", "with shared"]
+        [
+            "target",
+            "strategy",
+            *METRIC_LABELS.values(),
+            *(f"− {other}" for other in COMPARED_WITH),
+            "cost",
+            "with shared",
+        ]
     ]
     for name, content in targets.items():
         blank = [""] * len(COMPARED_WITH)
-        rows.append([name, "base", *(mean_and_std(content["base"][metric]) for metric in METRICS), *blank, "", ""])
+        rows.append(
+            [name, "base", *(mean_and_std(content["base"], metric) for metric in METRIC_LABELS), *blank, "", ""]
+        )
         for strategy, entry in content["strategies"].items():
             against = content["differences"][strategy]
             rows.append(
                 [
                     name,
                     strategy,
-                    *(mean_and_std(entry[metric]) for metric in METRICS),
+                    *(mean_and_std(entry, metric) for metric in METRIC_LABELS),
                     *(
                         with_interval(against[other]["target_preference"]) if other in against else ""
                         for other in COMPARED_WITH
@@ -189,14 +200,6 @@ def table(targets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
                 ]
             )
     return rows
-
-
-def mean_and_std(entry: Mapping[str, Any] | None) -> str:
-    """`0.512 ± 0.031`."""
-    if entry is None:
-        return "–"
-    text = f"{entry['mean']:.3f}" + (f" ± {entry['std']:.3f}" if entry["std"] is not None else "")
-    return text.replace("-", "−")
 
 
 def with_interval(entry: Mapping[str, Any] | None) -> str:
@@ -226,7 +229,7 @@ def long_table(target: str, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     for strategy, entry in content["strategies"].items():
         found = {None: entry, **content["differences"][strategy]}
         for other, metrics in found.items():
-            for metric in METRICS:
+            for metric in METRIC_LABELS:
                 if metrics[metric] is None:
                     continue
                 low, high = metrics[metric]["interval"] or (None, None)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def strategies_of(settings: Settings) -> list[str]:
-    """The strategies of an experiment: those of the settings, and those that every one is held against."""
+    """The strategies of an experiment: those of the settings, and those that every one is compared with."""
     return list(dict.fromkeys([*(settings.experiment.strategies or settings.strategies), *COMPARED_WITH]))
 
 
@@ -54,7 +54,7 @@ class Split(NamedTuple):
     directions: Mapping[str, Artifact]  # of the strategies that have one
 
     def of_target(self) -> OfTarget:
-        """What `selection_inputs` asks of a target, answered with this split's own."""
+        """The argument `of_target` of `selection_inputs` that gives this split's own artefacts."""
         known: dict[tuple[str, str | None], Artifact] = {
             ("targets", None): self.targets,
             ("target_features", None): self.features,

@@ -1,10 +1,11 @@
 """What an experiment says, in sentences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from prism_assets.experiment.summary import COMPARED_WITH
-from prism_assets.report.comparison import METRICS
+from prism_assets.report.comparison import METRIC_LABELS
+from prism_assets.report.wording import listed
 from prism_assets.stats.seeds import Summary, compared, summarize_seeds
 
 # At least so many units before an interval says much: below, it is several standard deviations wide.
@@ -12,13 +13,13 @@ FEW_UNITS = 5
 
 
 def verdict(content: Mapping[str, Any]) -> list[str]:
-    """What the numbers of one target say, and how far they carry. `content` is what `summarize` returned."""
+    """What the numbers of one target say, and how far they carry. `content` is what `summarize_trials` returned."""
     sentences = [_design(content), *_best(content)]
     strategies = [name for name in content["strategies"] if name not in COMPARED_WITH]
     if "prism" in strategies:
         sentences.append(_weighting(content))
     for name in strategies:
-        sentences.append(_standing(content, name))
+        sentences.append(_comparison(content, name))
         sentences += _against_each(content, name)
     return [*sentences, *_limits(content)]
 
@@ -42,7 +43,7 @@ def _design(content: Mapping[str, Any]) -> str:
 
 def _best(content: Mapping[str, Any]) -> list[str]:
     sentences = []
-    for metric, label in METRICS.items():
+    for metric, label in METRIC_LABELS.items():
         means = {name: one[metric]["mean"] for name, one in content["strategies"].items() if one[metric]}
         if not means:
             continue
@@ -52,7 +53,7 @@ def _best(content: Mapping[str, Any]) -> list[str]:
             f"{label.capitalize()}: {best} has the highest mean, {means[best]:.3f}; the base model is at {base:.3f}"
         )
         below = [name for name, mean in means.items() if mean < base]
-        sentences.append(sentence + (f", above {_listed(below)}." if below else "."))
+        sentences.append(sentence + (f", above {listed(below)}." if below else "."))
     return sentences
 
 
@@ -64,22 +65,25 @@ def _weighting(content: Mapping[str, Any]) -> str:
     if side == "above":
         return "The preference weighting paid here: prism is above uniform, which differs by the weights alone."
     if side == "below":
-        return "The preference weighting cost here: prism is below uniform, which differs by the weights alone. Use uniform."
+        return (
+            "The preference weighting cost here: prism is below uniform, which differs by the weights alone. Use "
+            "uniform."
+        )
     return (
-        "It is not shown that the preference weighting pays here: prism and uniform, which differ by the weights alone, "
-        "cannot be told apart."
+        "It is not shown that the preference weighting pays here: between prism and uniform, which differ by the "
+        "weights alone, there is no significant difference (the 95% interval holds zero)."
     )
 
 
-def _standing(content: Mapping[str, Any], name: str) -> str:
-    """Where one strategy stands among those it is held against, in target preference."""
-    sides: dict[str, list[str]] = {"above": [], "below": [], "apart": [], "unknown": []}
+def _comparison(content: Mapping[str, Any], name: str) -> str:
+    """How one strategy compares with the others, in target preference."""
+    sides: dict[str, list[str]] = {"above": [], "below": [], "unclear": [], "unknown": []}
     for other, metrics in content["differences"][name].items():
         sides[_side(metrics["target_preference"])].append(other)
     if sides["unknown"]:
-        return f"{name}: without repetition nothing is said about {_listed(sides['unknown'])}."
-    words = {"above": "above", "below": "below", "apart": "not to be told apart from"}
-    parts = [f"{text} {_listed(sides[side])}" for side, text in words.items() if sides[side]]
+        return f"{name}: without repetition nothing is said about {listed(sides['unknown'])}."
+    words = {"above": "above", "below": "below", "unclear": "no significant difference (95% interval) from"}
+    parts = [f"{text} {listed(sides[side])}" for side, text in words.items() if sides[side]]
     return f"{name} in target preference: {'; '.join(parts)}."
 
 
@@ -87,7 +91,7 @@ def _side(difference: Mapping[str, Any]) -> str:
     if difference["interval"] is None:
         return "unknown"
     low, high = difference["interval"]
-    return "above" if low > 0 else "below" if high < 0 else "apart"
+    return "above" if low > 0 else "below" if high < 0 else "unclear"
 
 
 def _against_each(content: Mapping[str, Any], name: str) -> list[str]:
@@ -96,7 +100,7 @@ def _against_each(content: Mapping[str, Any], name: str) -> list[str]:
         for other, metrics in content["differences"][name].items():
             if metrics[metric] is not None:
                 found = Summary(*(metrics[metric][field] for field in Summary._fields))
-                sentences.append(compared(name, other, found, METRICS[metric], content["unit"]))
+                sentences.append(compared(name, other, found, METRIC_LABELS[metric], content["unit"]))
     return sentences
 
 
@@ -105,8 +109,8 @@ def _limits(content: Mapping[str, Any]) -> list[str]:
     if content["unit"] == "split":
         sentences.append(
             "Splits are redraws of the same records, so they overlap: an interval is about redrawing these records and "
-            "about training, and is too narrow for records that nobody has seen. Pool, warm-up and sketch are the same in "
-            "all splits."
+            "about training, and is too narrow for records that nobody has seen. Pool, warm-up and sketch are the same "
+            "in all splits."
         )
     if 1 < content["units"] < FEW_UNITS:
         half = _interval_width(content["units"])
@@ -121,7 +125,8 @@ def _limits(content: Mapping[str, Any]) -> list[str]:
     )
     if content["units"] > 1:
         sentences.append(
-            f"Each interval holds for itself at 95%; there are {intervals}, so one in twenty of them misses by chance alone."
+            f"Each interval holds for itself at 95%; there are {intervals}, so one in twenty of them misses by chance "
+            "alone."
         )
     return sentences
 
@@ -135,7 +140,3 @@ def _interval_width(units: int) -> float:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number != 1 else ''}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,1 +1,1 @@
-"""Explanation: why a candidate stands where it stands."""
+"""Explanation: why a candidate ranks where it does."""

@@ -1,7 +1,7 @@
-"""`prism explain`: reads what the lake holds of a candidate and says why it stands where it stands.
+"""`prism explain`: reads what the lake holds of a candidate and says why it ranks where it does.
 
 Nothing is computed again: scores come from the stored index, directions and target sketches. The exception is the
-exact score, a gradient of the one candidate per checkpoint, which shows what the sketch cost.
+exact score, a gradient of the one candidate per checkpoint, which shows the error of the sketch.
 """
 
 import time
@@ -20,22 +20,22 @@ from prism_assets.selection.pool import Pool, indexed_pool
 from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
-    from prism_assets.explanation.parts import Contributions, Earlier, Explanation, Neighbour, Rank
-    from prism_assets.selection.rerank import ExactScores
+    from prism_assets.explanation.parts import Contributions, Earlier, Explanation, Neighbour, StrategyRank
+    from prism_assets.selection.exact_scores import ExactScorer
 
 
 class Explainer:
     """Explains candidates for one target and strategy; what they share is read once.
 
     A context manager: the model that the exact score needs stays adapted until it ends, so open one at a time.
-    `exact` None computes the exact score where the model can be loaded; True insists on it (ModelError says why it cannot
+    `exact` None computes the exact score where the model can be loaded; True requires it (ModelError says why it cannot
     be), False leaves it out.
     """
 
     def __init__(self, stage: Stage, *, target: str, strategy: str = "prism", exact: bool | None = None) -> None:
         self.stage, self.target, self.strategy, self.exact = stage, target, strategy, exact
         self._pass: GradientPass | None = None
-        self._scorer: ExactScores | None = None
+        self._scorer: ExactScorer | None = None
         self.version, self._no_model = self._current_version()
         self.pool = indexed_pool(stage, self.version)
         self.places = Places(self.pool)
@@ -171,11 +171,11 @@ class Explainer:
 
     def _without_sketch(self, place: Place) -> float:
         from prism_assets.corpus.token_tables import from_table
-        from prism_assets.selection.rerank import ExactScores
+        from prism_assets.selection.exact_scores import ExactScorer
 
         if self._scorer is None:
             self._pass = GradientPass(self.stage)
-            self._scorer = ExactScores(self._pass, self.side.vectors)
+            self._scorer = ExactScorer(self._pass, self.side.vectors)
         tokens = self.pool.candidates(place.shard, ["input_ids", "loss_mask"]).slice(place.row, 1)
         return float(self._scorer.of(from_table(tokens))[0])
 
@@ -184,8 +184,8 @@ class Explainer:
     def _selection(self, strategy: str) -> Artifact | None:
         return self.stage.lake.head("selection", join_key(self.target, strategy))
 
-    def _ranks(self, place: Place, position: int) -> "Iterator[Rank]":
-        from prism_assets.explanation.parts import Rank
+    def _ranks(self, place: Place, position: int) -> "Iterator[StrategyRank]":
+        from prism_assets.explanation.parts import StrategyRank
         from prism_assets.selection.strategies import STRATEGIES
 
         for name, strategy in STRATEGIES.items():
@@ -199,15 +199,15 @@ class Explainer:
                 if direction is None:
                     continue
                 if chosen and _is_reranked(selection):
-                    yield Rank(name, chosen["rank"], self.pool.size, chosen["score"], selected, "exact")
+                    yield StrategyRank(name, chosen["rank"], self.pool.size, chosen["score"], selected, "exact")
                 else:
-                    yield Rank(name, *_rank(self.pool, direction, position), selected, "sketch")
+                    yield StrategyRank(name, *_rank(self.pool, direction, position), selected, "sketch")
             elif name == "random":
-                yield Rank(name, *self._random_rank(place.id), None, selected)
+                yield StrategyRank(name, *self._random_rank(place.id), None, selected)
             elif selection is not None:
                 # The order of a set of rows says nothing beyond what it selects.
                 rank, score = (chosen["rank"], chosen["score"]) if chosen else (None, None)
-                yield Rank(name, rank, selection.notes["pool_rows"], score, selected)
+                yield StrategyRank(name, rank, selection.notes["pool_rows"], score, selected)
 
     def _chosen(self, selection: Artifact | None, name: str) -> dict[str, Any] | None:
         """Rank and score of a candidate in a selection; None where it is not among the selected."""

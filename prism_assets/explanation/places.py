@@ -1,4 +1,4 @@
-"""Rows of the pool by name: where a candidate stands and what excludes it."""
+"""Rows of the pool by name: the shard and row of a candidate, and what excludes it."""
 
 import difflib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from prism_assets.resources.lake import Artifact, Lake
 from prism_assets.selection.pool import Pool
 
 SHORTEST_PREFIX = 4
-# Above so many ids, near matches are looked for among those that begin alike.
+# Above so many ids, similar names are looked for among those with the same first two characters.
 _COMPARED = 20_000
 
 
@@ -56,7 +56,7 @@ class Places:
         if not counted:
             raise CannotExplain(self._contaminated(copies[0]))
         others = [one for one in copies if one is not counted[0]]
-        said = [f"The same example also stands in {one.shard}, row {one.row}; it counts once, here." for one in others]
+        said = [f"The same example is also in {one.shard}, row {one.row}; it counts once, here." for one in others]
         return Found(counted[0], said)
 
     def _contaminated(self, place: Place) -> str:
@@ -83,7 +83,7 @@ class Places:
                 continue
             if any(_matches(place, example) for place in _rows(self.lake, artifact, head["partition"], {})):
                 return (
-                    f"{example} stands in shard {head['partition']}, which is not in the live pool: its file left the "
+                    f"{example} is in shard {head['partition']}, which is not in the live pool: its file left the "
                     "inbox (then it is retired), or is new (then run `prism run`)."
                 )
         if len(example) < SHORTEST_PREFIX:
@@ -94,7 +94,7 @@ class Places:
         if len(names) > _COMPARED:
             names = [name for name in names if name[:2] == example[:2]][:_COMPARED]
         near = difflib.get_close_matches(example, names, n=3, cutoff=0.4)
-        advice = f" Near it: {', '.join(near)}." if near else ""
+        advice = f" Similar names: {', '.join(near)}." if near else ""
         return f"The live pool has no candidate with the id or record id {example!r}.{advice}"
 
 

@@ -1,4 +1,4 @@
-"""The target's side of a score: the direction, the targets behind it, and their weights as they were."""
+"""The target's side of a score: the direction, the targets it is made of, and the weights that they had."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,8 @@ class TargetSide(NamedTuple):
 
 
 def target_side(stage: Stage, target: str, strategy: str, version: str) -> TargetSide:
-    """Read it. Raises CannotExplain for a strategy without scores, LakeError where something is missing or does not fit."""
+    """Read it. Raises CannotExplain for a strategy without scores, LakeError where something is missing or does not
+    fit."""
     from prism_assets.selection.strategies import STRATEGIES
 
     weigh = STRATEGIES[strategy].weigh if strategy in STRATEGIES else None
@@ -78,7 +79,7 @@ def _input(stage: Stage, direction: Artifact, role: str) -> Artifact:
     found = stage.lake.get(reference["table"], reference["fingerprint"])
     if found is None:
         raise LakeError(
-            f"{reference['table']} {reference['fingerprint']}, which the direction of {direction.partition} was made from, "
-            "is not in the lake any more: run `prism run`."
+            f"{reference['table']} {reference['fingerprint']}, which the direction of {direction.partition} was made "
+            "from, is not in the lake any more: run `prism run`."
         )
     return found

@@ -1,1 +1,1 @@
-"""Export: adapters and data, each with a card, as folders to hand on."""
+"""Export: adapters and data, each with a card, as folders to share."""

@@ -1,13 +1,13 @@
-"""Cards: what an exported adapter and exported data say of themselves."""
+"""Cards: the README.md of an exported adapter and of exported data."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prism_assets.report.comparison import METRICS
+from prism_assets.report.comparison import METRIC_LABELS
 
 
-class Source(NamedTuple):
+class CitedArtifact(NamedTuple):
     """An artefact of the lake, as a card names it."""
 
     what: str
@@ -17,7 +17,7 @@ class Source(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the cards say."""
+    """The facts that the cards are written from."""
 
     target: str
     strategy: str
@@ -37,8 +37,8 @@ class Facts(NamedTuple):
     held_out_records: int
     harness: str | None  # lm-eval and its version; None where there are no benchmarks
     benchmarks: Sequence[tuple[str, float, Mapping[str, Any]]]  # label, base model, mean, std and seeds
-    made_from: Sequence[Source]  # the selection, and what it was made from
-    results: Sequence[Source]  # what the figures are from: adapters, evaluations and benchmarks of all seeds
+    made_from: Sequence[CitedArtifact]  # the selection, and what it was made from
+    results: Sequence[CitedArtifact]  # what the figures are from: adapters, evaluations and benchmarks of all seeds
 
 
 def adapter_card(facts: Facts) -> str:
@@ -77,7 +77,7 @@ def adapter_card(facts: Facts) -> str:
 
 
 def data_card(facts: Facts) -> str:
-    """README.md of the data: the hub's front matter, which names the split's file, then columns, sources and lineage."""
+    """README.md of the data: the hub's front matter, which names the split's file, columns, sources and lineage."""
     from huggingface_hub import DatasetCardData
 
     front = DatasetCardData(
@@ -112,9 +112,9 @@ def data_card(facts: Facts) -> str:
 
 def _data_sentence(facts: Facts) -> str:
     return (
-        f"{facts.rows:,} examples ({facts.completion_tokens:,} completion tokens), which the strategy `{facts.strategy}` of "
-        f"prism-assets selected for the target `{facts.target}` from {facts.pool_rows:,} candidates "
-        f"under the budget {facts.budget}."
+        f"{facts.rows:,} examples ({facts.completion_tokens:,} completion tokens), which the strategy "
+        f"`{facts.strategy}` of prism-assets selected for the target `{facts.target}` from {facts.pool_rows:,} "
+        f"candidates under the budget {facts.budget}."
     )
 
 
@@ -138,7 +138,7 @@ def _figure_lines(facts: Facts) -> list[str]:
         "| metric | before | fine-tuned |",
         "|---|---|---|",
     ]
-    ours = [(label, facts.base.get(metric), facts.figures.get(metric)) for metric, label in METRICS.items()]
+    ours = [(label, facts.base.get(metric), facts.figures.get(metric)) for metric, label in METRIC_LABELS.items()]
     benchmarks = [(f"lm-eval: {label}", before, value) for label, before, value in facts.benchmarks]
     for label, before, value in [*ours, *benchmarks]:
         if value is None:
@@ -148,9 +148,10 @@ def _figure_lines(facts: Facts) -> list[str]:
     return lines
 
 
-def _lineage_section(facts: Facts, sources: Sequence[Source]) -> list[str]:
+def _lineage_section(facts: Facts, sources: Sequence[CitedArtifact]) -> list[str]:
     rows = [
-        f"| {_cell(one.what)} | `{one.fingerprint}` | `{one.content_hash}` | {f'`{one.run_id}`' if one.run_id else '–'} |"
+        f"| {_cell(one.what)} | `{one.fingerprint}` | `{one.content_hash}` | "
+        f"{f'`{one.run_id}`' if one.run_id else '–'} |"
         for one in sources
     ]
     version = f" Gradient features are of version `{facts.feature_version}`." if facts.feature_version else ""
@@ -169,7 +170,8 @@ def _cell(text: str) -> str:
 
 
 def _repository_names(composition: Mapping[str, int]) -> list[str]:
-    """The sources written owner/name, as data sets are on the hub. A bare word is a label: it would claim another's data."""
+    """The sources written owner/name, as data sets are on the hub. A bare word is a label: it would claim another's
+    data."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

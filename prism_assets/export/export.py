@@ -1,11 +1,11 @@
-"""`prism export`: an adapter and the data that it was trained on, each with a card, as folders to hand on.
+"""`prism export`: an adapter and the data that it was trained on, each with a card, as folders to share.
 
     <folder>/adapter/   adapter_model.safetensors, adapter_config.json, README.md: what PeftModel.from_pretrained reads
     <folder>/data/      train.parquet, README.md: what datasets.load_dataset reads
 
 Adapters in the lake are shared by strategies that select equal rows, so they say nothing of how their rows were found;
-a card does, and is written here only. `export` is called from outside: it reads from the lake and writes files. `adapter_card` and
-`data_card` turn what it found into text.
+a card does, and is written here only. `export` is called from outside: it reads from the lake and writes files.
+`adapter_card` and `data_card` turn what it found into text.
 """
 
 import json
@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import CannotExport
-from prism_assets.export.cards import Facts, Source, adapter_card, data_card
+from prism_assets.export.cards import CitedArtifact, Facts, adapter_card, data_card
 from prism_assets.identity import base_key, join_key, seed_partition, split_key
-from prism_assets.report.comparison import METRICS
 from prism_assets.resources.lake import Artifact, hash_table
 from prism_assets.settings import Budget
 from prism_assets.stage import Stage
-from prism_assets.tables import tables
+from prism_assets.tables import METRICS, tables
 from prism_assets.training.adapter import trained_tokens
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _shown(stage: Stage, table: str, partition: str) -> Artifact:
 
 
 def _check_same(rows: "pa.Table", exported: Exported) -> None:
-    """An adapter of other rows, or figures of another adapter, would make a card that lies."""
+    """An adapter of other rows, or figures of another adapter, would make a wrong card."""
     content = hash_table(trained_tokens(rows))
     records = exported.base.header["inputs"]["records"]["content_hash"]
     for adapter, evaluation in zip(exported.adapters, exported.evaluations, strict=True):
@@ -119,14 +118,14 @@ def _check_same(rows: "pa.Table", exported: Exported) -> None:
             or evaluation.header["inputs"]["records"]["content_hash"] != records
         ):
             raise CannotExport(
-                f"Selection, adapter and evaluation of {adapter.partition} do not belong together: one was made anew and "
-                "the others were not yet. `prism run` brings them up to date."
+                f"Selection, adapter and evaluation of {adapter.partition} do not belong together: one was made again "
+                "and the others were not yet. `prism run` brings them up to date."
             )
 
 
 def _facts(stage: Stage, exported: Exported) -> Facts:
     from prism_assets.catalog.lineage import trace
-    from prism_assets.evaluation.metrics import summarize
+    from prism_assets.evaluation.metrics import mean_over_seeds
 
     settings, selection, adapters = stage.settings, exported.selection, exported.adapters
     base, evaluations = exported.base, exported.evaluations
@@ -156,15 +155,15 @@ def _facts(stage: Stage, exported: Exported) -> Facts:
         steps=adapters[0].notes["steps"],
         seed=settings.seeds[0],
         base={metric: base.notes[metric] for metric in METRICS},
-        figures={metric: summarize([one.notes[metric] for one in evaluations]) for metric in METRICS},
+        figures={metric: mean_over_seeds([one.notes[metric] for one in evaluations]) for metric in METRICS},
         held_out_records=base.notes["records"],
         harness=f"lm-eval {scored[0][1].header['settings']['lm_eval']}" if scored else None,
         benchmarks=benchmarks,
         made_from=[
-            *(Source(_name(one), one["fingerprint"], one["content_hash"], one["run_id"] or "") for one in above),
-            _source("selection", selection),
+            *(CitedArtifact(_name(one), one["fingerprint"], one["content_hash"], one["run_id"] or "") for one in above),
+            _cited("selection", selection),
         ],
-        results=[_source(what, artifact) for what, artifact in [*made, *scored]],
+        results=[_cited(what, artifact) for what, artifact in [*made, *scored]],
     )
 
 
@@ -198,8 +197,8 @@ def _benchmarks(
     return figures, [("benchmarks, before", base), *seeds]
 
 
-def _source(what: str, artifact: Artifact) -> Source:
-    return Source(what, artifact.fingerprint, artifact.content_hash, artifact.header["run_id"] or "")
+def _cited(what: str, artifact: Artifact) -> CitedArtifact:
+    return CitedArtifact(what, artifact.fingerprint, artifact.content_hash, artifact.header["run_id"] or "")
 
 
 def _name(traced: Mapping[str, Any]) -> str:

@@ -38,9 +38,9 @@ def build(project: Project) -> dg.AssetsDefinition:
     def candidate_index(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Immutable FAISS inner-product segments, reconciled with the live pool.
 
-        A new shard is a segment of its own; once a night the small ones are compacted into one (run tag `prism/compact`),
-        which changes no answer. A shard whose features are not finished is left out and counted; the next materialisation
-        takes it in.
+        A new shard is a segment of its own; once a night the small ones are compacted into one (run tag
+        `prism/compact`), which changes no answer. A shard whose features are not finished is left out and counted; the
+        next materialisation takes it in.
         """
         stage = stage_of(project, context)
         return the_whole(context, stage, _reconcile(stage, context.run.tags.get(COMPACT_TAG) == "true"))
@@ -81,7 +81,7 @@ def _reconcile(stage: Stage, compact: bool) -> Outcome:
 
 
 def _place(stage: Stage, ready: Mapping[str, Artifact]) -> Placed:
-    """Every ready shard in a segment: where it stood already, else in a new one of its own."""
+    """Every ready shard in a segment: the one it is in already, else a new one of its own."""
     before = stage.shown_or_none("candidate_index")
     known = {one.features: one for one in indexed_shards(stage.lake, before)} if before is not None else {}
     shards, computed = [], 0
@@ -129,15 +129,15 @@ def _compact(stage: Stage, shards: Sequence[IndexedShard]) -> Placed:
 
     recipe = stage.recipe("index_segments", {"storage": stage.index.storage}, {"segments": parts})
     whole, computed = stage.make(recipe, lambda: Folder(write))
-    moved = {
+    compacted = {
         one.shard: one._replace(segment=whole.fingerprint, first_row=first)
         for one, first in zip(small, whole.notes["first_rows"], strict=True)
     }
-    return Placed([moved.get(one.shard, one) for one in shards], computed)
+    return Placed([compacted.get(one.shard, one) for one in shards], computed)
 
 
 def _list_segments(stage: Stage, pool: Artifact, shards: Sequence[IndexedShard]) -> Made:
-    """The list of segments that answer queries for one state of the pool."""
+    """The list of segments that are queried for one state of the pool."""
     segments = _segments(stage, shards)
     recipe = stage.recipe(
         "candidate_index", {"shards": [list(one) for one in shards]}, {"pool": pool, "segments": segments}

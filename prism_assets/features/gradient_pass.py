@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class GradientPass:
-    """Gradients at the warm-up's checkpoints. Loads model, checkpoints and sketch on first use; `gradient_pass` opens one."""
+    """Gradients at the warm-up's checkpoints. Loads model, checkpoints and sketch on first use; `gradient_pass` opens
+    one."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -28,12 +29,13 @@ class GradientPass:
         self._start: dict[str, torch.Tensor] = {}
 
     def close(self) -> None:
+        """Give the model back."""
         self._stack.close()
 
     def at(self, checkpoint: WarmupCheckpoint | None) -> "GradientEngine":
         """The gradient engine with its parameters at a checkpoint, or (None) where fine-tuning starts."""
         if self._engine is None:
-            with uncounted():  # whoever comes first would pay for the others
+            with uncounted():  # else the first user would pay for the others
                 self._engine = self._build()
         from peft import set_peft_model_state_dict
 
@@ -72,8 +74,8 @@ class GradientPass:
     def candidate_rows(
         self, examples: Sequence[Any], progress: Callable[[int], None] | None = None
     ) -> "list[FeatureRows]":
-        """The preconditioned, sketched rows of examples at each checkpoint. `progress` hears how many of the examples of
-        all passes are done."""
+        """The preconditioned, sketched rows of examples at each checkpoint. `progress` is called with the number of
+        examples done, over all passes."""
         passes: list[FeatureRows] = []
         for position, checkpoint in enumerate(self.checkpoints):
             engine = self.at(checkpoint)

@@ -1,4 +1,4 @@
-"""Where the rows of each shard stand in the index."""
+"""Where the rows of each shard are stored in the index."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ SEGMENT_FILE = "segment.faiss"
 
 
 class IndexedShard(NamedTuple):
-    """Where the rows of a shard stand in the index: a segment of its own, or a part of a compacted one."""
+    """Where the rows of a shard are stored in the index: a segment of its own, or a part of a compacted one."""
 
     shard: str
     segment: str  # fingerprint

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from prism_assets.gradients.engine import FeatureRows
 
-GRADIENTS_USABLE = Check("target_gradients_usable", "No target was refused for its gradient.")
+GRADIENTS_USABLE = Check("target_gradients_usable", "No target example was refused for its gradient.")
 
 
 def build(project: Project) -> dg.AssetsDefinition:
@@ -68,7 +68,7 @@ def make_target_features(work: GradientPass, targets: Artifact, name: str) -> Ma
     made = stage.make(recipe, lambda: _gradients(work, stage.lake.read_table(targets)))
     if made.artifact.notes["refused"] == made.artifact.notes["rows"]:
         first = stage.lake.read_table(made.artifact, ["refused"])["refused"][0].as_py()
-        raise StageError(f"No target of {name} has a usable gradient; the first: {first}")
+        raise StageError(f"No target example of {name} has a usable gradient; the first: {first}")
     return made
 
 

@@ -1,1 +1,2 @@
-"""The gradient engine alone: per-example gradients of LoRA parameters, preconditioned and sketched. Knows no asset and no lake."""
+"""The gradient engine alone: per-example gradients of LoRA parameters, preconditioned and sketched. It imports no asset
+and no lake."""

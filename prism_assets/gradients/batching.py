@@ -1,6 +1,6 @@
 """Batches of examples sorted by length under a token budget, and where their supervised tokens lie.
 
-Padding stands on the right, so under causal attention no real token ever sees it: batches need no attention
+Padding is on the right, so under causal attention no real token ever sees it: batches need no attention
 mask, and no result depends on what else is in the batch (up to the rounding of larger matrix products).
 """
 

@@ -18,7 +18,7 @@ from prism_assets.gradients.sketch import Projection
 
 
 class Collector:
-    """Forms a layer's gradients from what the backward pass reports, and hands them to `receive`.
+    """Forms a layer's gradients from what the backward pass reports, and passes them to `receive`.
 
     at_supervised: the layers that see the batch's supervised positions only, as [1, N, features].
     """
@@ -30,6 +30,7 @@ class Collector:
         self.inverse_counts = batch.counts.reciprocal().to(dtype)[:, None, None]
 
     def collect(self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor) -> None:
+        """Pass the gradients of the layer's A and B to `receive`; shapes as in `lora.GradientCollector`."""
         if layer in self.at_supervised:
             inputs, down, output_gradient, up = map(self._pad, (inputs, down, output_gradient, up))
         self.receive(layer.name_a, self.outer(up, inputs))
@@ -41,6 +42,7 @@ class Collector:
         return _batched_product(left.transpose(1, 2), right, self.dtype)
 
     def receive(self, name: str, gradients: Tensor) -> None:
+        """Take n·g of one parameter for each example, [b, *shape]: the gradients of sums over n supervised tokens."""
         raise NotImplementedError
 
     def _pad(self, values: Tensor) -> Tensor:
@@ -70,6 +72,7 @@ class SketchingCollector(Collector):
         self.squared_gradient_norms = torch.zeros_like(self.squared_norms)
 
     def receive(self, name: str, gradients: Tensor) -> None:
+        """Add the sketch of the preconditioned gradients [b, *shape] to `rows` [b, K], and their squared norms."""
         gradients = gradients.contiguous().mul_(self.inverse_counts)  # g, no longer n * g
         features = self.preconditioner.apply(name, gradients)
         squared = _squared_norms(gradients)
@@ -86,6 +89,7 @@ class StackingCollector(Collector):
         self.gradients: dict[str, Tensor] = {}
 
     def receive(self, name: str, gradients: Tensor) -> None:
+        """Keep the gradients [b, *shape] of each example's mean."""
         self.gradients[name] = gradients.mul_(self.inverse_counts)
 
 
@@ -97,9 +101,11 @@ class SummingCollector(Collector):
         self.gradients: dict[str, Tensor] = {}
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """The sum over examples too: [b, T, p], [b, T, q] -> [1, p, q]."""
         return _batched_product(left.flatten(0, 1).t()[None], right.flatten(0, 1)[None], self.dtype)
 
     def receive(self, name: str, gradients: Tensor) -> None:
+        """Keep the sum [*shape]."""
         self.gradients[name] = gradients[0]
 
 

@@ -1,6 +1,6 @@
 """Log-probabilities of the supervised tokens, without logits anywhere else and without all logits at once.
 
-The hidden states in front of the output embeddings (`lm_head`) are gathered at the N supervised positions,
+The hidden states before the output embeddings (`lm_head`) are gathered at the N supervised positions,
 and the logits are formed a chunk of positions at a time. The gradient of each token's log-probability with
 respect to its own hidden state,
 

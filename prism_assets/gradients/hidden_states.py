@@ -1,6 +1,6 @@
 """Examples as the model represents them: the position-weighted mean of the last layer's hidden states.
 
-Of T tokens with last hidden states h_1 … h_T (behind the final norm, in front of the output embeddings)
+Of T tokens with last hidden states h_1 … h_T (after the final norm, before the output embeddings)
 
     r = Σ_i i · h_i / Σ_i i          later tokens count more, for under causal attention they have seen more
 
@@ -52,7 +52,7 @@ def representations(
     def run(positions: list[int]) -> HostCopy:
         ids, weights = _batch([examples[position].input_ids for position in positions], device)
         try:
-            # Padding stands on the right and weighs nothing: no real token sees it, so no attention mask is needed.
+            # Padding is on the right and has weight zero: no real token sees it, so no attention mask is needed.
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

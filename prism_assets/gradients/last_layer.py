@@ -1,4 +1,4 @@
-"""The last decoder layer, run at the supervised positions only behind its attention.
+"""The last decoder layer, run at the supervised positions only after its attention.
 
 No later layer attends to what the last one leaves at other positions, and the head reads supervised positions
 alone. So in the last layer the attention's output projection, the second norm and the MLP need the N
@@ -28,7 +28,7 @@ class LastLayer:
     """A decoder layer of the shape above. `per_token` are its modules that see supervised positions only."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer: Any = layer  # a module whose parts go by name
+        self.layer: Any = layer  # a module whose parts are accessed by name
         self.per_token = {self.layer.self_attn.o_proj, *self.layer.mlp.modules()}
 
     @classmethod
@@ -60,7 +60,7 @@ class LastLayer:
             error = (found[0].double() - expected).norm()
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return False  # of another shape after all
-        # Measured against what the layer adds: a scaled residual, say, must not hide behind large inputs.
+        # Measured against what the layer adds: large inputs must not hide the error of a scaled residual, say.
         tolerance = max(1e-4, 4 * torch.finfo(hidden.dtype).eps)
         return bool(error <= tolerance * (expected - before).norm())
 

@@ -9,7 +9,7 @@ which a step would move the parameters (up to the learning rate), so it agrees w
     adam_step  Gamma = -m_hat / (sqrt(v_hat) + eps), m_hat and v_hat after one more step with -g
     adam_less  Gamma = -m' / sqrt(v' + 1e-8), m' and v' after one more step with -g, no bias correction
 
-with T the number of optimiser steps behind the moments. `adam_step` is AdamW's next step without weight decay
+with T the number of optimiser steps that the moments cover. `adam_step` is AdamW's next step without weight decay
 (Kingma & Ba, 2015; Loshchilov & Hutter, 2019); `adam_less` is the form in LESS's published code (Xia et al.,
 2024).
 The first two are linear in g: `diagonal` gives their factor. The last two are not, so inner products with

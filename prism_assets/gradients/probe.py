@@ -1,4 +1,4 @@
-"""What one small forward pass shows of a model: whether the engine's assumptions hold, and what becomes of its logits."""
+"""What one small forward pass shows of a model: whether the engine's assumptions hold, and how logits are made."""
 
 from __future__ import annotations
 

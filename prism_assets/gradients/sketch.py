@@ -33,9 +33,13 @@ class Projection(Protocol):
 
     dim: int
 
-    def add_(self, out: Tensor, name: str, gradients: Tensor) -> None: ...
+    def add_(self, out: Tensor, name: str, gradients: Tensor) -> None:
+        """Add the projection of one parameter's gradients [b, *shape] to `out` [b, dim], in place."""
+        ...
 
-    def sketch_vector(self, vector: Mapping[str, Tensor]) -> Tensor: ...
+    def sketch_vector(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """The projection [dim] of one vector, given as parameter name -> tensor."""
+        ...
 
 
 class _Plan(NamedTuple):

@@ -20,7 +20,7 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """Copies of tensors on the host. From a GPU they start behind the work that makes them and are waited for when
+    """Copies of tensors on the host. From a GPU they start after the work that makes them and are waited for when
     they are read; a plain `.cpu()` would also wait for everything that was queued in between."""
 
     def __init__(self, *tensors: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""Operations: what runs without a hand, runs and their processes, `prism run`, housekeeping."""
+"""Operations: automation, runs and their processes, `prism run`, housekeeping."""

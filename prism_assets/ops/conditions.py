@@ -7,43 +7,45 @@ from prism_assets.tables import Asset
 
 C = dg.AutomationCondition
 
-# An input moved: its data version changed, or it is made in the same run. An input that was made again with the same
-# content moves nothing.
-_INPUT_MOVED = C.any_deps_updated().replace(
+# An input changed: its data version did, or it is made in the same run. An input that was made again with the same
+# content did not change.
+_INPUT_CHANGED = C.any_deps_updated().replace(
     "newly_updated_without_root", C.data_version_changed() & ~C.executed_with_root_target()
 )
-# `since(newly_requested)` keeps a move that comes while the asset is being made; `eager` would lose it. A request is
-# seen as new on the tick after it, and in `since` a reset beats a trigger of the same tick: without `& ~trigger` a move
-# between the request and the next tick would be lost.
-_TRIGGER = _INPUT_MOVED | C.code_version_changed()
-_MOVED = _TRIGGER.since(C.newly_requested() & ~_TRIGGER)
+# `since(newly_requested)` keeps a change that comes while the asset is being made; `eager` would lose it. A request is
+# seen as new on the tick after it, and in `since` a reset beats a trigger of the same tick: without `& ~trigger` a
+# change between the request and the next tick would be lost.
+_TRIGGER = _INPUT_CHANGED | C.code_version_changed()
+_CHANGED = _TRIGGER.since(C.newly_requested() & ~_TRIGGER)
 # Not `on_missing`: that ignores what was missing when the daemon first looked. What failed waits for its inputs to
-# move, or for a hand.
+# change, or for a manual run.
 _MISSING = C.missing() & ~C.execution_failed()
 
 _WHEN_MISSING = (
     (_MISSING | C.code_version_changed().since(C.newly_requested())) & ~C.in_progress() & ~C.any_deps_missing()
 )
-_FOLLOW = (_MISSING | _MOVED) & ~C.any_deps_missing() & ~C.any_deps_in_progress() & ~C.in_progress()
+_FOLLOW = (_MISSING | _CHANGED) & ~C.any_deps_missing() & ~C.any_deps_in_progress() & ~C.in_progress()
 # Under steady arrival some shard is always in progress: what reads all shards must not wait for a quiet moment.
-_FOLLOW_ARRIVALS = (_MISSING | _MOVED) & ~C.in_progress()
+_FOLLOW_ARRIVALS = (_MISSING | _CHANGED) & ~C.in_progress()
 
 
 class NotFullPool(dg.AutomationCondition):
-    """True for every partition but those of the strategy `full`: training on the whole pool takes a hand."""
+    """True for every partition but those of the strategy `full`: training on the whole pool is started manually."""
 
     @property
     def name(self) -> str:
+        """The name that the UI shows."""
         return "not_full_pool"
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
+        """The candidate partitions without those of `full`."""
         keys = context.candidate_subset.expensively_compute_partition_keys()
         allowed = {key for key in keys if not key.startswith("full|")}
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(allowed))
 
 
 def condition_of(project: Project, asset: Asset) -> dg.AutomationCondition | None:
-    """The condition of an asset; None for one that is made by hand alone."""
+    """The condition of an asset; None for one that is started manually only."""
 
     def present(dep: str) -> dg.AutomationCondition:
         return C.any_deps_match(~C.missing()).allow(dg.AssetSelection.assets(project.key(dep)))

@@ -1,4 +1,4 @@
-"""`prism doctor`: what an installation has, and what of its results is stale."""
+"""`prism doctor`: what an installation has, and which results are stale."""
 
 import json
 import platform
@@ -120,12 +120,12 @@ def _stale(stage: Stage) -> list[Finding]:
     try:
         _ = stage.corpus_version, stage.dtype
     except ModelError:
-        return []  # said above
+        return []  # reported by `_model`
     if not settings.candidates.inbox.is_dir():
         return []
     keys = sorted(inbox_files(settings, stage.lake, at_rest_seconds=0))
     unread = [key for key in keys if stage.shown_or_none("candidates", key) is None]
-    findings = [_share("candidates", len(unread), len(keys), "files are not ingested"), *_refused(stage, keys)]
+    findings = [_share("candidates", len(unread), len(keys), "files are not ingested"), *_rejected(stage, keys)]
     if stage.shown_or_none("warmup_checkpoints") is None:
         return [*findings, Finding("note", "stale", "no warm-up for these settings yet: `prism run` makes it")]
     version = stage.feature_version
@@ -202,8 +202,8 @@ def _difference(shown: Artifact, expected: Recipe) -> str | None:
     return f"other {', '.join(changed)}" if changed else "an older version of this code"
 
 
-def _refused(stage: Stage, keys: list[str]) -> list[Finding]:
-    """Files that could not be read, and how many records of the others were refused."""
+def _rejected(stage: Stage, keys: list[str]) -> list[Finding]:
+    """Files that could not be read, and how many records of the others were rejected."""
     findings, count = [], 0
     for key in keys:
         rejects = stage.shown_or_none("rejects", key)
@@ -213,7 +213,7 @@ def _refused(stage: Stage, keys: list[str]) -> list[Finding]:
             else:
                 count += 1
     if count:
-        findings.append(Finding("note", "rejects", f'{count} records were refused: prism sql "SELECT * FROM rejects"'))
+        findings.append(Finding("note", "rejects", f'{count} records were rejected: prism sql "SELECT * FROM rejects"'))
     return findings
 
 

@@ -39,7 +39,7 @@ class Removal(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `collect` would remove, and what it spares."""
+    """What `collect` would remove, and what it keeps for now."""
 
     kept_versions: Sequence[str]  # the current one first
     dropped_versions: Sequence[str]
@@ -51,6 +51,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all that goes."""
         return sum(one.bytes for one in (*self.artifacts, *self.leftovers))
 
     def by_table(self) -> dict[str, tuple[int, int]]:
@@ -63,7 +64,7 @@ class Plan:
 
 
 class _Wanted(NamedTuple):
-    """Who says what is kept."""
+    """What decides what is kept."""
 
     known_versions: Collection[str]  # all feature versions in the lake
     versions: Sequence[str]  # those that are kept, the current one first
@@ -242,8 +243,8 @@ def _refuse_damaged(lake: Lake, artifacts: Mapping[_Key, Artifact], heads: Itera
         for key in _keys_of(lake, *_key(head)):
             if _suffix(key) not in _ATTACHED:
                 raise DamagedArtifact(
-                    f"{lake.store.local(key)} is damaged, so what it was made from is not known. Run `prism run` first: it sets the "
-                    "file aside and makes it again."
+                    f"{lake.store.local(key)} is damaged, so what it was made from is not known. Run `prism run` "
+                    "first: it sets the file aside and makes it again."
                 )
 
 
@@ -306,7 +307,7 @@ def collect(lake: Lake, plan: Plan) -> dict[str, tuple[int, int]]:
     """Remove what the plan names; returns number and bytes per table.
 
     Heads go first. What a head has come to show since the plan was made stays. An artefact leaves by a rename, so
-    nobody sees half of one; a kill in between leaves a draft that the next `prism gc` clears.
+    no reader finds half of one; a kill in between leaves a draft that the next `prism gc` clears.
     """
     now_shown = {_head_id(head): head for head in lake.heads()}
     for head in plan.heads:

@@ -1,4 +1,4 @@
-"""DAGSTER_HOME: which instance a project works on, and the promise of one project, one lake."""
+"""DAGSTER_HOME: which instance a project works on, and the rule of one lake for each project name."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import dagster as dg
 
 # Names, in a DAGSTER_HOME outside of the lake, the lake of a project: this file for the project without a prefix, one
-# with the project's name behind a dash for another.
+# with a dash and the project's name for another.
 _OWNER_FILE = "prism-lake"
 
 
@@ -43,7 +43,7 @@ def claim_home(home: Path, root: Path, project: str = "") -> None:
     """Tie a project of a Dagster instance to the lake at `root`. Raises UserMistake where it is tied to another lake.
 
     In an instance a project has one set of shards: of two lakes under one name, each would retire the shards of the
-    other. A home inside of the lake goes where the lake goes and needs no mark.
+    other. A home inside of the lake moves with the lake and needs no mark.
     """
     home, root = home.resolve(), root.resolve()
     if home.is_relative_to(root):
@@ -57,9 +57,9 @@ def claim_home(home: Path, root: Path, project: str = "") -> None:
         if owner and Path(owner) != root:
             named = f"the project {project!r}" if project else "this project"
             raise UserMistake(
-                f"DAGSTER_HOME {home} serves the lake {owner}, and the lake of {named} is {root}: on one Dagster instance "
-                "two projects of one name would retire each other's shards. Set another DAGSTER_HOME, or none, or give one "
-                "of them a key_prefix (build_definitions). If the lake was moved, "
+                f"DAGSTER_HOME {home} serves the lake {owner}, and the lake of {named} is {root}: on one Dagster "
+                "instance two projects of one name would retire each other's shards. Set another DAGSTER_HOME, or "
+                "none, or give one of them a key_prefix (build_definitions). If the lake was moved, "
                 f"delete {mark}."
             ) from None
 
@@ -68,8 +68,8 @@ def claim_home(home: Path, root: Path, project: str = "") -> None:
 def instance_of(settings: Settings) -> "Iterator[dg.DagsterInstance]":
     """The Dagster instance of these settings, which leaves stdout and stderr of the steps to the terminal.
 
-    Dagster would redirect both to files for the UI, and print them by processes of its own: no progress on the terminal,
-    and tracebacks of these processes at Ctrl-C.
+    Dagster would redirect both to files for the UI, and print them by processes of its own: no progress on the
+    terminal, and tracebacks of these processes at Ctrl-C.
     """
     from prism_assets.compat import instance_without_captured_output
 

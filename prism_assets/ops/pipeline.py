@@ -54,7 +54,7 @@ EXPERIMENT_STEPS: tuple[Step, ...] = (
 
 
 class StepResult(NamedTuple):
-    """What one step came to."""
+    """The result of one step."""
 
     step: Step
     run_ids: list[str]
@@ -68,11 +68,11 @@ def _nothing(_: Any) -> None:
 
 
 class Listener(NamedTuple):
-    """Who is told how a pipeline goes on."""
+    """What is called while a pipeline runs."""
 
     on_step: Callable[[Step], None] = _nothing
     on_result: Callable[[StepResult], None] = _nothing
-    # Told, once for each step that must wait, which run of another process works with the model.
+    # Called, once for each step that must wait, with the runs of other processes that work with the model.
     on_wait: Callable[[str], None] = _nothing
 
 
@@ -88,14 +88,14 @@ def run_pipeline(
 ) -> list[StepResult]:
     """Look at the inbox, then materialise every asset in order (or these steps); what exists is found, not computed.
 
-    `tags` are laid on every run: `{"prism/compact": "true"}` compacts index segments. A run whose process was killed is
-    closed first, so that nothing waits for it. Raises PipelineError at the first run that fails, RunRefused (one of them)
-    where the user must change something.
+    `tags` are added to every run: `{"prism/compact": "true"}` compacts index segments. A run whose process was killed
+    is closed first, so that nothing waits for it. Raises PipelineError at the first run that fails, RunRefused (one of
+    them) where the user must change something.
     """
-    from prism_assets.ops.runs import PROCESS_TAG, close_runs_of_the_dead, registered
+    from prism_assets.ops.runs import PROCESS_TAG, close_orphaned_runs, registered
 
     with registered(instance) as process:
-        close_runs_of_the_dead(instance)
+        close_orphaned_runs(instance)
         pipeline = Pipeline(project, definitions, instance, {**(tags or {}), PROCESS_TAG: process}, listener)
         return pipeline.run(steps_of_run() if steps is None else steps, targets)
 
@@ -214,7 +214,7 @@ class Pipeline:
 
 
 def _require_usable_model(settings: Settings, model: Any) -> None:
-    """Raise UserMistake for what a step would refuse later, perhaps hours later: no model, no GPU, too short a context."""
+    """Raise UserMistake for what would fail a step later, maybe after hours: no model, no GPU, too short a context."""
     from prism_assets.corpus.encoding import require_context
     from prism_assets.errors import ModelError
 
@@ -226,7 +226,7 @@ def _require_usable_model(settings: Settings, model: Any) -> None:
 
 
 def _check_benchmarks(settings: Settings) -> None:
-    """Benchmarks come last: what is wrong with their names is better said now than after hours of work."""
+    """Benchmarks come last: an error in their names is reported now, not after hours of work."""
     from prism_assets.errors import UnusableBenchmark
     from prism_assets.evaluation.benchmark_scores import benchmark_tasks
 
@@ -293,12 +293,12 @@ def _failed_checks(result: Any) -> "Iterator[str]":
         by_partition = {key: one for key, one in facts.items() if isinstance(one, dict) and "passed" in one}
         for key, one in by_partition.items():
             if not one["passed"]:
-                yield f"{name} [{key}]: {_listed(one)}"
+                yield f"{name} [{key}]: {_facts_text(one)}"
         if not by_partition:
-            yield f"{name}: {_listed(facts)}"
+            yield f"{name}: {_facts_text(facts)}"
 
 
-def _listed(facts: Mapping[str, Any]) -> str:
+def _facts_text(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if name != "passed")
 
 

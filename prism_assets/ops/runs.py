@@ -2,8 +2,8 @@
 
 A step of a pool holds one of its slots while it works. Dagster gives back the slot of a run that ends, but its launcher
 for one machine never notices that a run's process is gone (killed, power cut): the run would count as started, and its
-slot as taken, for ever, and everything else would wait for it. So a process that works on a run says so by a locked file
-in the instance's folder, and the system lets go of the lock however the process ends.
+slot as taken, for ever, and everything else would wait for it. So a process that works on a run says so by a locked
+file in the instance's folder, and the system lets go of the lock however the process ends.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ _working_on: IO[str] | None = None
 
 @contextmanager
 def registered(instance: dg.DagsterInstance) -> Iterator[str]:
-    """A name for this process, for PROCESS_TAG, which `close_runs_of_the_dead` knows to be alive until the process ends."""
+    """A name of this process, for PROCESS_TAG; it counts as alive for `close_orphaned_runs` until the process ends."""
     name = uuid.uuid4().hex
     with _locked(instance, name):
         try:
@@ -79,8 +79,8 @@ one_process = dg.ExecutorDefinition(
 )
 
 
-def close_runs_of_the_dead(instance: dg.DagsterInstance) -> list[str]:
-    """Close the runs that a process of this machine worked on which is gone, give back their slots; their ids.
+def close_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Close the runs whose process, on this machine, is gone, and free their slots; returns their ids.
 
     A run of `prism run` is closed as cancelled: its user runs the command again. One of Dagster's daemon is closed as
     failed, so that the instance's `run_retries` take it up. Runs of which nothing is known here (other machines, other
@@ -91,7 +91,7 @@ def close_runs_of_the_dead(instance: dg.DagsterInstance) -> list[str]:
         ours = run.tags.get(PROCESS_TAG)
         file = _folder(instance) / (ours or run.run_id)
         # A process of `prism run` has its file before its first run; one of the daemon, before its first step.
-        if not (_is_dead(file) or (ours and not file.exists())):
+        if not (_is_orphaned(file) or (ours and not file.exists())):
             continue
         message = "The process of this run was killed. What it had finished is kept; a later run goes on."
         if ours or run.status == dg.DagsterRunStatus.CANCELING:
@@ -111,7 +111,7 @@ def wait_for_slots(instance: dg.DagsterInstance, pools: set[str], on_wait: Calla
         if not said:
             on_wait("; ".join(f"run {run[:8]} works on {step}" for run, step in holders))
             said = True
-        close_runs_of_the_dead(instance)
+        close_orphaned_runs(instance)
         time.sleep(_POLL_SECONDS)
 
 
@@ -139,8 +139,8 @@ def _locked(instance: dg.DagsterInstance, name: str) -> IO[str]:
     return file
 
 
-def _is_dead(path: Path) -> bool:
-    """Whether the process that locked this file is gone; False where there is no such file, or another machine made it."""
+def _is_orphaned(path: Path) -> bool:
+    """Whether the process that locked this file is gone; False without such a file, or for another machine's."""
     try:
         with open(path, encoding="utf-8") as file:
             if file.read() != platform.node():
@@ -155,5 +155,5 @@ def _sweep(instance: dg.DagsterInstance) -> None:
     """Delete the files of processes of this machine that are gone."""
     folder = _folder(instance)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.name.startswith(".") and _is_dead(path):
+        if not path.name.startswith(".") and _is_orphaned(path):
             path.unlink(missing_ok=True)

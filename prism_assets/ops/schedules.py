@@ -1,4 +1,4 @@
-"""Jobs, and the schedules that catch what no event told. Schedules start switched off and are turned on in the UI."""
+"""Jobs, and the schedules that catch what no event triggered. Schedules start switched off; the UI turns them on."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def build_jobs(project: Project) -> list[Any]:
 
 
 def build_schedules(project: Project) -> list[Any]:
-    """A nightly look at everything that is one for the pool, weekly ones at what was trained and whether it holds."""
+    """A nightly run over the pool, weekly ones over all selections and over the measurements of trust."""
     settings = project.settings
 
     @dg.schedule(
@@ -65,7 +65,7 @@ def _request(context: dg.ScheduleEvaluationContext, key: str) -> dg.RunRequest:
 
 
 def automated_keys(settings: Settings) -> list[str]:
-    """Partitions of target × strategy that may be made without a hand: training on the whole pool may not."""
+    """Partitions of target × strategy that may be made automatically: training on the whole pool is not."""
     return [
         join_key(target, strategy)
         for strategy in settings.strategies

@@ -1,4 +1,4 @@
-"""The watchers: of files, of processes, and the sensor that evaluates automation conditions. All on by default."""
+"""The sensors: of files, of processes, and the one that evaluates automation conditions. All on by default."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from prism_assets.ops.home import claim_home
-from prism_assets.ops.runs import close_runs_of_the_dead
+from prism_assets.ops.runs import close_orphaned_runs
 from prism_assets.ops.shards import reconcile_shards
 from prism_assets.project import LAKE, Project
 from prism_assets.resources.lake import Lake, digest
@@ -59,8 +59,8 @@ def _inbox(project: Project) -> dg.SensorDefinition:
         live = {*held.values(), *(file.key for file in found.files if file.key in known)}
         added, removed = reconcile_shards(project, context.instance, live)
         # New shards are made by the condition of `candidates`, and the manifest follows them. A retirement updates no
-        # asset, so it asks for the manifest itself: as long as the manifest shows a shard that is gone, for a daemon may
-        # die between the retirement and its request. The key keeps one state from being asked for twice.
+        # asset, so it asks for the manifest itself: as long as the manifest shows a shard that is gone, for a daemon
+        # may die between the retirement and its request. The key keeps one state from being asked for twice.
         manifest, shown = _manifest_shards(lake)
         requests = []
         if shown - live:
@@ -91,7 +91,7 @@ def _target_files(project: Project) -> dg.SensorDefinition:
         asset_selection=[project.key("targets")],
         minimum_interval_seconds=10,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Notices changes of target and eval files.",
+        description="Notices changes of target and held-out files.",
     )
     def target_files_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         """Asks for the targets whose files changed since they were last looked at and are at rest now."""
@@ -110,7 +110,7 @@ def _target_files(project: Project) -> dg.SensorDefinition:
         )
         if not changed:
             context.update_cursor(cursor)
-            return dg.SkipReason("No target or eval file changed.")
+            return dg.SkipReason("No target or held-out file changed.")
         requests = [
             dg.RunRequest(
                 partition_key=name,
@@ -145,8 +145,9 @@ def _dead_runs(project: Project) -> dg.SensorDefinition:
         description="Closes runs whose process was killed, or everything else would wait for the model that they hold.",
     )
     def dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        """Closes the runs of the dead; asks for nothing: the instance tries failed runs again, the rest is seen missing."""
-        closed = close_runs_of_the_dead(context.instance)
+        """Closes orphaned runs and requests none: the instance retries failed runs, and automation finds what is
+        missing."""
+        closed = close_orphaned_runs(context.instance)
         for run in closed:
             context.log.warning(f"The process of run {run} is gone: the run is closed.")
         return dg.SkipReason(f"{len(closed)} runs of killed processes closed.")

@@ -1,4 +1,4 @@
-"""Plots of a selection and of what it bought: plain data in, PNG bytes out."""
+"""Plots of a selection and of its results: plain data in, PNG bytes out."""
 
 from prism_assets.plots.canvas import as_data_uri, as_markdown_image
 from prism_assets.plots.pool import composition, score_histogram

@@ -35,7 +35,7 @@ SOURCE_COLORS = (
     "#a0693a", "#d4a92a", "#6f7fd9", "#7d9a3c", "#b56576",
 )  # fmt: skip
 OTHER_COLOR = "#c9cfd8"
-METRICS = {
+METRIC_AXES = {
     "target_preference": "target preference\n(mean over examples, τ = 1)",
     "mean_log_prob": "mean log-probability\n(nats per token)",
     "exact_match": "exact match\n(share of examples)",
@@ -74,11 +74,13 @@ def as_data_uri(png: bytes) -> str:
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of width × height inches with one pair of axes."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     return figure, figure.subplots()
 
 
 def finish(axes: Axes, title: str, xlabel: str, ylabel: str, grid: Literal["both", "x", "y"] | None = None) -> None:
+    """Title, axis labels and grid lines of finished axes."""
     if title:
         axes.set_title(title, pad=8)
     axes.set_xlabel(xlabel)
@@ -91,10 +93,12 @@ def finish(axes: Axes, title: str, xlabel: str, ylabel: str, grid: Literal["both
 
 
 def ticks(most: int, integer: bool = False) -> MaxNLocator:
+    """At most so many ticks at round numbers; `integer`: at whole numbers only."""
     return MaxNLocator(most, steps=[1, 2, 5, 10], integer=integer, min_n_ticks=1)
 
 
-def say_nothing(axes: Axes) -> None:
+def show_no_values(axes: Axes) -> None:
+    """Say that there are no values to show, in place of ticks."""
     axes.text(0.5, 0.5, "no values to show", ha="center", va="center", transform=axes.transAxes, color=MUTED)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -114,6 +118,7 @@ def png(figure: Figure) -> bytes:
 
 
 def entry_of(values: Mapping[str, Any], metric: str, field: str = "mean") -> Any:
+    """A field of a metric's entry, None where the entry is no mapping."""
     entry = values.get(metric)
     return entry.get(field) if isinstance(entry, Mapping) else None
 
@@ -128,16 +133,19 @@ def finite(value: Any) -> float | None:
 
 
 def finite_values(values: Any) -> np.ndarray:
+    """The finite numbers among values, float64 [n]."""
     return np.array([number for value in values if (number := finite(value)) is not None])
 
 
 def shares_of(counts: Mapping[str, float] | None) -> dict[str, float]:
+    """Name -> share of the total; counts that are not positive are left out."""
     values = {str(name): number for name, value in (counts or {}).items() if (number := finite(value)) and number > 0}
     total = sum(values.values())
     return {name: value / total for name, value in values.items()}
 
 
 def color_of(strategy: str, position: int) -> str:
+    """The colour of a strategy: its own, or a spare one by its position."""
     return STRATEGY_COLORS.get(strategy, SPARE_COLORS[position % len(SPARE_COLORS)])
 
 
@@ -147,11 +155,12 @@ def tint(color: str, strength: float) -> tuple[float, ...]:
 
 
 def percent_decimals(largest: float) -> int:
+    """Decimals of percentages on an axis whose largest value (a share) is this."""
     return 0 if largest >= 0.05 else 1 if largest >= 0.005 else 2
 
 
-def shortened(name: str, length: int) -> str:
-    """`name` on one line and at most `length` characters, its middle left out: a path's ends tell most."""
+def without_middle(name: str, length: int) -> str:
+    """`name` on one line and at most `length` characters, its middle left out: a path is recognised by its ends."""
     line = " ".join(str(name).split())
     if len(line) <= length:
         return line

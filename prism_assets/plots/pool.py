@@ -22,10 +22,10 @@ from prism_assets.plots.canvas import (
     finish,
     finite,
     new_figure,
-    say_nothing,
     shares_of,
-    shortened,
+    show_no_values,
     ticks,
+    without_middle,
 )
 
 
@@ -59,7 +59,7 @@ def score_histogram(histogram: Mapping[str, Any], *, title: str = "Influence sco
                 _cutoff_label(axes, cutoff, edges, histogram.get("selected"))
             axes.xaxis.set_major_locator(ticks(8))
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, "influence score", "candidates", grid="y")
         return canvas.png(figure)
 
@@ -96,7 +96,7 @@ def composition(
             color = SOURCE_COLORS[number % len(SOURCE_COLORS)] if source in shown else OTHER_COLOR
             axes.barh(
                 range(len(rows)), shares, left=lefts, height=0.72, color=color, edgecolor="white",
-                linewidth=0.6, label=shortened(source, 34),
+                linewidth=0.6, label=without_middle(source, 34),
             )  # fmt: skip
             for row, share in enumerate(shares):
                 if share >= 0.06:
@@ -106,13 +106,13 @@ def composition(
                     )  # fmt: skip
             lefts += shares
         if rows:
-            axes.set_yticks(range(len(rows)), [shortened(name, 24) for name in rows])
+            axes.set_yticks(range(len(rows)), [without_middle(name, 24) for name in rows])
             axes.invert_yaxis()
             axes.set_xlim(0, 1)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
             figure.legend(loc="outside lower center", ncols=3, handlelength=1.0, handleheight=1.0)
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, "share of the rows", "")
         return canvas.png(figure)
 

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from prism_assets.plots import canvas
 from prism_assets.plots.canvas import (
     DPI,
-    METRICS,
+    METRIC_AXES,
     MUTED,
     SOURCE_COLORS,
     STYLE,
@@ -23,10 +23,10 @@ from prism_assets.plots.canvas import (
     finite,
     finite_values,
     new_figure,
-    say_nothing,
-    shortened,
+    show_no_values,
     ticks,
     tint,
+    without_middle,
 )
 
 
@@ -44,7 +44,7 @@ def strategies_comparison(
     base = base or {}
     present = [
         metric
-        for metric in METRICS
+        for metric in METRIC_AXES
         if any(finite(entry_of(values, metric)) is not None for values in strategies.values())
     ]
     with rc_context(STYLE):
@@ -75,12 +75,12 @@ def strategies_comparison(
                 )  # fmt: skip
             axes.xaxis.set_major_locator(ticks(4))
             axes.margins(x=0.12)
-            finish(axes, "", METRICS[metric], "", grid="x")
+            finish(axes, "", METRIC_AXES[metric], "", grid="x")
         if present:
-            panels[0].set_yticks(range(len(strategies)), [shortened(name, 24) for name in strategies])
+            panels[0].set_yticks(range(len(strategies)), [without_middle(name, 24) for name in strategies])
             panels[0].set_ylim(len(strategies) - 0.4, -0.6)
         else:
-            say_nothing(panels[0])
+            show_no_values(panels[0])
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         return canvas.png(figure)
 
@@ -88,13 +88,13 @@ def strategies_comparison(
 def paired_differences(
     differences: Mapping[str, Mapping[str, Mapping[str, Any]]], *, title: str = "Paired differences, with 95% intervals"
 ) -> bytes:
-    """A panel per metric: each strategy less each that it is held against, its interval, and the units it rests on.
+    """A panel per metric: each strategy minus each that it is compared with, its interval, and the units it rests on.
 
     `differences`: strategy -> other -> metric -> `{"mean", "interval", "values"}` or None. A metric that no pair has is
     left out.
     """
     pairs = [(name, other, metrics) for name, others in differences.items() for other, metrics in others.items()]
-    present = [metric for metric in METRICS if any(metrics.get(metric) for *_, metrics in pairs)]
+    present = [metric for metric in METRIC_AXES if any(metrics.get(metric) for *_, metrics in pairs)]
     with rc_context(STYLE):
         figure = Figure(
             figsize=(8.6, 1.45 + 0.26 * max(len(pairs), 1)), dpi=DPI, layout=ConstrainedLayoutEngine(wspace=0.07)
@@ -115,13 +115,13 @@ def paired_differences(
             axes.axvline(0, color=MUTED, linewidth=1.0, linestyle="--", zorder=0)
             axes.xaxis.set_major_locator(ticks(4))
             axes.margins(x=0.08)
-            finish(axes, "", f"difference in\n{METRICS[metric].partition(chr(10))[0]}", "", grid="x")
+            finish(axes, "", f"difference in\n{METRIC_AXES[metric].partition(chr(10))[0]}", "", grid="x")
         if present:
-            names = [f"{shortened(name, 18)} − {shortened(other, 18)}" for name, other, _ in pairs]
+            names = [f"{without_middle(name, 18)} − {without_middle(other, 18)}" for name, other, _ in pairs]
             panels[0].set_yticks(range(len(pairs)), names)
             panels[0].set_ylim(len(pairs) - 0.4, -0.6)
         else:
-            say_nothing(panels[0])
+            show_no_values(panels[0])
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         return canvas.png(figure)
 
@@ -147,10 +147,10 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, unit: str, title: s
             )
             lefts += seconds
         if stages:
-            axes.set_yticks(range(len(costs)), [shortened(name, 24) for name in costs])
+            axes.set_yticks(range(len(costs)), [without_middle(name, 24) for name in costs])
             axes.invert_yaxis()
             figure.legend(loc="outside lower center", ncols=5, handlelength=1.0, handleheight=1.0)
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, f"{unit} seconds, all trials of a strategy", "", grid="x")
         return canvas.png(figure)

@@ -24,10 +24,10 @@ from prism_assets.plots.canvas import (
     finite_values,
     new_figure,
     percent_decimals,
-    say_nothing,
-    shortened,
+    show_no_values,
     ticks,
     tint,
+    without_middle,
 )
 
 
@@ -45,7 +45,7 @@ def loss_curve(losses: Sequence[float], *, title: str = "Training loss") -> byte
                 axes.plot(steps[window - 1 :], mean, color=STRATEGY_COLORS["prism"], linewidth=1.5)
             axes.xaxis.set_major_locator(ticks(8, integer=True))
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, "optimiser step", "loss", grid="y")
         return canvas.png(figure)
 
@@ -81,7 +81,7 @@ def target_weights(
             axes.set_xlim(0.3, len(prism) + 0.7)
             axes.legend(loc="upper right")
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, "targets, by weight", "share of the weight", grid="y")
         return canvas.png(figure)
 
@@ -113,7 +113,7 @@ def first_order_gains(
             panels[0].legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.14), handlelength=1.2)
             _named_bars(panels[0], list(directions))
         else:
-            say_nothing(panels[0])
+            show_no_values(panels[0])
         step = finite(first_order.get("step"))
         finish(panels[0], "", "" if step is None else f"step of length {step:.3g}", "change of J", grid="y")
         if len(widths) == 2:
@@ -152,7 +152,7 @@ def growing_steps(growing: Mapping[str, Any], *, title: str = "Change of J after
             axes.axvline(growing["needed"] / unit, color=MUTED, linewidth=1, linestyle=":", label="a training step")
             axes.legend(loc="upper left")
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, "size in probe steps (dashed: predicted)", "change of J", grid="y")
         return canvas.png(figure)
 
@@ -167,7 +167,7 @@ def predicted_and_measured(rows: Sequence[Mapping[str, Any]], *, title: str, xla
             axes.axhline(0, color="#b9c1cb", linewidth=0.8)
             axes.plot(*zip(*points, strict=True), "o", color=STRATEGY_COLORS["prism"], markersize=4.5, alpha=0.75)
         else:
-            say_nothing(axes)
+            show_no_values(axes)
         finish(axes, title, xlabel, "change of J", grid="y")
         return canvas.png(figure)
 
@@ -175,7 +175,7 @@ def predicted_and_measured(rows: Sequence[Mapping[str, Any]], *, title: str, xla
 def _named_bars(axes: Axes, names: list[str]) -> None:
     crowded = len(names) > 4
     axes.set_xticks(
-        range(len(names)), [shortened(name, 14) for name in names],
+        range(len(names)), [without_middle(name, 14) for name in names],
         rotation=60 if crowded else 0, ha="right" if crowded else "center",
         rotation_mode="anchor" if crowded else None,
     )  # fmt: skip

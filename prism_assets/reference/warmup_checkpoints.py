@@ -1,4 +1,4 @@
-"""The asset `warmup_checkpoints`: a short LoRA training on the pinned sample, whose checkpoints gradients are taken at."""
+"""The asset `warmup_checkpoints`: short LoRA training on the pinned sample; gradients are taken at its checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def build(project: Project) -> dg.AssetsDefinition:
         loads_model=True,
     )
     def warmup_checkpoints(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        """LoRA warm-up on the pinned sample: the parameters at one or several checkpoints, with Adam's moments by name."""
+        """LoRA warm-up on the pinned sample: parameters at one or several checkpoints, with Adam's moments by name."""
         stage = stage_of(project, context)
         sample = stage.shown("warmup_sample")
         settings = {

@@ -13,8 +13,8 @@ from prism_assets.work import Outcome, stage_of, the_whole
 
 COVERS_POOL = Check(
     "sample_covers_pool",
-    "At least half of the live pool was there when the warm-up sample was drawn. Otherwise raise `warmup.generation`: a new "
-    "warm-up and a new feature version follow.",
+    "At least half of the live pool was there when the warm-up sample was drawn. Otherwise raise `warmup.generation`: "
+    "a new warm-up and a new feature version follow.",
 )
 
 
@@ -48,7 +48,7 @@ def build(project: Project) -> dg.AssetsDefinition:
 
 
 def _pinned_or_drawn(stage: Stage, pool: Artifact) -> Made:
-    """The sample of this scope; the first one drawn where the head was lost, for a new one would start everything anew."""
+    """The sample of this scope; where its head was lost, the first drawn: a new one would make every feature stale."""
     drawn = [one for one in stage.lake.artifacts("warmup_sample") if one.header["version"] == stage.warmup_scope]
     first = min(drawn, key=lambda one: one.header["created"], default=None)
     pinned = stage.shown_or_none("warmup_sample") or first

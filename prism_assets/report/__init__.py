@@ -1,1 +1,1 @@
-"""The report: what a target came to, as data, sentences and one HTML page."""
+"""The report: the results for a target, as data, sentences and one HTML page."""

@@ -15,7 +15,7 @@ from prism_assets.report.wording import (
 )
 
 FORMAT = 1
-METRICS = {
+METRIC_LABELS = {
     "target_preference": "target preference",
     "mean_log_prob": "mean log-probability",
     "exact_match": "exact match",
@@ -34,7 +34,7 @@ def comparison_table(data: Mapping[str, Any]) -> list[list[str]]:
     check_format(data)
     targets = data.get("targets", {})
     benchmarks = list(dict.fromkeys(label for target in targets.values() for label in benchmark_metrics(target)))
-    table = [["target", "strategy", *METRICS.values(), *benchmarks, "rows"]]
+    table = [["target", "strategy", *METRIC_LABELS.values(), *benchmarks, "rows"]]
     for name, target in targets.items():
         scores = benchmark_metrics(target)
         for row in metric_rows(target):
@@ -44,12 +44,16 @@ def comparison_table(data: Mapping[str, Any]) -> list[list[str]]:
 
 
 class Cell(NamedTuple):
+    """A figure as text and as a number, and whether it is the best of its column."""
+
     text: str
     value: float | None
     best: bool
 
 
 class MetricRow(NamedTuple):
+    """A row of the table of strategies; all but `cells` is text."""
+
     strategy: str
     cells: list[Cell]
     rows: str
@@ -66,14 +70,14 @@ def metric_rows(target: Mapping[str, Any]) -> list[MetricRow]:
             (mean for entry in strategies.values() if (mean := mean_of(entry, metric)) is not None),
             default=None,
         )
-        for metric in METRICS
+        for metric in METRIC_LABELS
     }
     base = target.get("base") or {}
-    base_cells = [Cell(figure_text(base.get(metric)), as_number(base.get(metric)), False) for metric in METRICS]
+    base_cells = [Cell(figure_text(base.get(metric)), as_number(base.get(metric)), False) for metric in METRIC_LABELS]
     rows = [MetricRow("base", base_cells, MISSING, MISSING, MISSING, MISSING)]
     for name, entry in strategies.items():
         cells = []
-        for metric in METRICS:
+        for metric in METRIC_LABELS:
             mean = mean_of(entry, metric)
             best = mean is not None and mean == highest[metric] and len(strategies) > 1
             cells.append(Cell(mean_and_std(entry, metric), mean, best))
@@ -102,5 +106,6 @@ def benchmark_text(metric: Mapping[str, Any] | None, strategy: str) -> str:
 
 
 def check_format(data: Mapping[str, Any]) -> None:
+    """Raise ValueError where report.json has another format than this version reads."""
     if data.get("format") != FORMAT:
         raise ValueError(f"report.json has format {data.get('format')!r}; this version reads format {FORMAT}")

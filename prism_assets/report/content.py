@@ -4,25 +4,25 @@ from typing import Any, NamedTuple
 
 from prism_assets.errors import CannotExplain
 from prism_assets.evaluation.benchmark_scores import benchmarks_of, shown_scores
-from prism_assets.evaluation.scores import METRICS
 from prism_assets.identity import base_key, join_key, seed_partition
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.selection import json_lines_of
 from prism_assets.stage import Stage
+from prism_assets.tables import METRICS
 from prism_assets.trust.verdict import findings
 
 # Strategies whose selections are compared row by row with PRISM's.
-_HELD_AGAINST = ("uniform", "less")
+_COMPARED_WITH = ("uniform", "less")
 
 
-class Content(NamedTuple):
+class ReportPart(NamedTuple):
     """One target's part of report.json, and the artefacts that it shows."""
 
     data: dict[str, Any]
     shown: list[Artifact]
 
 
-def target_content(stage: Stage, name: str) -> Content:
+def target_content(stage: Stage, name: str) -> ReportPart:
     """What the lake shows of a target now. Raises NotMadeYet."""
     weights = stage.shown("target_weights", name)
     pool = stage.shown("live_pool")
@@ -60,11 +60,12 @@ def target_content(stage: Stage, name: str) -> Content:
         benchmarks = _benchmark_content(stage, name)
         data["benchmarks"] = benchmarks.data
         shown += benchmarks.shown
-    return Content(data, shown)
+    return ReportPart(data, shown)
 
 
 def _trust_in(stage: Stage, weights: Artifact, target: str) -> Artifact | None:
-    """What was measured of the trust in a target; None where nothing was, or for other weights or directions than today's."""
+    """What was measured of the trust in a target; None where nothing was, or for other weights or directions than
+    today's."""
     found = stage.shown_or_none("trust", target)
     if found is None or found.header["inputs"]["weights"]["content_hash"] != weights.content_hash:
         return None
@@ -75,7 +76,7 @@ def _trust_in(stage: Stage, weights: Artifact, target: str) -> Artifact | None:
     return found if same else None
 
 
-def _benchmark_content(stage: Stage, target: str) -> Content:
+def _benchmark_content(stage: Stage, target: str) -> ReportPart:
     """Every benchmark metric of the base model and, as mean and std over seeds, of each strategy."""
     base = stage.shown("benchmarks", base_key(target))
     artifacts, strategies = [base], {}
@@ -95,11 +96,11 @@ def _benchmark_content(stage: Stage, target: str) -> Content:
             for label, score in shown_scores(stage.lake, base).items()
         },
     }
-    return Content(data, artifacts)
+    return ReportPart(data, artifacts)
 
 
-def _strategy_content(stage: Stage, target: str, strategy: str) -> Content:
-    from prism_assets.evaluation.metrics import summarize
+def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
+    from prism_assets.evaluation.metrics import mean_over_seeds
 
     key = join_key(target, strategy)
     selection = stage.shown("selection", key)
@@ -109,7 +110,7 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> Content:
     notes = selection.notes
     columns = ["rank", "score", "source", "prompt", "completion"]
     entry = {
-        **{metric: summarize([one.notes[metric] for one in scores]) for metric in METRICS},
+        **{metric: mean_over_seeds([one.notes[metric] for one in scores]) for metric in METRICS},
         "per_seed": [
             {"seed": seed, **{metric: one.notes[metric] for metric in METRICS}}
             for seed, one in zip(stage.settings.seeds, scores, strict=True)
@@ -129,14 +130,15 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> Content:
         "run_id": selection.header["run_id"],
     }
     data = {name: value for name, value in entry.items() if value is not None or name in METRICS}
-    return Content(data, [selection, *adapters, *scores])
+    return ReportPart(data, [selection, *adapters, *scores])
 
 
 # -- explanations -------------------------------------------------------------------------------------------------
 
 
 def explanations(stage: Stage, name: str) -> list[dict[str, Any]]:
-    """Why the top rows of PRISM stand there, and a few surprising ones: what it alone takes, what it alone leaves."""
+    """Why the top rows of PRISM's ranking are there, and a few surprising ones: what it alone takes, what it alone
+    leaves."""
     from prism_assets.explanation.explainer import Explainer
 
     asked = _worth_explaining(stage, name)
@@ -170,7 +172,7 @@ def _worth_explaining(stage: Stage, target: str, each: int = 3) -> list[tuple[st
     ids = {
         strategy: stage.lake.read_table(stage.shown("selection", join_key(target, strategy)), ["id"])["id"].to_pylist()
         for strategy in stage.settings.strategies
-        if strategy in ("prism", *_HELD_AGAINST)
+        if strategy in ("prism", *_COMPARED_WITH)
     }
     others = {name: set(rows) for name, rows in ids.items() if name != "prism"}
     taken_by_others = set().union(*others.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_assets.report.comparison import (
-    METRICS,
+    METRIC_LABELS,
     Cell,
     benchmark_metrics,
     benchmark_text,
@@ -83,11 +83,11 @@ def build_report(data: Mapping[str, Any]) -> str:
         created=str(data.get("created") or ""),
         model_name=str(model.get("name") or "unnamed model"),
         model_fingerprint=str(model.get("fingerprint") or ""),
-        metrics=list(METRICS.values()),
+        metrics=list(METRIC_LABELS.values()),
         targets=targets,
         settings=pretty(data.get("settings")),
         lineage=pretty(data.get("lineage")),
-        refused=_refused_view(data),
+        left_out=_left_out_view(data),
     )
 
 
@@ -95,11 +95,11 @@ def _target_view(anchor: str, name: str, target: Mapping[str, Any]) -> dict[str,
     pool, direction = target.get("pool") or {}, target.get("direction") or {}
     facts = [
         (
-            "Targets",
+            "Target examples",
             count_text(target.get("number_of_targets")),
-            "pairs" if target.get("kind") == "pairs" else "examples",
+            "pairs" if target.get("kind") == "pairs" else "plain",
         ),
-        ("Held out", count_text(target.get("number_of_eval")), "examples"),
+        ("Held-out records", count_text(target.get("number_of_eval")), ""),
         ("Pool", count_text(pool.get("rows")), "rows"),
         ("Canonical", count_text(pool.get("canonical")), "rows, each content once"),
     ]
@@ -137,7 +137,7 @@ def _plots(target: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
 
     strategies, direction = target["strategies"], target.get("direction") or {}
     found: list[tuple[str, str, bytes]] = []
-    if any(mean_of(entry, metric) is not None for entry in strategies.values() for metric in METRICS):
+    if any(mean_of(entry, metric) is not None for entry in strategies.values() for metric in METRIC_LABELS):
         image = plots.strategies_comparison(strategies, target.get("base"))
         caption = "Mean over seeds, with one standard deviation to each side; dashed: the base model."
         found.append(("outcome", caption, image))
@@ -192,7 +192,7 @@ def _weight_groups(weights: list[Mapping[str, Any]]) -> list[tuple[str, list[dic
     if not ordered:
         return []
     if len(ordered) <= 2 * _SHOWN_WEIGHTS:
-        return [("All targets, by weight", [_weight_row(row) for row in ordered])]
+        return [("All target examples, by weight", [_weight_row(row) for row in ordered])]
     return [
         (f"The {_SHOWN_WEIGHTS} highest weights", [_weight_row(row) for row in ordered[:_SHOWN_WEIGHTS]]),
         (f"The {_SHOWN_WEIGHTS} lowest weights", [_weight_row(row) for row in ordered[-_SHOWN_WEIGHTS:]]),
@@ -283,14 +283,14 @@ def _explanation_view(explanation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refused_view(data: Mapping[str, Any]) -> dict[str, Any] | None:
+def _left_out_view(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """Counts of what was left out of the pool, None where nothing is known of it."""
     if not any(key in data for key in ("rejects", "contamination", "duplicates")):
         return None
     rejects: list[Mapping[str, Any]] = list(data.get("rejects") or [])
     reasons = Counter(str(row.get("reason")) for row in rejects)
     counts = [
-        ("refused rows", count_text(len(rejects)) if "rejects" in data else MISSING),
+        ("rejected records", count_text(len(rejects)) if "rejects" in data else MISSING),
         ("rows equal to a target or held-out record", count_text(data.get("contamination"))),
         ("duplicates", count_text(data.get("duplicates"))),
     ]

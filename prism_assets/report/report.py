@@ -8,13 +8,13 @@ from typing import Any
 
 import dagster as dg
 
-from prism_assets.evaluation.scores import METRICS
 from prism_assets.metadata import picture, preview
 from prism_assets.project import Project
-from prism_assets.report.content import Content, explanations, target_content
+from prism_assets.report.content import ReportPart, explanations, target_content
 from prism_assets.report.files import page_head, replace_texts
 from prism_assets.resources.lake import Artifact, Folder
 from prism_assets.stage import Stage
+from prism_assets.tables import METRICS
 from prism_assets.work import Outcome, each_partition, stage_of
 
 # The weekly refresh makes it at least once in seven days.
@@ -51,7 +51,7 @@ def _write_target(stage: Stage, name: str) -> Outcome:
     return _outcome(stage, report, content.data, computed)
 
 
-def _write_page(stage: Stage, name: str, content: Content, folder: Path) -> None:
+def _write_page(stage: Stage, name: str, content: ReportPart, folder: Path) -> None:
     from prism_assets.report.page import build_report
 
     data = _around(stage, {name: {**content.data, "explanations": explanations(stage, name)}})
@@ -81,9 +81,9 @@ def _around(stage: Stage, targets: Mapping[str, Any]) -> dict[str, Any]:
     pool = stage.shown("live_pool")
     rejects: list[dict[str, Any]] = []
     for shard in stage.lake.read_table(pool, ["shard"])["shard"].to_pylist():
-        refused = stage.shown_or_none("rejects", shard)
-        if refused is not None:
-            rejects += [{"shard": shard, **row} for row in stage.lake.read_table(refused).to_pylist()]
+        found = stage.shown_or_none("rejects", shard)
+        if found is not None:
+            rejects += [{"shard": shard, **row} for row in stage.lake.read_table(found).to_pylist()]
     return {
         **page_head(stage),
         "lineage": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prism_assets.report.comparison import METRICS
+from prism_assets.report.comparison import METRIC_LABELS
 from prism_assets.report.wording import (
     as_number,
     figure_text,
@@ -31,7 +31,9 @@ def verdict_sentences(target: Mapping[str, Any]) -> list[str]:
     """
     strategies: Mapping[str, Any] = target.get("strategies", {})
     sentences = [
-        sentence for metric in METRICS if (sentence := _metric_sentence(metric, strategies, target.get("base") or {}))
+        sentence
+        for metric in METRIC_LABELS
+        if (sentence := _metric_sentence(metric, strategies, target.get("base") or {}))
     ]
     if "prism" in strategies:
         for other in strategies:
@@ -47,7 +49,7 @@ def _metric_sentence(metric: str, strategies: Mapping[str, Any], base: Mapping[s
     if not means:
         return None
     best = max(means, key=means.__getitem__)
-    label = METRICS[metric].capitalize()
+    label = METRIC_LABELS[metric].capitalize()
     sentence = f"{label}: {best} has the highest mean, {mean_and_std(strategies[best], metric)}"
     if len(means) == 1:
         sentence = f"{label}: {best} reaches {mean_and_std(strategies[best], metric)}"
@@ -62,7 +64,7 @@ def _metric_sentence(metric: str, strategies: Mapping[str, Any], base: Mapping[s
 def _paired_sentence(other: str, strategies: Mapping[str, Any]) -> str | None:
     """prism against another strategy, metric by metric."""
     parts = []
-    for metric, label in METRICS.items():
+    for metric, label in METRIC_LABELS.items():
         ours, theirs = mean_of(strategies["prism"], metric), mean_of(strategies[other], metric)
         if ours is None or theirs is None:
             continue
@@ -138,7 +140,7 @@ def _caveats(strategies: Mapping[str, Any]) -> list[str]:
     seeds = {
         int(entry[metric]["seeds"])
         for entry in strategies.values()
-        for metric in METRICS
+        for metric in METRIC_LABELS
         if mean_of(entry, metric) is not None
     }
     if seeds and max(seeds) < SEEDS_FOR_A_TEST:

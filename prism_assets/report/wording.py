@@ -14,16 +14,19 @@ MISSING = "–"
 
 
 def as_number(value: Any) -> float | None:
+    """A finite number as float; None for None, text, booleans, mappings, NaN and infinity."""
     if value is None or isinstance(value, (str, bool, Mapping)):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def mean_of(entry: Mapping[str, Any], metric: str) -> float | None:
+    """The mean of a metric in an entry of report.json, None where there is none."""
     return as_number((entry.get(metric) or {}).get("mean"))
 
 
 def mean_and_std(entry: Mapping[str, Any], metric: str) -> str:
+    """`0.512 ± 0.031` of a metric in an entry; without the deviation where it is unknown."""
     mean, std = mean_of(entry, metric), as_number((entry.get(metric) or {}).get("std"))
     if mean is None:
         return MISSING
@@ -31,15 +34,18 @@ def mean_and_std(entry: Mapping[str, Any], metric: str) -> str:
 
 
 def figure_text(value: Any, decimals: int = 3) -> str:
+    """`0.512`, with a minus sign (−) where negative; a dash where there is no number."""
     number = as_number(value)
     return MISSING if number is None else f"{number:.{decimals}f}".replace("-", "−")
 
 
 def gap_text(difference: float) -> str:
+    """`0.031` of a difference that is not negative; `2.1e-05` where it would round to zero."""
     return f"{difference:.3f}" if difference >= 0.0005 else f"{difference:.1e}"
 
 
 def signed(value: Any) -> str:
+    """`+0.0310`, or `+2.10e-05` below 0.01; a dash where there is no number."""
     number = as_number(value)
     if number is None:
         return MISSING
@@ -48,21 +54,25 @@ def signed(value: Any) -> str:
 
 
 def general(value: Any) -> str:
+    """Up to six significant digits; a dash where there is no number."""
     number = as_number(value)
     return MISSING if number is None else f"{number:.6g}".replace("-", "−")
 
 
 def count_text(value: Any) -> str:
+    """`12,345`; a dash where there is no number."""
     number = as_number(value)
     return MISSING if number is None else f"{number:,.0f}"
 
 
 def listed(names: Iterable[str]) -> str:
+    """`a`, `a and b` or `a, b and c`, for at least one name."""
     *head, last = names
     return f"{', '.join(head)} and {last}" if head else last
 
 
 def clipped(text: Any, longest: int) -> str:
+    """The first `longest` characters of a text, and how many more there are."""
     whole = "" if text is None else str(text)
     if len(whole) <= longest:
         return whole

@@ -1,4 +1,4 @@
-"""The target direction: target gradients added up, as the query that the index answers."""
+"""The target direction: target gradients added up, and the query that the index is queried with."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,7 +31,8 @@ def query_vector(
     """The index query: blocks η̄_k S t_k / ‖t_k‖, concatenated; float32 [C·K].
 
     `sketches` holds S t_k [K] of each of C checkpoints, `norms` the exact ‖t_k‖. The η̄_k are scaled to sum to 1, so
-    a score is a mean cosine; where all are zero (a warm-up of one step) they count alike. Raises ValueError where a norm is zero or not finite: no direction can be followed.
+    a score is a mean cosine; where all are zero (a warm-up of one step) they count equally. Raises ValueError where a
+    norm is zero or not finite: no direction can be followed.
     """
     rates = relative_rates(learning_rates)
     for checkpoint, length in enumerate(norms):
@@ -50,7 +51,7 @@ def curvature_coefficients(rows: np.ndarray, products: np.ndarray, damping: floa
 
     rows: [N, K], the r_i or sketches of them; products: [N], ⟨r_i, t⟩ or the like of sketches; λ = damping · tr F, and
     tr F = 1. By Woodbury's identity a = (λN·I + R Rᵀ)⁻¹ R t, a system of N unknowns whatever the number of parameters.
-    That damped second moments of gradients (empirical Fisher) stand in for curvature is Amari 1998 and Martens 2020; to
+    Damped second moments of gradients (the empirical Fisher) in place of curvature are Amari 1998 and Martens 2020; to
     apply the inverse to the target vector alone, so that the index stays as it is, is our own.
     """
     rows = rows.astype(np.float64)

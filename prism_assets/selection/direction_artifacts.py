@@ -1,4 +1,4 @@
-"""Directions as artefacts: target gradients weighted and added up, with the query that the index answers."""
+"""Directions as artefacts: target gradients weighted and added up, with the query that the index is queried with."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,7 +47,7 @@ class MadeDirections(NamedTuple):
 
 
 def make_directions(work: GradientPass, inputs: DirectionInputs, strategies: "Iterable[Strategy]") -> MadeDirections:
-    """The direction of each of the strategies: t per checkpoint (unsketched, fp32), its sketch and norm, and the query."""
+    """The direction of each strategy: t per checkpoint (unsketched, fp32), its sketch and norm, and the query."""
     directions, computed = {}, 0
     for strategy in strategies:
         recipe, weights, usable = _recipe(work.stage, inputs, strategy)
@@ -77,7 +77,7 @@ def load_direction(lake: Lake, artifact: Artifact) -> "tuple[np.ndarray, list[di
 
 
 def _recipe(stage: Stage, inputs: DirectionInputs, strategy: "Strategy") -> "tuple[Recipe, np.ndarray, np.ndarray]":
-    """What a direction is made from, its weights float64 [C, m'], and the positions [m'] of the usable targets."""
+    """What a direction is made from, its weights float64 [C, m'], and where the usable target examples are [m']."""
     table = stage.lake.read_table(inputs.targets)
     scores, usable = scores_of(stage.settings, stage.lake.read_table(inputs.features), table)
     # Coefficients of the gradients of mean log-probabilities, which is what a gradient pass gives.
@@ -104,7 +104,7 @@ def _direction(
     from prism_assets.gradients.vectors import norm
     from prism_assets.selection.direction import query_vector, target_vector
 
-    # Refused targets are left out, not weighted with zero: zero times NaN is NaN.
+    # Refused target examples are left out, not weighted with zero: zero times NaN is NaN.
     chosen = target_set(work.stage.lake.read_table(inputs.targets).take(usable))
     tensors: dict[str, torch.Tensor] = {}
     sketches, norms = [], []
@@ -147,7 +147,8 @@ def _sample_rows(work: GradientPass, sample: Artifact) -> Rows:
 
 
 def _corrected(work: GradientPass, position: int, vector: "dict[str, Any]", curvature: Artifact) -> "dict[str, Any]":
-    """(F + λI)⁻¹ t up to a factor, unsketched: t less a weighted sum of the sample's rows, by one weighted backward pass.
+    """(F + λI)⁻¹ t up to a factor, unsketched: t minus a weighted sum of the sample's rows, by one weighted backward
+    pass.
 
     The coefficients are found in the sketch, the rows that they multiply are exact.
     """
@@ -163,9 +164,9 @@ def _corrected(work: GradientPass, position: int, vector: "dict[str, Any]", curv
     usable = np.flatnonzero([reason is None for reason in table["refused"].to_pylist()])
     if not len(usable):
         raise SettingsError(
-            f"preference.fisher_damping: the warm-up sample has {table.num_rows} rows and none with a usable gradient (the first "
-            f"is refused because {table['refused'][0].as_py()}), so there is no curvature to correct by. Leave the key out, or "
-            "raise warmup.share."
+            f"preference.fisher_damping: the warm-up sample has {table.num_rows} rows and none with a usable gradient "
+            f"(the first is refused because {table['refused'][0].as_py()}), so there is no curvature to correct by. "
+            "Leave the key out, or raise warmup.share."
         )
     kept = table.take(usable)
     vectors = vectors_of(kept).reshape(len(usable), len(work.checkpoints), -1)[:, position].astype(np.float64)

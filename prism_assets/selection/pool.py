@@ -1,6 +1,6 @@
 """The pool of one state of the index: its rows, read from the lake column by column when they are asked for.
 
-The one view that selections, explanations and trust look through.
+Selections, explanations and trust use this one view.
 """
 
 import hashlib
@@ -75,6 +75,7 @@ class Pool:
 
     @cached_property
     def ids(self) -> list[str]:
+        """Ids of the ranked rows [n]."""
         return self.column("id")["id"].to_pylist()
 
     def places(self, positions: "np.ndarray") -> list[tuple[str, int]]:
@@ -175,8 +176,9 @@ class Pool:
         return {one.shard: scored for one, scored in zip(self.segments, scores, strict=True) if scored is not None}
 
     def top(self, query: "np.ndarray", k: int) -> "tuple[np.ndarray, np.ndarray]":
-        """Positions, ascending, and scores of the k rows of highest inner product, and of all that tie with the k-th, as
-        the index answers them (on a GPU where the store is on one). Bit for bit those of `scores`; nothing is remembered.
+        """Positions, ascending, and scores of the k rows of highest inner product, and of all that tie with the k-th,
+        as the index finds them (on a GPU where the store is on one). Bit for bit those of `scores`; nothing is
+        remembered.
         """
         import numpy as np
 
@@ -216,7 +218,7 @@ def indexed_pool(stage: "Stage", version: str | None = None) -> Pool:
 
 
 def usable_rows(lake: "Lake", segment: IndexedShard) -> "np.ndarray":
-    """The mask [n] of the rows of an index segment whose gradient was not refused. Raises LakeError for lost features."""
+    """The mask [n] of an index segment's rows whose gradient was not refused. Raises LakeError for lost features."""
     import numpy as np
 
     features = lake.get("candidate_features", segment.features)

@@ -1,6 +1,6 @@
 """The model's preference for the target examples, and the weights that follow from it.
 
-With s_j the preference score of target j (mean log-probability of its completion, or the margin of a pair) the
+With s_j the preference score of target example j (mean log-probability of its completion, or the margin of a pair) the
 objective is J = mean_j φ(s_j), and ∇J = Z Σ_j w_j ∇s_j with w_j = φ′(s_j) / Σ φ′ and Z = mean_j φ′(s_j).
 Everything is computed in the log domain, so a target whose probability underflows gets weight zero and no NaN.
 """
@@ -16,7 +16,7 @@ _MAD_TO_STD = 1.4826
 
 
 class PreferenceWeights(NamedTuple):
-    """Weights of m targets under one checkpoint."""
+    """Weights of m target examples under one checkpoint."""
 
     weights: np.ndarray  # float64 [m], sums to 1
     preferences: np.ndarray  # float64 [m], φ(s_j) in (0, 1]
@@ -37,7 +37,7 @@ def default_temperature(kind: TargetKind, base_margins: np.ndarray | None = None
 
 
 def preference_weights(scores: np.ndarray, kind: TargetKind, temperature: float) -> PreferenceWeights:
-    """Weights of the targets from their scores [m].
+    """Weights of the target examples from their scores [m].
 
     plain: φ(s) = exp(s/τ), so w = softmax(s/τ). pairs: φ(s) = σ(s/τ), so w ∝ σ(s/τ)·σ(−s/τ).
     Raises ValueError for a score that is not finite or a temperature that is not positive.
@@ -65,6 +65,6 @@ def preference_weights(scores: np.ndarray, kind: TargetKind, temperature: float)
 
 
 def effective_number(weights: np.ndarray) -> float:
-    """1 / Σ w_j² (Kish's effective sample size): m for equal weights [m], 1 where one target has all."""
+    """1 / Σ w_j² (Kish's effective sample size): m for equal weights [m], 1 where one example has all."""
     weights = np.asarray(weights, dtype=np.float64)
     return float(weights.sum() ** 2 / np.square(weights).sum())

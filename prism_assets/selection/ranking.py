@@ -1,29 +1,156 @@
-"""From scores to a cut: ties, budgets."""
+"""The one place where a ranking is made: a strategy's order over the pool, cut by the budget."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import numpy as np
+from prism_assets.resources.lake import Artifact
+from prism_assets.selection.direction_artifacts import load_direction
+from prism_assets.selection.exact_scores import exact_scores
+from prism_assets.selection.strategy_pool import StrategyPool
+from prism_assets.settings import Budget
+from prism_assets.stage import Stage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from prism_assets.selection.representations import Representations
+    from prism_assets.selection.strategies import Strategy
+    from prism_assets.selection.strategies.base import PoolView
 
 
-def cut(completion_tokens: np.ndarray, *, kind: str, amount: float, pool_rows: int) -> int:
-    """How many rows of a ranking fit the budget.
+class TopRows(NamedTuple):
+    """The top of a ranking."""
 
-    `completion_tokens` [n] is in ranking order. rows: min(amount, n). share: the nearest whole number of rows to
-    amount × pool_rows, at least 1. tokens: the longest prefix whose sum is at most the amount.
-    Raises ValueError where not even the first row fits a token budget.
+    table: "pa.Table"  # rank, score, id, shard, row, source, prompt, completion, messages, completion_tokens
+    notes: dict[str, Any]
+
+
+def top_of_ranking(
+    stage: Stage,
+    strategy: "Strategy",
+    inputs: Mapping[str, Artifact],
+    budget: Budget,
+    *,
+    rerank: float = 0.0,
+    representations: "Representations | None" = None,
+    whole: bool = True,
+) -> TopRows:
+    """The top of a strategy's ranking within a budget. Refused rows are never returned.
+
+    For strategies with one direction: the first `rerank` times the budget are ordered by exact scores; `whole` False
+    asks the index for the top alone, where scores of all rows are neither noted nor remembered.
     """
-    if kind == "tokens":
-        fits = int(np.searchsorted(np.cumsum(completion_tokens), amount, side="right"))
-        if fits == 0 and len(completion_tokens):
-            raise ValueError(
-                f"the budget of {amount:.0f} tokens does not hold even the first row "
-                f"({int(completion_tokens[0])} completion tokens): raise selection.budget"
-            )
-        return fits
-    rows = amount if kind == "rows" else max(1, round(amount * pool_rows))
-    return int(min(rows, len(completion_tokens)))
+    manifest = inputs["pool"]
+    pool = StrategyPool(stage, inputs, _rows_to_ask(budget, manifest.notes), representations)
+    # A share counts every canonical row of the pool, rankable or not: all strategies get the same budget.
+    counted = manifest.notes["canonical_rows"]
+    if strategy.needs_direction:
+        query, _ = load_direction(stage.lake, inputs["direction"])
+        exact = (lambda positions: exact_scores(pool, inputs["direction"], positions)) if rerank else None
+        table, scored = _top_by_score(pool, query, budget, counted, max(rerank, 1.0), exact, whole)
+    else:
+        table, scored = _top_by_order(pool, strategy, budget, counted)
+    return TopRows(table, {**_counts(table), "pool_rows": counted, "refused_rows": pool.refused, **scored})
 
 
-def ranking(scores: np.ndarray, ids: Sequence[str]) -> np.ndarray:
-    """Row positions [n] by descending score [n]; ties by ascending id."""
-    return np.lexsort((np.asarray(ids), -np.asarray(scores)))
+def _top_by_score(
+    pool: StrategyPool,
+    query: "np.ndarray",
+    budget: Budget,
+    counted: int,
+    shortlist: float,
+    exact: "Callable[[np.ndarray], np.ndarray] | None",
+    whole: bool,
+) -> "tuple[pa.Table, dict[str, Any]]":
+    """Rows by descending score within the budget, reading only shards that have some; and what to note of the scores.
+
+    `exact` gives the scores by which the first `shortlist` times the budget are ordered. `whole`: the scores of all
+    rows are computed, remembered and noted; else the index is asked for the top alone.
+    """
+    import numpy as np
+
+    from prism_assets.selection.histogram import score_histogram
+    from prism_assets.selection.ordering import cut, order_by_score
+
+    scores = pool.scores(query) if whole else None
+    k = min(math.ceil(shortlist * pool.wanted), pool.size)
+    while True:
+        # All that tie with the k-th: where they are cut, ids decide.
+        if scores is None:
+            best, found = pool.top(query, k)
+        else:
+            best = np.flatnonzero(scores >= np.partition(scores, pool.size - k)[pool.size - k])
+            found = scores[best]
+        ordered_by = found if exact is None else exact(best)
+        rows = pool.rows_at(best)
+        order = order_by_score(ordered_by, rows["id"].to_pylist())
+        tokens = rows["completion_tokens"].to_numpy()[order]
+        taken = cut(tokens, kind=budget.kind, amount=budget.amount, pool_rows=counted)
+        if budget.kind != "tokens" or taken < len(order) or len(order) >= pool.size:
+            break
+        k = min(2 * k, pool.size)
+    order = order[:taken]
+    selected = ordered_by[order]
+    noted = {
+        "non_positive_influence": int((selected <= 0).sum()),
+        **({"score_histogram": score_histogram(scores, selected=taken)} if scores is not None else {}),
+        "shortlist": len(best) if exact is not None else None,
+    }
+    return _selected_table(rows.take(order), selected), noted
+
+
+def _top_by_order(
+    pool: StrategyPool, strategy: "Strategy", budget: Budget, counted: int
+) -> "tuple[pa.Table, dict[str, Any]]":
+    """Rows in a strategy's own order within the budget."""
+    from prism_assets.selection.ordering import cut
+
+    assert strategy.rank is not None
+    seen = cast("PoolView", pool)  # to the type checker a cached property is no attribute
+    while True:
+        ranking = strategy.rank(seen)
+        order = ranking.order
+        if strategy.whole_pool:
+            taken = len(order)
+            break
+        tokens = pool.completion_tokens[order]
+        taken = cut(tokens, kind=budget.kind, amount=budget.amount, pool_rows=counted)
+        if budget.kind != "tokens" or taken < len(order) or len(order) >= pool.size:
+            break
+        pool.wanted = min(2 * pool.wanted, pool.size)
+    scores = None if ranking.scores is None else ranking.scores[:taken]
+    return _selected_table(pool.rows_at(order[:taken]), scores), {"non_positive_influence": None}
+
+
+def _rows_to_ask(budget: Budget, pool_notes: Mapping[str, Any]) -> int:
+    """k of the first look: exact for rows and shares, an estimate from the mean length for tokens."""
+    if budget.kind == "rows":
+        return int(budget.amount)
+    if budget.kind == "share":
+        return max(1, round(budget.amount * pool_notes["canonical_rows"]))
+    mean = pool_notes["completion_tokens"] / pool_notes["canonical_rows"]
+    return int(budget.amount / mean * 1.5) + 16
+
+
+def _selected_table(rows: "pa.Table", scores: "np.ndarray | None") -> "pa.Table":
+    """Rows in ranking order with rank and score; `score` is null for a strategy that has none."""
+    import numpy as np
+    import pyarrow as pa
+
+    score = pa.nulls(rows.num_rows, pa.float32()) if scores is None else pa.array(scores, pa.float32())
+    table = rows.append_column("rank", pa.array(np.arange(1, rows.num_rows + 1), pa.int64()))
+    table = table.append_column("score", score)
+    first = ["rank", "score", "id", "shard", "row", "source"]
+    return table.select([*first, *(name for name in table.column_names if name not in first)])
+
+
+def _counts(table: "pa.Table") -> dict[str, Any]:
+    sources: dict[str, int] = {}
+    for source in table["source"].to_pylist():
+        sources[source] = sources.get(source, 0) + 1
+    return {
+        "completion_tokens": sum(table["completion_tokens"].to_pylist()),
+        "composition": dict(sorted(sources.items(), key=lambda item: (-item[1], item[0]))),
+    }

@@ -15,9 +15,9 @@ from prism_assets.reference.base_model import base_model_recipe
 from prism_assets.resources.lake import Artifact, Recipe, Rows
 from prism_assets.selection.direction_artifacts import COMPARED
 from prism_assets.selection.pool import COPIED
-from prism_assets.selection.rank import rank
-from prism_assets.selection.ranked_pool import target_scores_of
+from prism_assets.selection.ranking import top_of_ranking
 from prism_assets.selection.representations import Representations
+from prism_assets.selection.strategy_pool import target_scores_of
 from prism_assets.selection.target_scores import require_made_of
 from prism_assets.settings import Budget
 from prism_assets.stage import Made, Stage
@@ -74,12 +74,14 @@ def make_selection(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Arti
     states = Representations(stage)
     options = stage.settings.selection
 
-    def ranked() -> Rows:
-        top = rank(stage, strategy, _artifacts(recipe), options.budget, rerank=options.rerank, representations=states)
+    def selected() -> Rows:
+        top = top_of_ranking(
+            stage, strategy, _artifacts(recipe), options.budget, rerank=options.rerank, representations=states
+        )
         return Rows(top.table, top.notes, {JSON_LINES: lambda path: _write_json_lines(path, top.table)})
 
     # Which blocks of hidden states were looked at is known when the ranking is done; it is no part of the identity.
-    return stage.make(recipe, ranked, lineage=lambda: {"hidden_states": states.used} if states.used else {})
+    return stage.make(recipe, selected, lineage=lambda: {"hidden_states": states.used} if states.used else {})
 
 
 def _artifacts(recipe: Recipe) -> dict[str, Artifact]:
@@ -185,9 +187,9 @@ def query_index(
         raise SettingsError("Exact scores need the model of today's feature version: ask an older one without them.")
     inputs = selection_inputs(stage, target, STRATEGIES[strategy], version=version)
     budget = Budget(kind="rows", amount=k)
-    ranked = rank(stage, STRATEGIES[strategy], inputs, budget, rerank=rerank, whole=False)
+    top = top_of_ranking(stage, STRATEGIES[strategy], inputs, budget, rerank=rerank, whole=False)
     columns = ["rank", "score", "id", "shard", "row", "source", "prompt", "completion"]
-    return ranked.table.select(columns).to_pylist()
+    return top.table.select(columns).to_pylist()
 
 
 def _write_json_lines(path: Path, table: "pa.Table") -> None:

@@ -18,6 +18,7 @@ from prism_assets.selection.direction_artifacts import (
     shown_inputs,
 )
 from prism_assets.selection.target_scores import scores_of, tokens_counted
+from prism_assets.selection.thresholds import FEWEST_EFFECTIVE, FIRST_ORDER_RATIO
 from prism_assets.stage import Made, Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
@@ -27,12 +28,10 @@ if TYPE_CHECKING:
 
     from prism_assets.selection.strategies import TargetScores
 
-FEWEST_EFFECTIVE = 3
-
 ENOUGH_TARGETS = Check(
     "enough_effective_targets",
-    "The weights rest on at least three targets' worth (1/Σw²); below that one or two examples decide what is selected: add "
-    "targets or raise `preference.temperature`.",
+    "The weights rest on at least three target examples' worth (1/Σw²); below that one or two examples decide what is "
+    "selected: add targets or raise `preference.temperature`.",
 )
 FIRST_ORDER = Check(
     "first_order_holds",
@@ -51,7 +50,8 @@ def build(project: Project) -> dg.AssetsDefinition:
         loads_model=True,
     )
     def target_direction(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        """Target gradients added up with the weights of each gradient strategy: t per checkpoint, unsketched, and the query.
+        """Target gradients added up with the weights of each gradient strategy: t per checkpoint, unsketched, and the
+        query.
 
         Measured on the way: what a small step along the PRISM and the uniform direction does to J and to the held-out
         examples, against what first order predicts.
@@ -83,7 +83,7 @@ def _target(project: Project, work: GradientPass, name: str) -> Outcome:
 
 
 def _make_weights(work: GradientPass, inputs: DirectionInputs, directions: dict[str, Artifact]) -> Made:
-    """One row per target with its score, preference and weights (last checkpoint); diagnostics in the notes."""
+    """One row per target example with its score, preference and weights (last checkpoint); diagnostics in the notes."""
     stage = work.stage
     table = stage.lake.read_table(inputs.targets)
     scores, usable = scores_of(stage.settings, stage.lake.read_table(inputs.features), table)
@@ -155,7 +155,7 @@ def _weigh(
 
 def _rank_agreement(weights: "list[np.ndarray]") -> float | None:
     """Smallest Spearman correlation between the weights of the last checkpoint and those of another; None for one
-    checkpoint, and where a checkpoint weighs all targets alike."""
+    checkpoint, and where a checkpoint gives all targets the same weight."""
     from prism_assets.stats.ranks import spearman
 
     found = [spearman(weights[-1], other) for other in weights[:-1]]
@@ -172,8 +172,8 @@ def _first_order(
 ) -> dict[str, Any]:
     """Predicted and measured gains of one small step, the same length for each direction, at the last checkpoint.
 
-    The length is the one at which J is predicted to rise by the share `preference.probe_step` along PRISM. `table` holds
-    the usable targets.
+    The length is the one at which J is predicted to rise by the share `preference.probe_step` along PRISM. `table`
+    holds the usable targets.
     """
     import numpy as np
 
@@ -252,7 +252,7 @@ def _outcome(project: Project, stage: Stage, artifacts: list[Artifact], computed
         },
         [
             ENOUGH_TARGETS(effective >= min(FEWEST_EFFECTIVE, len(rows)), effective=effective, targets=len(rows)),
-            FIRST_ORDER(0.5 <= ratio <= 2, measured_over_predicted=ratio, **gain),
+            FIRST_ORDER(FIRST_ORDER_RATIO[0] <= ratio <= FIRST_ORDER_RATIO[1], measured_over_predicted=ratio, **gain),
             HELD_OUT(held_out["prism"] > 0, **held_out),
         ],
     )

@@ -1,4 +1,4 @@
-"""Target features as weightings see them: preference scores, norms, and which targets are usable."""
+"""Target features as weightings see them: preference scores, norms, and which target examples are usable."""
 
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,13 @@ def require_made_of(features: Artifact, targets: Artifact) -> None:
     """Raise LakeError where these target features are not those of these targets: the files have changed in between."""
     if features.header["inputs"]["targets"]["content_hash"] != targets.content_hash:
         raise LakeError(
-            f"target_features of {targets.partition} are those of earlier target files: materialise target_features first, "
-            "or run `prism run`."
+            f"target_features of {targets.partition} are those of earlier target files: materialise target_features "
+            "first, or run `prism run`."
         )
 
 
 def scores_of(settings: Settings, features: "pa.Table", targets: "pa.Table") -> "tuple[TargetScores, np.ndarray]":
-    """What a weighting may look at, over the usable targets, and the positions [m'] of these.
+    """What a weighting may look at, over the usable target examples, and the positions [m'] of these.
 
     With `preference.score: sum`, scores and norms are those of the summed log-probabilities.
     Raises SettingsError where that is asked for pairs.

@@ -1,4 +1,4 @@
-"""Reading `prism.yaml`: environment variables laid over it, errors that name file, key and what to do, absolute paths.
+"""Reading `prism.yaml`: environment variables override it, errors that name file, key and what to do, absolute paths.
 
 `PRISM_SELECTION__BUDGET=10%` sets `selection.budget`. Relative paths are relative to the file that names them.
 `PRISM_CONFIG` names the file where no other is given.
@@ -52,13 +52,13 @@ def load_settings(given: str | os.PathLike | None = None) -> Settings:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's plain types; a key that stands twice is an error, where PyYAML silently keeps the last."""
+    """YAML's plain types; a key that is given twice is an error, where PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -77,7 +77,7 @@ def from_mapping(content: dict[str, Any], path: Path) -> Settings:
 
 
 def _require_folders(settings: Settings, path: Path) -> None:
-    """Raise SettingsError where a file stands in the place of a folder."""
+    """Raise SettingsError where there is a file and a folder is expected."""
     folders = {
         "candidates.inbox": settings.candidates.inbox,
         "storage.root": settings.storage.root,
@@ -92,7 +92,7 @@ def _require_folders(settings: Settings, path: Path) -> None:
 
 
 def _overridden(content: dict[str, Any]) -> dict[str, Any]:
-    """The content with `PRISM_<KEY>__<KEY>…` from the environment laid over it; values are read as YAML."""
+    """The content with `PRISM_<KEY>__<KEY>…` from the environment overriding it; values are read as YAML."""
     for name, text in sorted(os.environ.items()):
         keys = name.removeprefix("PRISM_").lower().split("__")
         if not name.startswith("PRISM_") or name in _NO_SETTINGS:

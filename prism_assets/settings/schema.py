@@ -22,12 +22,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
 
 
 class Section(BaseModel):
+    """A mapping of `prism.yaml`. The descriptions of its fields are shown in docs/settings.md."""
+
     # Defaults are validated too, so that a default of 32 and a given 32 are the same float in a fingerprint.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def _installed(trackers: tuple[str, ...]) -> tuple[str, ...]:
-    """Said before any work: a tracker that is not there would stop a run at its first training step."""
+    """Checked before any work: a tracker that is not installed would stop a run at its first training step."""
     for name in trackers:
         if find_spec(name) is None:
             raise ValueError(f"{name} is not installed: `pip install {name}`, or leave it out")
@@ -43,175 +45,243 @@ def _harness_installed(tasks: tuple[str, ...]) -> tuple[str, ...]:
 class ModelSettings(Section):
     """The causal language model, from the Hugging Face hub or from a folder."""
 
-    name: str = "Qwen/Qwen3-0.6B"
-    revision: str = "main"
+    name: str = Field(
+        default="Qwen/Qwen3-0.6B", description="A model on the Hugging Face hub, or a folder; safetensors only."
+    )
+    revision: str = Field(default="main", description="The branch, tag or commit of a model on the hub.")
     adapter: str | None = Field(
-        default=None, description="a PEFT LoRA folder to start from; its LoRA settings are then used"
+        default=None,
+        description="A PEFT LoRA folder to start from, whose LoRA settings are then used; null: a fresh adapter.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 on a GPU, else float32"
+        default="auto", description="The type of the base weights; auto: bfloat16 on a GPU, else float32."
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: bool = Field(default=False, description="runs code that comes with the model: leave it off")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the model runs; auto: a GPU where torch finds one, else the CPU."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Whether Python code that comes with the model is run: leave it off."
+    )
 
 
 class LoraSettings(Section):
-    """The low-rank adapter that is trained, and whose parameters carry the gradients."""
+    """The low-rank adapter that is trained, and whose parameters the gradients are taken by."""
 
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
-    target_modules: str | tuple[str, ...] = "all-linear"
-    rslora: bool = False
+    rank: int = Field(default=16, ge=1, description="The rank r of the factors A [r, in] and B [out, r].")
+    alpha: float = Field(
+        default=32, gt=0, description="The product B A is scaled by alpha / rank, or by alpha / √rank with rslora."
+    )
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear",
+        description="The linear layers that are adapted, by PEFT's rules: names, a pattern, or all-linear.",
+    )
+    rslora: bool = Field(default=False, description="Whether the scaling is that of rank-stabilised LoRA.")
 
 
 class TokenizationSettings(Section):
     """How records become tokens."""
 
-    max_length: int = Field(default=1024, ge=8)
-    template: str = Field(default="auto", description="auto, chat, plain, or the text of a Jinja chat template")
-    separator: str = Field(default="\n", description="between prompt and completion where no chat template is used")
+    max_length: int = Field(
+        default=1024,
+        ge=8,
+        description="Tokens of an example at most; a longer one loses the start of its prompt, never its completion.",
+    )
+    template: str = Field(
+        default="auto",
+        description="auto (the tokenizer's chat template where it has one, else plain), chat, plain, or the text of a "
+        "Jinja chat template.",
+    )
+    separator: str = Field(
+        default="\n", description="The text between prompt and completion where no chat template is used."
+    )
 
 
 class TrainingSettings(Section):
-    """Fine-tuning on what was selected."""
+    """Fine-tuning on what was selected, with AdamW."""
 
-    epochs: float = Field(default=3.0, gt=0)
-    steps: int | None = Field(default=None, ge=1, description="the same number of optimiser steps for every strategy")
-    batch_size: int = Field(default=16, ge=1)
-    gradient_accumulation: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-4, gt=0)
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    epochs: float = Field(default=3.0, gt=0, description="Passes over the selected rows.")
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimiser steps, the same number for every strategy, in place of epochs; null: by epochs.",
+    )
+    batch_size: int = Field(default=16, ge=1, description="Examples in a batch.")
+    gradient_accumulation: int = Field(default=1, ge=1, description="Batches whose gradients make one optimiser step.")
+    learning_rate: float = Field(default=2e-4, gt=0, description="The highest learning rate.")
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        default="linear", description="The schedule of the learning rate over the steps."
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="The share of steps over which the learning rate rises from zero."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     # Left out of what is dumped: where losses are shown is no part of what an adapter is.
     report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], AfterValidator(_installed)] = Field(
-        default=(), exclude=True, description="trackers that get the loss and learning rate of every step"
+        default=(), exclude=True, description="Trackers that get the loss and learning rate of every step."
     )
 
 
 class WarmupSettings(Section):
     """The short LoRA training whose checkpoints the gradients are taken at. Pinned until `generation` is raised."""
 
-    share: float = Field(default=0.05, gt=0, le=1)
-    min_rows: int = Field(default=64, ge=1, description="at least so many rows are sampled where the pool has them")
-    epochs: float = Field(default=4.0, gt=0)
-    batch_size: int = Field(default=16, ge=1)
-    learning_rate: float = Field(default=2e-5, gt=0)
-    checkpoints: int = Field(default=1, ge=1)
-    generation: int = Field(default=1, ge=1)
-    seed: int = 0
+    share: float = Field(default=0.05, gt=0, le=1, description="The share of the pool that is sampled for it.")
+    min_rows: int = Field(default=64, ge=1, description="The fewest rows that are sampled, where the pool has so many.")
+    epochs: float = Field(default=4.0, gt=0, description="Passes over the sample.")
+    batch_size: int = Field(default=16, ge=1, description="Examples in a batch.")
+    learning_rate: float = Field(default=2e-5, gt=0, description="The highest learning rate.")
+    checkpoints: int = Field(
+        default=1,
+        ge=1,
+        description="Checkpoints, evenly spaced, the last step included; features grow in proportion to their number.",
+    )
+    generation: int = Field(
+        default=1,
+        ge=1,
+        description="Raise it to draw a new sample from today's pool and train again; every gradient feature follows.",
+    )
+    seed: int = Field(
+        default=0, description="The seed of the sample, of the fresh adapter and of the order of training."
+    )
 
 
 class FeatureSettings(Section):
     """What is stored of each candidate's gradient."""
 
-    optimizer: Literal["sgd", "adam", "adam_step", "adam_less"] = "adam"
-    sketch_dim: Annotated[int, Field(ge=1)] | Literal["exact"] = Field(
-        default=4096, description="dimensions per checkpoint; exact: no sketch"
+    optimizer: Literal["sgd", "adam", "adam_step", "adam_less"] = Field(
+        default="adam",
+        description="The preconditioner that a gradient goes through (docs/method.md, Candidate rows); sgd: none.",
     )
-    seed: int = 0
-    token_budget: int | None = Field(default=None, ge=1, description="tokens in a batch; null: found automatically")
+    sketch_dim: Annotated[int, Field(ge=1)] | Literal["exact"] = Field(
+        default=4096,
+        description="Dimensions of the sketch per checkpoint, 2 bytes each in a row; exact: no sketch.",
+    )
+    seed: int = Field(default=0, description="The seed of the sketch.")
+    token_budget: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens in a batch of the gradient pass, padding included; null: 512 on a CPU, 32,768 on a GPU.",
+    )
 
 
 class CandidateSettings(Section):
     """Where candidates arrive."""
 
-    inbox: Path = Path("data/candidates")
-    at_rest_seconds: float = Field(default=2.0, ge=0, description="a file is taken once it has not changed for so long")
+    inbox: Path = Field(
+        default=Path("data/candidates"),
+        description="The folder of candidate files, JSON Lines and Parquet, subfolders included.",
+    )
+    at_rest_seconds: float = Field(
+        default=2.0,
+        ge=0,
+        description="Seconds for which a file must not have changed before the sensor takes it.",
+    )
 
 
 class TargetSettings(Section):
     """One capability (or repair) to select for: a few target examples and a held-out evaluation file."""
 
-    examples: Path
-    eval: Path
+    examples: Path = Field(description="The file of target examples, plain or pairs.")
+    eval: Path = Field(description="The file of held-out records that adapters are evaluated on.")
 
 
 class PreferenceSettings(Section):
-    """How the model's preference weights the targets."""
+    """How the model's preference weights the target examples."""
 
     temperature: float | None = Field(
-        default=None, gt=0, description="null: 1, and for pairs a robust scale of the margins"
+        default=None,
+        gt=0,
+        description="The temperature τ of the weights; null: 1 for plain targets, a robust scale of the margins for "
+        "pairs.",
     )
     score: Literal["mean", "sum"] = Field(
-        default="mean", description="mean or sum of a target's token log-probabilities; sum for plain targets only"
+        default="mean",
+        description="The score of a target example: the mean of its tokens' log-probabilities in nats, or their sum "
+        "(plain targets only).",
     )
     fisher_damping: float | None = Field(
         default=None,
         gt=0,
-        description="corrects directions by the damped inverse of the warm-up sample's second moment, damped by this "
-        "share of its trace (0.1, say); null: no correction",
+        description="Corrects directions by the damped inverse of the warm-up sample's second moment, damped by this "
+        "share of its trace (0.1, say); null: no correction.",
     )
     probe_step: float = Field(
         default=0.02,
         gt=0,
-        description="the measured step is as long as it takes to raise J by this share, to first order, along PRISM",
+        description="The measured step along PRISM has the length at which J is predicted to rise by this share.",
     )
 
 
 class EvaluationSettings(Section):
-    """How an adapter is judged on the held-out file."""
+    """How an adapter is evaluated on the held-out file."""
 
-    max_new_tokens: int = Field(default=128, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1, description="Tokens that are generated at most for exact match.")
+    batch_size: int = Field(default=32, ge=1, description="Prompts that are generated from at a time.")
     benchmarks: Annotated[tuple[str, ...], AfterValidator(_harness_installed)] = Field(
-        default=(), description="tasks of lm-eval: names, or paths of task files (.yaml)"
+        default=(), description="Tasks of lm-eval: names, or paths of task files (.yaml)."
     )
-    benchmark_limit: int | None = Field(default=None, ge=1, description="documents of each task at most; null: all")
+    benchmark_limit: int | None = Field(
+        default=None, ge=1, description="Documents of each benchmark task at most; null: all."
+    )
 
 
 class TrustSettings(Section):
     """How much `prism trust` measures; what each figure costs is in docs/operations.md."""
 
-    candidates: int = Field(default=48, ge=8, description="candidates on which a step of their own is taken")
+    candidates: int = Field(default=48, ge=8, description="Candidates on which a step of their own is taken.")
     random_steps: int = Field(
-        default=8, ge=1, description="random steps of the model after which the weights are formed anew"
+        default=8, ge=1, description="Random steps of the model after which the weights are computed again."
     )
-    held_out: int = Field(
-        default=128, ge=1, description="at most so many held-out records are looked at after each step"
-    )
+    held_out: int = Field(default=128, ge=1, description="Held-out records at most that are evaluated after each step.")
     datamodel_subsets: Annotated[int, Field(ge=8)] | Literal[0] = Field(
-        default=32, description="short fine-tunings on random subsets; 0: none"
+        default=32, description="Short fine-tunings on random subsets; 0: none."
     )
-    datamodel_rows: int = Field(default=128, ge=16, description="candidates of which each subset holds half")
-    seed: int = 0
+    datamodel_rows: int = Field(default=128, ge=16, description="Candidates of which each subset holds half.")
+    seed: int = Field(default=0, description="The seed of random steps, subsets and held-out records.")
 
 
 class ExperimentSettings(Section):
     """`prism experiment`: how often the comparison of strategies is repeated."""
 
     splits: int = Field(
-        default=3, ge=1, description="draws of targets and held-out records; the first is the files as they are"
+        default=3,
+        ge=1,
+        description="Draws of target examples and held-out records; the first is the files as they are.",
     )
     redraw: Literal["apart", "together"] = Field(
         default="apart",
-        description="apart: each file by itself, with replacement; together: both files' records dealt anew",
+        description="apart: each file by itself, with replacement; together: both files' records pooled and split "
+        "again.",
     )
     seeds: tuple[int, ...] | None = Field(
-        default=None, min_length=1, description="of fine-tuning in each split; null: `seeds`"
+        default=None, min_length=1, description="The seeds of fine-tuning in each split; null: those of `seeds`."
     )
     strategies: tuple[Literal[STRATEGIES], ...] | None = Field(  # pyright: ignore[reportInvalidTypeForm]
-        default=None, min_length=1, description="null: `strategies`; uniform, less and random are always added"
+        default=None,
+        min_length=1,
+        description="The strategies compared; null: those of `strategies`. uniform, less and random are always added.",
     )
 
 
 class StorageSettings(Section):
-    """Where results live."""
+    """Where results are stored."""
 
-    root: Path = Path("prism-lake")
-    report: Path = Path("report")
+    root: Path = Field(default=Path("prism-lake"), description="The folder of the lake, made when first needed.")
+    report: Path = Field(default=Path("report"), description="The folder of the report over all targets.")
 
 
 class SelectionSettings(Section):
     """How the ranking is cut."""
 
-    budget: Annotated[Budget, BeforeValidator(parse_budget)] = Budget(kind="share", amount=0.05)
-    seed: int = 0
+    budget: Annotated[Budget, BeforeValidator(parse_budget)] = Field(
+        default=Budget(kind="share", amount=0.05),
+        description="How much is selected: 500 (rows), 5% (of canonical live rows) or 200k tokens (of completions).",
+    )
+    seed: int = Field(default=0, description="The seed of the strategy `random`.")
     rerank: float = Field(
         default=0.0,
         ge=0,
-        description="strategies with one direction score the top of their ranking again without a sketch: so many "
-        "budgets' worth of rows (4 is plenty); 0: off",
+        description="Strategies with one direction score the top of their ranking again without a sketch: so many "
+        "budgets' worth of rows (4 is plenty); 0: off.",
     )
 
 
@@ -242,16 +312,22 @@ class Settings(Section):
     warmup: WarmupSettings = WarmupSettings()
     features: FeatureSettings = FeatureSettings()
     candidates: CandidateSettings = CandidateSettings()
-    targets: dict[Annotated[str, AfterValidator(_safe_name)], TargetSettings] = Field(min_length=1)
+    targets: dict[Annotated[str, AfterValidator(_safe_name)], TargetSettings] = Field(
+        min_length=1, description="What to select for, by name; each has `examples` and `eval`."
+    )
     preference: PreferenceSettings = PreferenceSettings()
     selection: SelectionSettings = SelectionSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     experiment: ExperimentSettings = ExperimentSettings()
     strategies: tuple[Literal[STRATEGIES], ...] = Field(  # pyright: ignore[reportInvalidTypeForm]
-        default=("prism", "prism-cover", "uniform", "less", "random"), min_length=1
+        default=("prism", "prism-cover", "uniform", "less", "random"),
+        min_length=1,
+        description="The strategies that select, are fine-tuned on and are compared (docs/strategies.md).",
     )
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[int, ...] = Field(
+        default=(0, 1, 2), min_length=1, description="The seeds of fine-tuning; the first one's adapter is published."
+    )
     storage: StorageSettings = StorageSettings()
     trust: TrustSettings = TrustSettings()
     execution: ExecutionSettings = ExecutionSettings()
@@ -260,8 +336,8 @@ class Settings(Section):
     def _fisher_needs_a_diagonal(self) -> "Settings":
         if self.preference.fisher_damping is not None and self.features.optimizer not in ("sgd", "adam"):
             raise ValueError(
-                f"preference.fisher_damping needs features.optimizer sgd or adam: {self.features.optimizer} is not linear "
-                "in the gradient"
+                f"preference.fisher_damping needs features.optimizer sgd or adam: {self.features.optimizer} is not "
+                "linear in the gradient"
             )
         return self
 

@@ -16,8 +16,8 @@ def save_adapter(
     """Write the adapter as PEFT does (`adapter_model.safetensors`, `adapter_config.json`), with the same
     bytes for the same parameters, and `card` as a README.md of one `key: value` line each.
 
-    `base_model` is what `base_model_name_or_path` shall say; by default what the adapter's configuration
-    says.
+    `base_model` becomes `base_model_name_or_path`; by default it is that of the adapter's
+    configuration.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

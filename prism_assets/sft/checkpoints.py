@@ -93,9 +93,11 @@ class Recorder(TrainerCallback):
         self._loss += loss
 
     def on_pre_optimizer_step(self, args, state, control, optimizer: Any = None, **kwargs) -> None:
+        """Record the learning rate of the step."""
         self.learning_rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def on_step_end(self, args, state, control, optimizer: Any = None, **kwargs) -> None:
+        """Record the loss of the step, and a checkpoint where one is due."""
         self.step = state.global_step
         self.losses.append(self._loss)
         self._loss = 0.0

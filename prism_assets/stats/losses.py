@@ -1,4 +1,4 @@
-"""What a curve of losses says of a training."""
+"""Mean losses at the start and at the end of a training."""
 
 from collections.abc import Sequence
 

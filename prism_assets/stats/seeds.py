@@ -52,7 +52,8 @@ def paired_difference(left: Sequence[float], right: Sequence[float]) -> Summary:
 
 
 def gap_recovered(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Summary:
-    """How much of the gap low → high (random → oracle) is recovered: (mean(values) − mean(low)) / (mean(high) − mean(low)).
+    """How much of the gap low → high (random → oracle) is recovered: (mean(values) − mean(low)) / (mean(high) −
+    mean(low)).
 
     A ratio of means over the same n seeds. Spread and 95% interval are of a paired bootstrap (seeds are drawn with
     replacement, the three numbers of a seed together; fixed seed). Undefined (mean None) where the paired interval of
@@ -88,9 +89,11 @@ def _share(values: "np.ndarray", low: "np.ndarray", high: "np.ndarray", axis: in
 
 
 def compared(name: str, other: str, difference: Summary, what: str, unit: str = "seed") -> str:
-    """One sentence on a paired difference over units (seeds, splits): above, below, or not to be told apart."""
+    """One sentence on a paired difference over units (seeds, splits): above, below, or no
+    significant difference, where the 95% interval holds zero."""
     if difference.interval is None:
         return f"{name} − {other} in {what}: {difference.mean:+.3f} on one {unit}, which says nothing about chance."
     low, high = difference.interval
-    verdict = "above" if low > 0 else "below" if high < 0 else "not to be told apart from"
-    return f"{name} is {verdict} {other} in {what}: {difference.mean:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n} {unit}s."
+    verdict = "above" if low > 0 else "below" if high < 0 else "not significantly different from"
+    shown = f"{difference.mean:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n} {unit}s"
+    return f"{name} is {verdict} {other} in {what}: {shown}."

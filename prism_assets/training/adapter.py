@@ -71,7 +71,7 @@ def make_adapter(stage: Stage, key: str, selection: Artifact, seed: int) -> Made
 
 
 def trained_tokens(rows: "pa.Table") -> "pa.Table":
-    """What an adapter learns of a selection. Sorted by id: the order of the ranking is not part of what an adapter is."""
+    """What an adapter learns of a selection. Sorted by id: the order of the ranking is no part of it."""
     return rows.select(["id", "input_ids", "loss_mask"]).sort_by("id")
 
 

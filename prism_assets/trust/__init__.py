@@ -1,1 +1,2 @@
-"""Trust: whether the weights, the first-order picture and the influence scores hold, measured on the user's own model."""
+"""Trust: whether the weights, the first-order approximation and the influence scores hold, measured on the user's own
+model."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prism_assets.gradients.engine import GradientEngine
     from prism_assets.stats.ranks import Correlation
 
-# Passes over a subset: enough that order and curvature have their say, few enough to be short.
+# Passes over a subset: enough for order and curvature to have an effect, few enough to be short.
 _DATAMODEL_EPOCHS = 2
 
 
@@ -43,6 +43,7 @@ class Record:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
+        """Wall and CPU seconds of what is done inside, under the name of the part."""
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         self.seconds[part] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -58,7 +59,11 @@ class Record:
 def measure(
     work: GradientPass, inputs: TrustInputs, tried: tuple[pa.Table, pa.Table]
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Everything: the rows of the table and the notes. `tried`: candidates for single steps, and for subsets."""
+    """All measurements of a target at the last warm-up checkpoint: the rows of `Record.table`, and the notes.
+
+    `tried`: the candidates for single steps and those that subsets are drawn from (`tried_candidates`). The notes have
+    the statistics that `verdict.findings` reads, and the seconds of each part.
+    """
     settings, lake = work.stage.settings, work.stage.lake
     single, subsets = tried
     start = {name: value.detach().clone() for name, value in work.at(None).parameters.items()}

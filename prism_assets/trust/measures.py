@@ -22,20 +22,19 @@ if TYPE_CHECKING:
 # Steps of growing size, in multiples of the probe step.
 STEP_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
-Progress = Callable[[int], None]
-"""Called with the number of units done."""
+OnProgress = Callable[[int], None]  # called with the number of units done
 
 
-class Outcome(NamedTuple):
-    """What the model makes of the targets and of the held-out examples."""
+class Objectives(NamedTuple):
+    """What directions raise: the objective of each, under the parameters that the model has at the moment."""
 
     prism: float  # J, what the PRISM direction raises
     uniform: float  # the mean preference score of the targets, what the uniform direction raises
     held_out: float  # mean log-probability of the held-out examples
 
-    def change(self, before: "Outcome") -> "Outcome":
-        """This outcome less an earlier one."""
-        return Outcome(*(after - then for after, then in zip(self, before, strict=True)))
+    def change(self, before: "Objectives") -> "Objectives":
+        """These values minus earlier ones."""
+        return Objectives(*(after - then for after, then in zip(self, before, strict=True)))
 
 
 class Probe(NamedTuple):
@@ -55,13 +54,13 @@ class Probe(NamedTuple):
         with self.engine.single_precision():
             return self._preference(self._scores())
 
-    def look(self) -> tuple[Outcome, np.ndarray]:
+    def look(self) -> tuple[Objectives, np.ndarray]:
         """What the model makes of targets and held-out examples now, and the targets' weights [m]."""
         with self.engine.single_precision():
             scores = self._scores()
             held_out = float(np.mean(self.engine.mean_log_probs(self.held_out)))
         preference = self._preference(scores)
-        return Outcome(preference.objective, float(scores.mean()), held_out), preference.weights
+        return Objectives(preference.objective, float(scores.mean()), held_out), preference.weights
 
     def objective(self, means: np.ndarray) -> float:
         """J of the targets' mean log-probabilities (of pairs: margins) [m]."""
@@ -94,7 +93,7 @@ class Stability(NamedTuple):
 def random_directions(
     shapes: Mapping[str, tuple[int, ...]], number: int, seed: int
 ) -> "Iterator[dict[str, torch.Tensor]]":
-    """`number` directions drawn uniformly from the unit sphere over all parameters (normalised Gaussians), on the CPU."""
+    """`number` directions drawn uniformly from the unit sphere of all parameters (normalised Gaussians), on the CPU."""
     import torch
 
     for position in range(number):
@@ -144,7 +143,7 @@ class CandidateEffect(NamedTuple):
     """One step along one candidate's preconditioned gradient Γ."""
 
     cosines: dict[str, float]  # strategy -> exact cosine of Γ with its direction
-    change: Outcome
+    change: Objectives
     flipped: float | None  # share of target pairs whose weights change their order
 
 
@@ -154,7 +153,7 @@ def single_candidate_steps(
     preconditioner: "Preconditioner",
     directions: Mapping[str, Vector],
     length: float,
-    progress: Progress = lambda done: None,
+    progress: OnProgress = lambda done: None,
 ) -> list[CandidateEffect]:
     """What the step θ + length · Γ_i/‖Γ_i‖ on each candidate alone does, beside its exact score at this checkpoint.
 
@@ -191,8 +190,8 @@ def subset_outcomes(
     masks: np.ndarray,
     train: Callable[[Sequence[Any]], None],
     restore: Callable[[], object],
-    progress: Progress = lambda done: None,
-) -> list[Outcome]:
+    progress: OnProgress = lambda done: None,
+) -> list[Objectives]:
     """What training on each subset (masks bool [M, n] over the examples) changes, always from the same parameters.
 
     `train(examples)` trains the engine's model in place; `restore()` brings its parameters back.

@@ -1,4 +1,4 @@
-"""Which candidates are tried: some of every score, so that a correlation has something to correlate."""
+"""Which candidates are tried: spread over the range of scores, so that correlations can be measured."""
 
 from collections.abc import Mapping
 

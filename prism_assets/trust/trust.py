@@ -9,9 +9,10 @@ from prism_assets.metadata import picture
 from prism_assets.project import Check, Project
 from prism_assets.resources.lake import Artifact, Recipe, Rows, hash_table
 from prism_assets.selection.target_scores import as_made
+from prism_assets.selection.thresholds import FEWEST_EFFECTIVE
 from prism_assets.stage import Stage
 from prism_assets.trust.inputs import TRAINING_SETTINGS, TrustInputs, tried_candidates, trust_inputs
-from prism_assets.trust.verdict import CHECKS, FEWEST_EFFECTIVE, LEAST_CORRELATION, MOST_FLIPPED, findings
+from prism_assets.trust.verdict import CHECKS, LEAST_CORRELATION, MOST_FLIPPED, findings
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ _DESCRIPTIONS = {
     "pairs, and the weights agree across checkpoints.",
     "first_order_reaches": "Measured and predicted change of J agree within a factor of two as far along PRISM as one "
     "training step on the best candidate goes.",
-    "single_steps_agree": "A step on a single candidate changes J in the order of the stored scores: rank correlation of "
-    f"at least {LEAST_CORRELATION}, and above zero beyond its 95% interval.",
-    "held_out_follows": "The same steps change the mean log-probability of held-out examples in the order of the stored "
-    "scores: rank correlation above zero beyond its 95% interval.",
-    "subsets_predicted": "Summed scores predict what short fine-tunings on random subsets do to J: the rank correlation "
-    "(linear datamodeling score) is above zero beyond its 95% interval.",
+    "single_steps_agree": "A step on a single candidate changes J in the order of the stored scores: rank correlation "
+    f"of at least {LEAST_CORRELATION}, and above zero beyond its 95% interval.",
+    "held_out_follows": "The same steps change the mean log-probability of held-out examples in the order of the "
+    "stored scores: rank correlation above zero beyond its 95% interval.",
+    "subsets_predicted": "Summed scores predict what short fine-tunings on random subsets do to J: the rank "
+    "correlation (linear datamodeling score) is above zero beyond its 95% interval.",
 }
 _CHECKS = {name: Check(name, _DESCRIPTIONS[name]) for name in CHECKS}
 
@@ -43,10 +44,10 @@ def build(project: Project) -> dg.AssetsDefinition:
         loads_model=True,
     )
     def trust(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        """Whether a target's scores can be trusted, measured: weights after small steps, first order over growing steps,
-        scores against what training on single candidates and on random subsets really does.
+        """Whether a target's scores can be trusted, measured: weights after small steps, first order over growing
+        steps, scores against what training on single candidates and on random subsets changes.
 
-        Costly, so never made by automation: `prism trust TARGET`, the job `check_trust`, or its weekly schedule.
+        Costly, so never started automatically: `prism trust TARGET`, the job `check_trust`, or its weekly schedule.
         """
         stage = stage_of(project, context)
         with gradient_pass(stage) as work:

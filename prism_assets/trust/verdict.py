@@ -1,4 +1,4 @@
-"""What the measurements of one target say: thresholds with their reasons, and a sentence each.
+"""The conclusions from the measurements of one target: thresholds with their reasons, and a sentence each.
 
 Takes the notes of a `trust` artefact (plain numbers) and needs no more than the standard library, as the report does.
 """
@@ -6,20 +6,18 @@ Takes the notes of a `trust` artefact (plain numbers) and needs no more than the
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Below three targets' worth of weight one or two examples decide what is selected. As in `enough_effective_targets`.
-FEWEST_EFFECTIVE = 3.0
+from prism_assets.selection.thresholds import FEWEST_EFFECTIVE, FIRST_ORDER_RATIO
+
 # One flipped pair in ten is Kendall's tau of 0.8. By chance every second pair flips.
 MOST_FLIPPED = 0.10
 # Between checkpoints: below 0.7 the two orders share less than half of their variance (0.7² = 0.49).
 LEAST_AGREEMENT = 0.7
-# Measured over predicted; as in `first_order_holds`. Beyond a factor of two a prediction is off by more than itself.
-RATIO = (0.5, 2.0)
 # Of two normal quantities with correlation 0.5, the upper 5% by one lie above the median of the other with
 # probability 0.88 on average; at 0.3 it is 0.74, not much better than the 0.5 of chance.
 LEAST_CORRELATION = 0.5
 
 
-class Finding(NamedTuple):
+class TrustFinding(NamedTuple):
     """One question, whether the answer is good (None: not measured), and the answer for the user."""
 
     check: str
@@ -31,14 +29,14 @@ class Finding(NamedTuple):
 CHECKS: dict[str, str] = {
     "weights_not_concentrated": "Do the weights rest on enough targets?",
     "preferences_stable": "Do preferences flip under small steps of the model?",
-    "first_order_reaches": "Does the first-order picture reach as far as a training step goes?",
+    "first_order_reaches": "Does the first-order approximation hold as far as a training step goes?",
     "single_steps_agree": "Do the scores order what training on single candidates really does to J?",
     "held_out_follows": "And what it does to held-out examples?",
     "subsets_predicted": "Do summed scores predict what training on subsets really does?",
 }
 
 
-def findings(notes: Mapping[str, Any]) -> list[Finding]:
+def findings(notes: Mapping[str, Any]) -> list[TrustFinding]:
     """The answers to the questions of `CHECKS`, in that order."""
     answers = (
         _effective(notes["effective_number_of_targets"], notes["usable_targets"]),
@@ -49,7 +47,8 @@ def findings(notes: Mapping[str, Any]) -> list[Finding]:
         _subsets(notes["datamodel"]),
     )
     return [
-        Finding(check, question, *answer) for (check, question), answer in zip(CHECKS.items(), answers, strict=True)
+        TrustFinding(check, question, *answer)
+        for (check, question), answer in zip(CHECKS.items(), answers, strict=True)
     ]
 
 
@@ -65,34 +64,35 @@ def _effective(effective: Mapping[str, float], targets: int) -> tuple[bool, str]
 def _stable(steps: Mapping[str, Any], single: Mapping[str, Any], agreement: float | None) -> tuple[bool | None, str]:
     small, far = steps["training_step"], steps["warmup"]
     if small["flipped_mean"] is None:
-        return None, "There are no two targets of different weight, so no preference can flip."
+        return None, "There are no two target examples of different weight, so no preference can flip."
     said = (
         f"A random step as long as one training step flips {_share(small['flipped_mean'])} of the target pairs on "
-        f"average and {_share(small['flipped_max'])} at most over {steps['number']} steps (rank correlation of the weights "
-        f"{_figure(small['rank_correlation_mean'])}, at least {_figure(small['rank_correlation_min'])}); one as long as "
-        f"the whole warm-up flips {_share(far['flipped_mean'])}. A training step on a single candidate flips "
-        f"{_share(single['flipped_mean'])} on average and {_share(single['flipped_max'])} at most."
+        f"average and {_share(small['flipped_max'])} at most over {steps['number']} steps (rank correlation of the "
+        f"weights {_figure(small['rank_correlation_mean'])}, at least {_figure(small['rank_correlation_min'])}); one "
+        f"as long as the whole warm-up flips {_share(far['flipped_mean'])}. A training step on a single candidate "
+        f"flips {_share(single['flipped_mean'])} on average and {_share(single['flipped_max'])} at most."
     )
     stable = max(small["flipped_mean"], single["flipped_mean"]) <= MOST_FLIPPED
     if not stable:
         said += (
-            f" That is more than {MOST_FLIPPED:.0%}: which targets count is partly chance. More warm-up or more targets "
-            "make it firmer; a higher preference.temperature makes it matter less."
+            f" That is more than {MOST_FLIPPED:.0%}: which targets count is partly chance. More warm-up or more "
+            "targets make it firmer; a higher preference.temperature makes it matter less."
         )
     if agreement is None:
         return stable, said + " There is one checkpoint, so none to agree with."
     said += f" Across checkpoints the weights' order agrees with a rank correlation of at least {agreement:.2f}"
     if agreement >= LEAST_AGREEMENT:
         return stable, said + "."
-    return False, said + f", below {LEAST_AGREEMENT}: the weights are still moving. Warm up for longer."
+    return False, said + f", below {LEAST_AGREEMENT}: the weights are still changing. Warm up for longer."
 
 
 def reach(steps: Sequence[Mapping[str, float]]) -> float:
-    """The largest size up to which measured over predicted lies within `RATIO` at every step; 0 where at none."""
+    """The largest size up to which measured over predicted lies within `FIRST_ORDER_RATIO` at every step; 0 where at
+    none."""
     reached = 0.0
     for step in sorted(steps, key=lambda one: one["size"]):
         predicted = step["predicted"]
-        if not predicted or not RATIO[0] <= step["measured"] / predicted <= RATIO[1]:
+        if not predicted or not FIRST_ORDER_RATIO[0] <= step["measured"] / predicted <= FIRST_ORDER_RATIO[1]:
             break
         reached = step["size"]
     return reached
@@ -103,8 +103,8 @@ def _reaches(growing: Mapping[str, Any]) -> tuple[bool, str]:
     needed, unit = growing["needed"], growing["probe_step"]
     passed = reached["prism"] >= needed
     said = (
-        f"Measured and predicted change of J agree within a factor of two up to {reached['prism'] / unit:g} probe steps "
-        f"along prism and {reached['uniform'] / unit:g} along uniform"
+        f"Measured and predicted change of J agree within a factor of two up to {reached['prism'] / unit:g} probe "
+        f"steps along prism and {reached['uniform'] / unit:g} along uniform"
     )
     goes = f"a training step on the best candidate goes {needed / unit:.1f} along prism"
     if passed:
@@ -119,13 +119,13 @@ def _single(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     stored, exact = single["prism"]["stored"], single["prism"]["exact"]
     if stored["interval"] is None:
         return None, (
-            f"{stored['n']} candidates are too few, or do too much alike, to compare scores with what training on them "
-            "does."
+            f"{stored['n']} candidates are too few, or their effects too similar, to compare scores with what training "
+            "on them does."
         )
     said = (
         f"Training on one candidate alone changes J in the order of the stored scores with a rank correlation of "
-        f"{_correlation(stored)}, of the exact scores {_correlation(exact)} ({stored['n']} candidates); uniform's stored "
-        f"scores order its own objective, the mean score, with {_correlation(single['uniform']['stored'])}."
+        f"{_correlation(stored)}, of the exact scores {_correlation(exact)} ({stored['n']} candidates); uniform's "
+        f"stored scores order its own objective, the mean score, with {_correlation(single['uniform']['stored'])}."
     )
     if _orders(stored):
         return True, said
@@ -133,8 +133,8 @@ def _single(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     if _orders(exact):
         return (
             False,
-            said
-            + f" The exact scores reach what is asked for ({wanted}), the stored ones do not: raise features.sketch_dim.",
+            said + f" The exact scores reach what is asked for ({wanted}), the stored ones do not: raise "
+            "features.sketch_dim.",
         )
     return False, said + (
         f" Asked for is {wanted}: the ranking says little about what a row really does here. Check features.optimizer, "
@@ -150,23 +150,24 @@ def _held_out(single: Mapping[str, Any]) -> tuple[bool | None, str]:
     prism, uniform = single["prism"]["held_out"], single["uniform"]["held_out"]
     if prism["interval"] is None:
         return None, (
-            f"{prism['n']} candidates are too few, or do too much alike, to compare scores with held-out examples."
+            f"{prism['n']} candidates are too few, or their effects too similar, to compare scores with held-out "
+            "examples."
         )
     low, high = prism["interval"]
     said = (
-        f"The held-out log-probability follows prism's scores with a rank correlation of {_correlation(prism)}, uniform's "
-        f"with {_correlation(uniform)}."
+        f"The held-out log-probability follows prism's scores with a rank correlation of {_correlation(prism)}, "
+        f"uniform's with {_correlation(uniform)}."
     )
     if low > 0:
         return True, said
     if high < 0:
         return False, said + (
-            " What prism ranks high harms held-out examples: targets and eval file ask for different things, or the noise "
-            "among the targets is what the model likes. Do not select by these weights."
+            " What prism ranks high harms held-out examples: targets and held-out file ask for different things, or "
+            "the noise among the targets is what the model likes. Do not select by these weights."
         )
     return False, said + (
-        " That cannot be told from chance: targets and eval file may ask for different things. Compare strategies on "
-        "held-out data."
+        " That is not significant (the 95% interval holds zero): targets and held-out file may ask for different "
+        "things. Compare strategies on held-out data."
     )
 
 
@@ -175,19 +176,26 @@ def _subsets(datamodel: Mapping[str, Any] | None) -> tuple[bool | None, str]:
         return None, "Not measured: trust.datamodel_subsets is 0."
     prism = datamodel["prism"]["own"]
     if prism["interval"] is None:
-        return None, f"{prism['n']} subsets are too few, or did too much alike, to compare them with summed scores."
+        return (
+            None,
+            f"{prism['n']} subsets are too few, or their effects too similar, to compare them with summed scores.",
+        )
     low, high = prism["interval"]
     said = (
         f"Linear datamodeling score: over {prism['n']} short fine-tunings on halves of {datamodel['rows']} candidates, "
         f"J followed the summed scores with a rank correlation of {_correlation(prism)} (uniform's own objective "
         f"{_correlation(datamodel['uniform']['own'])}); held-out log-probability followed prism's sums with "
-        f"{_correlation(datamodel['prism']['held_out'])}, uniform's with {_correlation(datamodel['uniform']['held_out'])}."
+        f"{_correlation(datamodel['prism']['held_out'])}, uniform's with "
+        f"{_correlation(datamodel['uniform']['held_out'])}."
     )
     if low > 0:
         return True, said
     if high < 0:
         return False, said + " That order is the wrong way round: do not select by these scores."
-    return False, said + " That cannot be told from chance; more trust.datamodel_subsets would narrow the interval."
+    return (
+        False,
+        said + " That is not significant (the 95% interval holds zero); more trust.datamodel_subsets would narrow it.",
+    )
 
 
 def _figure(value: float | None) -> str:

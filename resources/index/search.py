@@ -167,8 +167,8 @@ class SegmentedIndex:
         if mask is not None:
             approximate[:, ~mask] = -np.inf
         # Two float32 dot products of the same pair differ by at most twice the bound, so the k-th best
-        # score is at least the k-th best product less that, and a row among the best has a product less
-        # that once more.
+        # score is at least the k-th best product minus that, and the product of a row among the best at
+        # least that minus it again.
         slack = 2 * self._product_error(queries)
         out: list[Any] = [None] * len(queries)
 

@@ -20,8 +20,8 @@ from prism_assets.errors import DamagedSegment
 
 STORAGE = "float16"  # of the values of a row: numpy's half precision is FAISS's
 MAGIC = b"IxSQ"  # FAISS's first four bytes of a scalar quantizer
-# Its header: magic, d, rows, two unused, trained, metric, type, range statistic and its argument, d, bytes a row, number
-# of trained values, bytes of codes.
+# Its header: magic, d, rows, two unused, trained, metric, type, range statistic and its argument, d, bytes a row,
+# number of trained values, bytes of codes.
 LAYOUT = struct.Struct("<4siqqq?iiifQQQQ")
 ROW_CHUNK = 512  # rows converted and multiplied at a time: 2 MiB of float32 at d = 1,024, about a cache
 
@@ -37,8 +37,8 @@ class SegmentPart(NamedTuple):
 class Segment:
     """One opened segment: its rows as a view of the mapped file, and FAISS's dot products over them.
 
-    The index's `search` keeps a heap and its `range_search` is slow (15 times, in FAISS 1.15); the scanner that inverted
-    lists use runs at the speed of memory and takes any slice of codes.
+    The index's `search` keeps a heap and its `range_search` is slow (15 times, in FAISS 1.15); the scanner that
+    inverted lists use runs at the speed of memory and takes any slice of codes.
     """
 
     def __init__(self, path: Path, index: Any):

@@ -33,7 +33,7 @@ def hash_table(table: "pa.Table") -> str:
 
 
 def _canonical_type(kind: "pa.DataType") -> "pa.DataType":
-    """The same type with list items named alike: Parquet calls them `element`, Arrow `item`."""
+    """The same type with list items under one name: Parquet calls them `element`, Arrow `item`."""
     import pyarrow as pa
 
     if pa.types.is_fixed_size_list(kind):

@@ -1,4 +1,4 @@
-"""What an artefact says of itself: in the Parquet footer, in safetensors' metadata, or in `artifact.json` in a folder."""
+"""The header of an artefact: in the Parquet footer, in safetensors' metadata, or in a folder's `artifact.json`."""
 
 import json
 import time

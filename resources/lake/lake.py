@@ -9,8 +9,9 @@ Layout of the store below `root`:
     tracking/                                                 what other tools log of a run; no part of any artefact
     prism.duckdb                                              views over all of it; delete it at any time
 
-An artefact is published by one atomic step to a key that names its fingerprint. Whoever loses a race finds the winner's
-artefact in place and discards its own. What an artefact is, and what it was made from, stands in the artefact.
+An artefact is published by one atomic step to a key that names its fingerprint. Of two runs that publish the
+same one, the second finds the first's in place and discards its own. What an artefact is, and what it was made from, is
+stored in the artefact.
 """
 
 import json
@@ -50,6 +51,7 @@ class Lake:
 
     @cached_property
     def store(self) -> FolderStore:
+        """The store of all files below `root`."""
         return FolderStore(Path(self.root))
 
     @property
@@ -58,7 +60,8 @@ class Lake:
         return Path(self.root)
 
     def local(self, artifact: Artifact, *inside: str, suffix: str | None = None) -> Path:
-        """Where an artefact can be read on this machine: its file or folder, a file in it, or the one beside it with `suffix`."""
+        """Where an artefact can be read on this machine: its file or folder, a file in it, or the attachment with
+        `suffix`."""
         path = self.store.local(artifact.key)
         return (path.with_suffix(suffix) if suffix else path).joinpath(*inside)
 
@@ -98,7 +101,7 @@ class Lake:
         return list(dict.fromkeys((Path(key).parent.name, Path(key).name.split(".")[0]) for key in keys))
 
     def owner_of(self, path: Path) -> tuple[str, str] | None:
-        """Table and fingerprint of the artefact that a file is, lies beside or lies in; None where it is no such file."""
+        """Table and fingerprint of the artefact that a file is, lies beside or lies in; None for another file."""
         parts = Path(self.store.key_of(path) or "").parts
         return (parts[1], parts[2].split(".")[0]) if parts[:1] == ("artifacts",) and len(parts) > 2 else None
 
@@ -157,7 +160,7 @@ class Lake:
     # -- publishing --------------------------------------------------------------------------------------------
 
     def publish(self, recipe: Recipe, content: Content, *, run_id: str = "") -> Artifact:
-        """Publish what was made from a recipe, with its header in it; the winner's where another was faster."""
+        """Publish what was made from a recipe, with its header in it; another run's where that one was faster."""
         if isinstance(content, Rows):
             return self.publish_table(
                 recipe,
@@ -185,7 +188,8 @@ class Lake:
         """Publish a table as Parquet with its header in the footer.
 
         `attachments` maps a file suffix (".jsonl") to a function that writes such a file; they lie beside the
-        Parquet file under the same fingerprint and are in place before it, so whoever sees the table sees them too.
+        Parquet file under the same fingerprint and are in place before it, so a reader that finds the table finds them
+        too.
         """
         import pyarrow.parquet as pq
 
@@ -286,7 +290,8 @@ class Lake:
     def read_tensors(self, artifact: Artifact) -> "dict[str, torch.Tensor]":
         """The tensors of a safetensors artefact.
 
-        Raises DamagedArtifact where they differ from their content hash (safetensors has no checksums); as `read_table`.
+        Raises DamagedArtifact where they differ from their content hash (safetensors has no checksums); as
+        `read_table`.
         """
         from safetensors.torch import load_file
 
@@ -306,7 +311,7 @@ class Lake:
     # -- what is remembered ------------------------------------------------------------------------------------
 
     def cache_file(self, name: str) -> Path:
-        """A file that may be deleted at any time, for one who remembers things in a form of its own."""
+        """A file that may be deleted at any time, for code that remembers things in a format of its own."""
         return self.store.local(f"cache/{name}")
 
     def log_folder(self, *names: str) -> Path:
@@ -331,6 +336,7 @@ class Lake:
 
     @property
     def catalog_path(self) -> Path:
+        """The DuckDB file with the views over the lake."""
         return self.store.local("prism.duckdb")
 
     def connect(self, additions: CatalogAdditions | None = None) -> "duckdb.DuckDBPyConnection":
@@ -342,7 +348,7 @@ class Lake:
         return connection
 
     def rebuild_catalog(self, additions: CatalogAdditions | None = None) -> Path:
-        """Write `prism.duckdb` anew and rename it into place, so no reader and no step waits for another."""
+        """Write a new `prism.duckdb` and rename it into place, so no reader and no step waits for another."""
         import duckdb
 
         def write(path: Path) -> None:

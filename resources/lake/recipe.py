@@ -33,6 +33,7 @@ class Artifact:
 
     @property
     def partition(self) -> str | None:
+        """The partition that it was made for; None for an asset without partitions."""
         return self.header.get("partition")
 
     @property
@@ -60,6 +61,7 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
+        """The hash of table, stage version, settings and content of the inputs: 32 hex digits."""
         return digest(
             {
                 "table": self.table,

@@ -31,9 +31,9 @@ def define_views(
 ) -> None:
     """`artifacts`, `heads` and `lineage` as tables; one view per Parquet table over its heads' files.
 
-    `files` maps table and fingerprint to the file that DuckDB reads. The view of a table stands in the schema `raw` and,
-    under the same name, in `main`, where the statements of `additions` may replace it. It carries the partition, version
-    and fingerprint of the head beside each row.
+    `files` maps table and fingerprint to the file that DuckDB reads. The view of a table is defined in the schema `raw`
+    and, under the same name, in `main`, where the statements of `additions` may replace it. It carries the partition,
+    version and fingerprint of the head beside each row.
     """
     rows = [_artifact_row(one, files[one.table, one.fingerprint]) for one in artifacts]
     _insert(connection, "artifacts", _ARTIFACT_COLUMNS, rows)
@@ -103,15 +103,15 @@ def _artifact_row(artifact: Artifact, file: str) -> tuple[Any, ...]:
         header.get("stage_version"),
         header.get("run_id"),
         header.get("created"),
-        json.dumps(_shortened(header.get("settings"))),
+        json.dumps(_without_long_lists(header.get("settings"))),
         json.dumps(header.get("notes")),
         file,
     )
 
 
-def _shortened(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+def _without_long_lists(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings without long lists. A manifest and an index list every shard; the catalogue would hold that list once an
-    arrival. It stands in the artefact's header, and what matters of it in its rows."""
+    arrival. The list is stored in the artefact's header, and what matters of it in its rows."""
     return {
         name: f"{len(value)} entries" if isinstance(value, list) and len(value) > _SHOWN_ENTRIES else value
         for name, value in (settings or {}).items()

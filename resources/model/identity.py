@@ -36,13 +36,16 @@ class ModelIdentity(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
+        """One hash of weights, tokenizer and starting adapter: 32 hex digits."""
         text = json.dumps([self.weights, self.tokenizer, self.adapter])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
+    """The tokens that a model takes at most, by its config.json; None where that does not say."""
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
 def matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files of a folder that match any of the patterns, in order of their paths."""
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})

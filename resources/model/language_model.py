@@ -58,7 +58,7 @@ class LanguageModel:
             )
         except Exception as error:  # the hub has a dozen exception types for "not reachable" and "no such model"
             raise ModelError(
-                f"model.name: {self.name!r} (revision {self.revision}) is neither a folder here nor to be had from the "
+                f"model.name: {self.name!r} (revision {self.revision}) is no folder here and cannot be loaded from the "
                 f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
             ) from error
 
@@ -167,7 +167,7 @@ class LanguageModel:
         seed: int = 0,
         state: "Mapping[str, torch.Tensor] | None" = None,
     ) -> "Iterator[PeftModel]":
-        """The base model with a LoRA adapter: fresh (seeded) or the starting adapter, then `state` laid over it.
+        """The base model with a LoRA adapter: fresh (seeded) or the starting adapter, then `state` loaded into it.
 
         With a starting adapter its own configuration counts and the LoRA arguments are not used. The base model is
         given back unchanged when the context ends. `state` maps canonical LoRA parameter names to tensors.

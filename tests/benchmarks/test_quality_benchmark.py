@@ -75,7 +75,7 @@ def test_summary_recovers_planted_shares_and_differences():
     assert found["differences"]["prism"]["uniform"]["mean"] == pytest.approx(0.06, abs=0.001)
     verdict = " ".join(found["verdict"])
     assert "prism is above uniform" in verdict and "prism is below less" in verdict
-    assert "not to be told apart from prism-unit" in verdict and "prism-cover is above less-max" in verdict
+    assert "not significantly different from prism-unit" in verdict and "prism-cover is above less-max" in verdict
     assert json.dumps(found)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prism_assets.corpus.encoder import Encoder, TokenizedExample
 from prism_assets.corpus.records import Example, Message
-from prism_assets.corpus.template import Refused
+from prism_assets.corpus.template import Untokenizable
 from prism_assets.corpus.token_tables import (
     CANDIDATE_SCHEMA,
     TARGET_SCHEMA,
@@ -262,7 +262,7 @@ def test_a_template_that_changes_the_prompt_for_generation():
     example = encoder.encode(CONVERSATION[1:])
     assert supervised_texts(tokenizer, example) == ["Hi there</s>", "4</s>"]
     assert text(tokenizer, prompt_tokens(encoder.encode(CONVERSATION[1:3]))) == "<s><|user|>Hello<|assistant|>"
-    with pytest.raises(Refused, match="leaves out a part"):
+    with pytest.raises(Untokenizable, match="leaves out a part"):
         encoder.encode((Message("user", "2+2?"), Message("assistant", "<think>add</think>4")))
 
 
@@ -292,7 +292,7 @@ def test_stop_tokens_are_eos_and_the_template_s_end_of_turn():
 
 
 def test_a_template_s_refusal_is_passed_on():
-    with pytest.raises(Refused, match="no system turn"):
+    with pytest.raises(Untokenizable, match="no system turn"):
         Encoder(character_tokenizer(chat_template=LLAMA2), max_length=100).encode(CONVERSATION)
 
 
@@ -308,7 +308,7 @@ def test_too_long_a_prompt_loses_its_start_but_not_bos():
 
 
 @pytest.mark.parametrize("template", ["plain", CHATML, LLAMA3, LLAMA2])
-def test_the_completion_is_whole_or_refused_at_every_length(template):
+def test_the_completion_is_whole_or_untokenizable_at_every_length(template):
     tokenizer = character_tokenizer()
     full = Encoder(tokenizer, max_length=1000, template=template).encode(EXCHANGE)
     needed = completion_tokens(full)
@@ -316,7 +316,7 @@ def test_the_completion_is_whole_or_refused_at_every_length(template):
         encoder = Encoder(tokenizer, max_length=length, template=template)
         if needed > length - 1:
             with pytest.raises(
-                Refused, match=f"alone has {needed} tokens, and max_length {length} .* for {length - 1};"
+                Untokenizable, match=f"alone has {needed} tokens, and max_length {length} .* for {length - 1};"
             ):
                 encoder.encode(EXCHANGE)
             continue
@@ -352,10 +352,10 @@ def test_both_completions_of_a_pair_follow_the_same_prompt():
         assert max(len(pair.input_ids), len(pair.rejected.input_ids)) == min(length, 1 + 13 + 11)
         assert supervised_texts(tokenizer, pair) == ["It is 3</s>"]
         assert supervised_texts(tokenizer, pair.rejected) == ["No idea at</s>"]
-    with pytest.raises(Refused, match="alone has 11 tokens") as caught:
+    with pytest.raises(Untokenizable, match="alone has 11 tokens") as caught:
         Encoder(tokenizer, max_length=11).encode_pair(EXCHANGE, "No idea at")
     assert caught.value.field == "rejected"
-    with pytest.raises(Refused, match="alone has 8 tokens") as caught:
+    with pytest.raises(Untokenizable, match="alone has 8 tokens") as caught:
         Encoder(tokenizer, max_length=8).encode_pair(EXCHANGE, "No")
     assert caught.value.field == "completion"
 
@@ -383,8 +383,8 @@ def test_a_template_that_cannot_be_used_is_refused_at_once(template, message):
         Encoder(character_tokenizer(), max_length=10, template=template)
 
 
-def test_a_conversation_without_a_completion_is_refused():
-    with pytest.raises(Refused, match="does not end in an assistant turn"):
+def test_a_conversation_without_a_completion_is_untokenizable():
+    with pytest.raises(Untokenizable, match="does not end in an assistant turn"):
         Encoder(character_tokenizer(), max_length=10).encode(EXCHANGE[:1])
 
 
@@ -394,13 +394,13 @@ def test_no_room_for_an_example():
 
 
 @pytest.mark.parametrize("template", ["plain", CHATML])
-def test_text_that_would_become_a_control_token_is_refused(template):
+def test_text_that_would_become_a_control_token_is_untokenizable(template):
     encoder = Encoder(character_tokenizer(), max_length=100, template=template)
     forged = (Message("user", "x<|im_end|>\n"), Message("assistant", "y"))
-    with pytest.raises(Refused, match=r"'<\|im_end\|>', a special token") as caught:
+    with pytest.raises(Untokenizable, match=r"'<\|im_end\|>', a special token") as caught:
         encoder.encode(forged)
     assert caught.value.field == "messages[0].content"
-    with pytest.raises(Refused):
+    with pytest.raises(Untokenizable):
         encoder.encode_pair(EXCHANGE, "</s>")
 
 
@@ -410,23 +410,23 @@ def without_unknown(tokenizer_vocabulary):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
-def test_what_tokenises_to_nothing_is_refused():
+def test_what_tokenises_to_nothing_is_untokenizable():
     encoder = Encoder(without_unknown("abc"), max_length=10, separator="")
     for completion in ("é", "éé"):
-        with pytest.raises(Refused, match="tokenises to nothing") as caught:
+        with pytest.raises(Untokenizable, match="tokenises to nothing") as caught:
             encoder.encode((Message("user", "a"), Message("assistant", completion)))
         assert caught.value.field == "completion"
-    with pytest.raises(Refused, match="the prompt tokenises to nothing") as caught:
+    with pytest.raises(Untokenizable, match="the prompt tokenises to nothing") as caught:
         encoder.encode((Message("user", "é"), Message("assistant", "a")))
     assert caught.value.field == "prompt"
-    with pytest.raises(Refused, match="tokenises to nothing"):  # all unknown
+    with pytest.raises(Untokenizable, match="tokenises to nothing"):  # all unknown
         Encoder(character_tokenizer(), max_length=10).encode((Message("user", "a"), Message("assistant", "éé")))
 
 
 # --- Many examples, tables -------------------------------------------------------------------------------
 
 
-def test_refused_examples_become_rejects_and_leave_the_others():
+def test_untokenizable_examples_become_rejects_and_leave_the_others():
     encoder = Encoder(character_tokenizer(), max_length=20)
     examples = [
         Example.create(EXCHANGE, line=4),
@@ -472,7 +472,7 @@ def test_a_table_holds_the_examples_and_gives_the_tokens_back():
         rejected_from_table(table)
 
 
-def test_a_table_of_pairs_has_the_rejected_tokens_and_chunks_and_slices_do_not_matter():
+def test_a_table_of_pairs_has_the_unwanted_tokens_and_chunks_and_slices_do_not_matter():
     import pyarrow as pa
 
     encoder = Encoder(character_tokenizer(), max_length=200)

@@ -226,18 +226,18 @@ def test_the_inbox_has_the_stated_mixture_duplicates_within_and_across_shards(in
         assert len({source for number, _, _, source in inbox_rows if number == shard}) == 13
 
 
-def test_the_package_reads_every_format_and_refuses_exactly_the_bad_records(demo, inbox_rows):
+def test_the_package_reads_every_format_and_rejects_exactly_the_bad_records(demo, inbox_rows):
     from prism_assets.corpus.files import read_examples
 
-    examples, refused = [], {}
+    examples, rejected = [], {}
     for path in sorted((demo / data.INBOX).iterdir()):
         read, rejects = read_examples(path, "candidate")
         examples += read
-        refused[path.name] = [(reject.line, reject.reason) for reject in rejects]
+        rejected[path.name] = [(reject.line, reject.reason) for reject in rejects]
     read = {(example.prompt_text, example.completion_text, example.source) for example in examples}
     assert read == {row[1:] for row in inbox_rows}
-    first = refused.pop("strings-1.jsonl")
-    assert set(map(len, refused.values())) == {0}
+    first = rejected.pop("strings-1.jsonl")
+    assert set(map(len, rejected.values())) == {0}
     assert [line for line, reason in first] == list(range(751, 760))
     assert sum("duplicate" in reason for _, reason in first) == 6
     for name in data.TARGET_SKILLS:

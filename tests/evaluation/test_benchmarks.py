@@ -211,7 +211,10 @@ def test_a_group_has_one_score_that_is_asked_for_over_the_documents_of_its_membe
         path = write_choice_task(tmp_path / name, count)
         rows[name] = rows_of(path)
         path.write_text(CHOICE_TASK.replace("turned\n", f"{name}\n").replace("data/", f"{tmp_path / name}/data/"))
-    write = "group: both\ntask: [few, many]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\nmetadata: {version: 1}\n"
+    write = (
+        "group: both\ntask: [few, many]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+        "metadata: {version: 1}\n"
+    )
     (tmp_path / "both.yaml").write_text(write)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     monkeypatch.setattr(benchmarks, "_manager", lambda defaults: manager)

@@ -6,7 +6,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 
 from prism_assets.evaluation.answers import exact_match, extract_answer
 from prism_assets.evaluation.generation import generate
-from prism_assets.evaluation.metrics import held_out, summarize
+from prism_assets.evaluation.metrics import held_out, mean_over_seeds
 from prism_assets.selection.histogram import score_histogram
 
 VOCABULARY, PAD, EOS = 40, 0, 1
@@ -39,17 +39,17 @@ def test_held_out_refuses_what_has_no_mean(scores, margins, message):
 
 
 def test_summarize_uses_the_sample_standard_deviation():
-    assert summarize([1.0, 2.0, 4.0]) == {
+    assert mean_over_seeds([1.0, 2.0, 4.0]) == {
         "mean": pytest.approx(7 / 3),
         "std": pytest.approx(np.sqrt(((1 - 7 / 3) ** 2 + (2 - 7 / 3) ** 2 + (4 - 7 / 3) ** 2) / 2)),
         "seeds": 3,
     }
-    assert summarize([0.25]) == {"mean": 0.25, "std": None, "seeds": 1}
-    assert summarize([None, None]) is None
+    assert mean_over_seeds([0.25]) == {"mean": 0.25, "std": None, "seeds": 1}
+    assert mean_over_seeds([None, None]) is None
     with pytest.raises(ValueError, match=r"seed\(s\) number \[1\]"):
-        summarize([0.1, None])
+        mean_over_seeds([0.1, None])
     with pytest.raises(ValueError):
-        summarize([])
+        mean_over_seeds([])
 
 
 def test_score_histogram_counts_every_row_and_cuts_at_the_last_selected_score():

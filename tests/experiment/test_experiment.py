@@ -311,7 +311,7 @@ def test_an_arrival_in_the_midst_of_it_gives_no_trial_another_pool(started, tmp_
     assert len(found) == 1 and found != {artifact.fingerprint for _, artifact in before["live_pool"]}
 
 
-def test_records_that_cannot_be_dealt_are_the_users_to_change(started, tmp_path):
+def test_records_that_cannot_be_split_are_the_users_to_change(started, tmp_path):
     project = started.copy(tmp_path / "project")
     target = (project.folder / "plain" / "target.jsonl").read_text().splitlines()
     write_lines(project.folder / "plain" / "eval.jsonl", target)

@@ -51,8 +51,8 @@ def wanted(prompt):
 
 @pytest.fixture(scope="module")
 def planted(make_project, tmp_path_factory):
-    """Pairs that want `aaaa` and reject `zzzz`; among the candidates some that say what is wanted under other prompts, and
-    some that say what is rejected, under the pairs' own prompts."""
+    """Pairs that want `aaaa` and reject `zzzz`; among the candidates some that say what is wanted under other prompts,
+    and some that say what is rejected, under the pairs' own prompts."""
     from prism_assets.plots import canvas
 
     project = make_project(

@@ -60,7 +60,7 @@ def test_apart_the_targets_know_nothing_of_the_held_out_records():
         )
 
 
-def test_together_every_record_is_dealt_once_and_keeps_its_answers():
+def test_together_every_record_is_taken_once_and_keeps_its_answers():
     from_held_out = []
     for number in range(1, 30):
         split = redraw(TARGETS, HELD_OUT, number, "together")
@@ -72,7 +72,7 @@ def test_together_every_record_is_dealt_once_and_keeps_its_answers():
     assert sum(from_held_out) / len(from_held_out) == pytest.approx(20 * 50 / 70, abs=1.5)
 
 
-def test_together_a_record_of_both_files_is_dealt_once_with_its_answers():
+def test_together_a_record_of_both_files_is_taken_once_with_its_answers():
     both = records(["t0", *(f"h{number}" for number in range(49))], answers=lambda one: f"answer of {one}")
     for number in range(1, 10):
         split = redraw(TARGETS, both, number, "together")
@@ -96,8 +96,8 @@ def test_pairs_stay_whole(how):
         assert all(table["rejected"].null_count == 0 for table in split)
 
 
-def test_together_refuses_what_cannot_be_dealt():
-    with pytest.raises(ValueError, match="too few to deal 20 targets"):
+def test_together_refuses_what_cannot_be_split():
+    with pytest.raises(ValueError, match="too few for 20 targets"):
         redraw(TARGETS, TARGETS, 1, "together")
     with pytest.raises(ValueError, match="plain records and the other pairs"):
         redraw(TARGETS, records(["a"] * 30, rejected="no"), 1, "together")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prism_assets.experiment.summary import Cost, Trial, long_table, share_cost, summarize, table, total_cost
+from prism_assets.experiment.summary import Cost, Trial, long_table, share_cost, summarize_trials, table, total_cost
 from prism_assets.experiment.verdict import verdict
 
 BASE = {"target_preference": 0.3, "mean_log_prob": -1.2, "exact_match": 0.1}
@@ -30,7 +30,7 @@ FLAT = {"uniform": [0.5, 0.55, 0.6], "less": [0.52, 0.53, 0.64], "random": [0.3,
 
 
 def outcome(prism, **options):
-    content = summarize(trials({"prism": prism, **FLAT}, **options), "apart")
+    content = summarize_trials(trials({"prism": prism, **FLAT}, **options), "apart")
     return content, verdict(content)
 
 
@@ -63,14 +63,14 @@ def test_differences_are_paired_by_split():
 
 def test_with_one_split_seeds_are_the_unit():
     one_split = {name: its[:1] for name, its in {"prism": [0.7], **FLAT}.items()}
-    content = summarize(trials(one_split, seeds=3), "apart")
+    content = summarize_trials(trials(one_split, seeds=3), "apart")
     assert (content["unit"], content["units"]) == ("seed", 3)
     assert "over seeds" in verdict(content)[0] and "training alone" in verdict(content)[0]
 
 
 def test_a_single_trial_has_no_interval_and_the_words_say_so():
     one = {name: its[:1] for name, its in {"prism": [0.9], **FLAT}.items()}
-    content = summarize(trials(one, seeds=1), "apart")
+    content = summarize_trials(trials(one, seeds=1), "apart")
     assert content["differences"]["prism"]["uniform"]["target_preference"]["interval"] is None
     text = " ".join(verdict(content))
     assert "no interval is known" in text and "says nothing about chance" in text
@@ -95,9 +95,15 @@ def test_the_verdict_on_weighting_follows_from_the_interval(prism, says):
 
 def test_what_cannot_be_told_apart_is_named_so():
     _, sentences = outcome([0.9, 0.3, 0.6])
-    assert "prism in target preference: not to be told apart from uniform, less and random." in sentences
+    assert (
+        "prism in target preference: no significant difference (95% interval) from uniform, less and random."
+        in sentences
+    )
     _, sentences = outcome([0.54, 0.56, 0.6])
-    assert "prism in target preference: above random; not to be told apart from uniform and less." in sentences
+    assert (
+        "prism in target preference: above random; no significant difference (95% interval) from uniform and less."
+        in sentences
+    )
 
 
 def test_the_verdict_states_its_limits():
@@ -109,7 +115,7 @@ def test_the_verdict_states_its_limits():
     # prism against three, and these among themselves; three metrics each.
     assert "there are 18, so one in twenty of them misses by chance" in text
     twelve = {name: [0.5 + 0.01 * n for n in range(12)] for name in ("prism", *FLAT)}
-    assert "standard deviations" not in " ".join(verdict(summarize(trials(twelve), "apart")))
+    assert "standard deviations" not in " ".join(verdict(summarize_trials(trials(twelve), "apart")))
 
 
 def test_strategies_below_the_base_model_are_named():
@@ -127,7 +133,7 @@ def test_without_answers_nothing_is_said_of_exact_match():
 
 def test_an_incomplete_grid_is_refused():
     with pytest.raises(ValueError, match=r"there is no trial of \('less', 2, 1\)"):
-        summarize(
+        summarize_trials(
             [
                 one
                 for one in trials({"prism": [1, 2, 3], **FLAT})

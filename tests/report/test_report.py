@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from prism_assets.evaluation.metrics import summarize
+from prism_assets.evaluation.metrics import mean_over_seeds
 from prism_assets.report.comparison import comparison_table
 from prism_assets.report.page import build_report
 from prism_assets.report.verdict import verdict_sentences
@@ -22,9 +22,9 @@ VALUES = {
 
 def strategy(preferences, matches) -> dict:
     return {
-        "target_preference": summarize(preferences),
-        "mean_log_prob": summarize([-value for value in preferences]),
-        "exact_match": summarize(matches),
+        "target_preference": mean_over_seeds(preferences),
+        "mean_log_prob": mean_over_seeds([-value for value in preferences]),
+        "exact_match": mean_over_seeds(matches),
         "selected": "lake/selection/x/selected.parquet",
         "selected_jsonl": "lake/selection/x/selected.jsonl",
         "adapter": "lake/adapter/x",
@@ -180,7 +180,7 @@ def test_the_table_on_the_page_has_the_numbers_of_the_data(page):
 def test_comparison_table_lists_base_and_strategies_of_every_target():
     data = sample()
     data["targets"]["reverse_noise"]["strategies"]["random"]["exact_match"] = None
-    data["targets"]["reverse_noise"]["strategies"]["random"]["target_preference"] = summarize([0.25])
+    data["targets"]["reverse_noise"]["strategies"]["random"]["target_preference"] = mean_over_seeds([0.25])
     header, *rows = comparison_table(data)
     assert header == [
         "target",
@@ -199,11 +199,11 @@ def test_comparison_table_lists_base_and_strategies_of_every_target():
 def with_benchmarks(data: dict) -> dict:
     """The sample with two benchmark metrics for one of its targets: one that is better high, one better low."""
     accuracy = {
-        "prism": summarize([0.5, 0.6, 0.7]),
-        "uniform": summarize([0.65, 0.65, 0.65]),
+        "prism": mean_over_seeds([0.5, 0.6, 0.7]),
+        "uniform": mean_over_seeds([0.65, 0.65, 0.65]),
         "random": None,
     }
-    perplexity = {"prism": summarize([9.0, 11.0]), "uniform": summarize([12.0, 12.5]), "random": None}
+    perplexity = {"prism": mean_over_seeds([9.0, 11.0]), "uniform": mean_over_seeds([12.0, 12.5]), "random": None}
     common = {"shots": 0, "version": "1"}
     data["targets"]["reverse_noise"]["benchmarks"] = {
         "lm_eval": "0.4.13",
@@ -272,7 +272,7 @@ def test_sentences_say_what_weakens_a_comparison():
     target = sample()["targets"]["reverse_noise"]
     target["strategies"]["random"]["steps"] = 45
     target["strategies"]["prism"]["non_positive_influence"] = 1
-    target["strategies"]["prism"]["target_preference"] = summarize([0.9])
+    target["strategies"]["prism"]["target_preference"] = mean_over_seeds([0.9])
     sentences = verdict_sentences(target)
     assert any("different numbers of optimiser steps: prism 90, uniform 90, random 45." in s for s in sentences)
     assert any("prism: 1 selected row has an influence of zero or less" in s for s in sentences)
@@ -301,7 +301,7 @@ def test_contents_are_listed_where_there_are_several_targets(page):
 
 def test_rejects_are_counted_by_reason(page):
     assert "and 10 more, in the rejects table" in page.text
-    assert "refused rows60" in page.text.replace("\n", "").replace("  ", "")
+    assert "rejected records60" in page.text.replace("\n", "").replace("  ", "")
 
 
 def test_trust_is_shown_question_by_question_or_named_as_not_measured():

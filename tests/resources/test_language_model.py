@@ -104,7 +104,7 @@ def test_hashes_are_remembered_and_renewed_when_a_file_changes(folder, tmp_path)
 
 
 def test_what_was_remembered_is_not_read_again_through_links_either(folder, tmp_path, monkeypatch):
-    """A project's cache of before: {path: [size, modification time in ns, SHA-256]}, by the files that links lead to."""
+    """An older cache: {path: [size, modification time in ns, SHA-256]}, by the files that links point to."""
     found = {file: file.stat() for file in folder.iterdir()}
     entries = {str(file): [status.st_size, status.st_mtime_ns, "ab" * 32] for file, status in found.items()}
     (tmp_path / "model-files.json").write_text(json.dumps(entries))

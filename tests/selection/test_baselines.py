@@ -1,4 +1,5 @@
-"""Baselines: perplexity, BM25, hidden states and diversity, each against a slow computation of the same from its formula."""
+"""Baselines: perplexity, BM25, hidden states and diversity, each against a slow computation of the same from its
+formula."""
 
 import itertools
 import math
@@ -200,8 +201,8 @@ def test_mmr_is_that_of_the_formula(wanted):
     if wanted == 10:
         plain = np.argsort(-scores)[:10]
         assert set(ranking.order) != set(plain)
-        likeness = [np.triu(vectors[rows] @ vectors[rows].T, 1).mean() for rows in (ranking.order, plain)]
-        assert likeness[0] < likeness[1]
+        similarity = [np.triu(vectors[rows] @ vectors[rows].T, 1).mean() for rows in (ranking.order, plain)]
+        assert similarity[0] < similarity[1]
 
 
 def test_mmr_passes_over_a_copy_of_a_better_row():

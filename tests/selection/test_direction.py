@@ -122,7 +122,7 @@ def test_the_less_direction_is_the_mean_of_unit_gradients(engine):
     assert norm({name: found[name] - expected[name] for name in found}) <= 1e-6 * norm(expected)
 
 
-def test_a_pair_is_its_chosen_completion_minus_its_rejected_one(engine):
+def test_a_pair_is_its_wanted_completion_minus_its_unwanted_one(engine):
     targets = make_targets("pairs", 3)
     np.testing.assert_array_equal(targets.expand(np.array([0.2, 0.3, 0.5])), [0.2, 0.3, 0.5, -0.2, -0.3, -0.5])
     np.testing.assert_array_equal(targets.scores(np.array([5.0, 6, 7, 1, 1, 2])), [4, 5, 5])

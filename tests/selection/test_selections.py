@@ -1,4 +1,4 @@
-"""Every strategy through the graph: budgets, what they may not see, arrivals, and new ones against slow computations."""
+"""Every strategy through the graph: budgets, what they may not see, arrivals; new ones against slow computations."""
 
 import json
 
@@ -179,7 +179,7 @@ def test_an_arrival_computes_the_hidden_states_of_its_own_shard_alone(selected, 
 
 
 def test_hidden_states_belong_to_a_model(selected, tmp_path):
-    """Other weights under the same tokenizer give other hidden states; before a run, what was selected is known as old."""
+    """Other weights under the same tokenizer give other hidden states; before a run, the old selection is stale."""
     project = selected.copy(tmp_path / "project")
     save_tiny_model(project.folder / "model", seed=5)
     with pytest.raises(LakeError, match="does not know today's model"):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prism_assets.selection.ranking import cut, ranking
+from prism_assets.selection.ordering import cut, order_by_score
 from prism_assets.selection.strategies import STRATEGIES, TargetScores
 from prism_assets.selection.strategies.plain import keyed_hash
 from prism_assets.settings import STRATEGIES as STRATEGY_NAMES
@@ -109,12 +109,14 @@ def test_ties_break_by_id():
     scores = np.array([0.5, 0.9, 0.5, 0.5, 0.9], dtype=np.float32)
     ids = ["c", "z", "a", "b", "y"]
     expected = sorted(range(5), key=lambda row: (-scores[row], ids[row]))
-    assert ranking(scores, ids).tolist() == expected == [4, 1, 2, 3, 0]
+    assert order_by_score(scores, ids).tolist() == expected == [4, 1, 2, 3, 0]
 
 
 def test_a_ranking_does_not_depend_on_the_order_of_the_rows():
     scores, ids = np.array([0.1, 0.1, 0.3, 0.1]), np.array(["b", "a", "d", "c"])
-    orders = {tuple(ids[list(p)][ranking(scores[list(p)], ids[list(p)])]) for p in itertools.permutations(range(4))}
+    orders = {
+        tuple(ids[list(p)][order_by_score(scores[list(p)], ids[list(p)])]) for p in itertools.permutations(range(4))
+    }
     assert orders == {("d", "a", "b", "c")}
 
 
@@ -122,7 +124,7 @@ def test_a_ranking_does_not_depend_on_the_order_of_the_rows():
 
 
 def random_order(ids, seed=0):
-    return [ids[row] for row in ranking(keyed_hash(ids, seed), ids)]
+    return [ids[row] for row in order_by_score(keyed_hash(ids, seed), ids)]
 
 
 def test_random_keeps_the_order_of_the_old_rows_when_new_ones_arrive():

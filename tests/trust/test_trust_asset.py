@@ -1,4 +1,4 @@
-"""The asset `trust` end to end on a tiny project: measured once, found again, shown, and not fooled by shuffled scores."""
+"""The asset `trust` end to end on a tiny project: measured once, found again, shown; shuffled scores fail it."""
 
 import json
 
@@ -77,9 +77,15 @@ def test_every_question_has_a_check_and_every_number_its_rows(measured):
             connection.execute("SELECT measure || '/' || strategy, count(*) FROM trust GROUP BY ALL").fetchall()
         )
     assert rows == {
-        "weights_rank_correlation/prism": 4, "weights_flipped/prism": 4, "growing_step/prism": 8, "growing_step/uniform": 8,
-        "single_step/prism": 16, "single_step/uniform": 16, "subset/prism": 8, "subset/uniform": 8,
-    }  # fmt: skip
+        "weights_rank_correlation/prism": 4,
+        "weights_flipped/prism": 4,
+        "growing_step/prism": 8,
+        "growing_step/uniform": 8,
+        "single_step/prism": 16,
+        "single_step/uniform": 16,
+        "subset/prism": 8,
+        "subset/uniform": 8,
+    }
     assert notes["single_steps"]["prism"]["stored"]["n"] == 16 and notes["held_out_rows"] == 4
     assert set(notes["seconds"]) == {"single_steps", "random_steps", "growing_steps", "datamodel"}
     # √P times the learning rate of fine-tuning.

@@ -1,9 +1,9 @@
 """Strategies: ways to rank the canonical live rows. Each is an entry of a small module and declares what it reads."""
 
-from prism_assets.selection.strategies import bm25, directions, diversity, perplexity, plain, rds, several_directions
-from prism_assets.selection.strategies.base import Input, Pool, Ranking, Strategy, TargetScores
+from prism_assets.selection.strategies import bm25, directions, diversity, per_target, perplexity, plain, rds
+from prism_assets.selection.strategies.base import Input, PoolView, Ranking, Strategy, TargetScores
 
-__all__ = ["STRATEGIES", "Input", "Pool", "Ranking", "Strategy", "TargetScores"]
+__all__ = ["STRATEGIES", "Input", "PoolView", "Ranking", "Strategy", "TargetScores"]
 
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
@@ -12,9 +12,9 @@ STRATEGIES: dict[str, Strategy] = {
         directions.UNIFORM,
         directions.LESS,
         directions.PRISM_UNIT,
-        several_directions.PRISM_COVER,
-        several_directions.PRISM_ROUND_ROBIN,
-        several_directions.LESS_MAX,
+        per_target.PRISM_COVER,
+        per_target.PRISM_ROUND_ROBIN,
+        per_target.LESS_MAX,
         diversity.PRISM_MMR,
         plain.RANDOM,
         plain.LENGTH,

@@ -1,4 +1,4 @@
-"""What a strategy is, what it may look at, and what it answers."""
+"""What a strategy is, what it may look at, and what it returns."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -18,7 +18,7 @@ Input = Literal["seed", "text", "features", "direction", "target_features", "hid
 
 
 class TargetScores(NamedTuple):
-    """What a weighting may look at, for C checkpoints and m targets."""
+    """What a weighting may look at, for C checkpoints and m target examples."""
 
     scores: np.ndarray  # float64 [C, m] preference scores s_kj
     norms: np.ndarray  # float64 [C, m] exact gradient norms ‖g_kj‖
@@ -33,8 +33,8 @@ class Texts(NamedTuple):
     completions: Sequence[str]
 
 
-class Pool(Protocol):
-    """The n rows that may be ranked, and the m targets. Everything beyond ids is read when it is asked for.
+class PoolView(Protocol):
+    """The n rows that may be ranked, and the m target examples. Everything beyond ids is read when it is asked for.
 
     Labels (`source`, the record's own id) are not among it: no strategy can see them. Nor are held-out records.
     """
@@ -44,17 +44,41 @@ class Pool(Protocol):
     seed: int
     wanted: int  # an order of so many rows surely fills the budget
 
-    def texts(self) -> Texts: ...  # of the candidates [n]
-    def target_texts(self) -> Texts: ...  # of the targets [m] (of pairs: the wanted completions)
-    def mean_log_probs(self) -> np.ndarray: ...  # float64 [n] at the last checkpoint
-    def direction_scores(self) -> np.ndarray: ...  # float32 [n] influence: PRISM's scores
-    def vectors(
-        self, positions: np.ndarray
-    ) -> np.ndarray: ...  # float32 [k, D] of these rows, inner products are cosines
-    def influences(self) -> np.ndarray: ...  # float32 [n, m] mean cosine of a row with each target's gradient
-    def target_scores(self) -> TargetScores: ...
-    def target_groups(self) -> Sequence[str]: ...  # [m] the subtask of each target; "" where it has none
-    def similarities(self) -> np.ndarray: ...  # float32 [n, m] cosine of a row's hidden states with each target's
+    def texts(self) -> Texts:
+        """Prompts and completions of the rows [n]."""
+        ...
+
+    def target_texts(self) -> Texts:
+        """Prompts and completions of the targets [m]; of pairs the wanted completions."""
+        ...
+
+    def mean_log_probs(self) -> np.ndarray:
+        """Mean log-probability of each row at the last checkpoint, float64 [n], nats per token."""
+        ...
+
+    def direction_scores(self) -> np.ndarray:
+        """Influence of each row by PRISM's direction, float32 [n]."""
+        ...
+
+    def vectors(self, positions: np.ndarray) -> np.ndarray:
+        """Stored gradient features of these rows, float32 [k, D]; inner products are cosines."""
+        ...
+
+    def influences(self) -> np.ndarray:
+        """Mean cosine of each row's gradient with each target's, float32 [n, m]."""
+        ...
+
+    def target_scores(self) -> TargetScores:
+        """Scores and gradient norms of the targets."""
+        ...
+
+    def target_groups(self) -> Sequence[str]:
+        """The subtask of each target [m]; empty where it has none."""
+        ...
+
+    def similarities(self) -> np.ndarray:
+        """Cosine of each row's hidden states with each target's, float32 [n, m]."""
+        ...
 
 
 class Ranking(NamedTuple):
@@ -74,12 +98,13 @@ class Strategy(NamedTuple):
     name: str
     description: str
     weigh: Callable[[TargetScores], np.ndarray] | None = None  # -> coefficients [C, m] of the raw gradients
-    rank: Callable[[Pool], Ranking] | None = None
+    rank: Callable[[PoolView], Ranking] | None = None
     reads: frozenset[Input] = frozenset()
     whole_pool: bool = False  # takes every row, whatever the budget
 
     @property
     def needs_direction(self) -> bool:
+        """Whether it ranks by the inner product with one direction."""
         return self.weigh is not None
 
     @property
@@ -90,7 +115,7 @@ class Strategy(NamedTuple):
 
 def by_scores(scores: np.ndarray, ids: Sequence[str], *, shown: bool = True) -> Ranking:
     """All rows by descending score [n]; ties by ascending id. `shown`: the scores say something to a reader."""
-    from prism_assets.selection.ranking import ranking
+    from prism_assets.selection.ordering import order_by_score
 
-    order = ranking(scores, ids)
+    order = order_by_score(scores, ids)
     return Ranking(order, np.asarray(scores)[order].astype(np.float32) if shown else None)

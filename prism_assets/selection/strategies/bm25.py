@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Pool, Ranking, Strategy, by_scores
+from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy, by_scores
 
 # Every word counts, single letters and digits too, and no list of stop words, which would be one language's: words that
-# stand everywhere weigh next to nothing by their document frequency.
+# are in every document get almost no weight by their document frequency.
 WORD = r"(?u)\w+"
 K1, B = 1.5, 0.75  # the usual ones, and the library's
 
@@ -19,7 +19,7 @@ def lexical_scores(documents: Sequence[str], queries: Sequence[str]) -> np.ndarr
 
         Σ_w ln(1 + (n − n_w + ½) / (n_w + ½)) · f_w / (f_w + K1 (1 − B + B l / l̄))
 
-    over the words w of the query, repeated ones as often as they stand there; n_w documents have the word, f_w times in
+    over the words w of the query, repeated ones as often as they occur; n_w documents have the word, f_w times in
     this one; l is the document's number of words, l̄ the mean of l. Words are runs of letters, digits and underscores in
     lower case: a script that writes no spaces is matched by whole runs.
     """
@@ -53,7 +53,7 @@ def min_max(scores: np.ndarray) -> np.ndarray:
     return (scores - low) / np.where(high > low, high - low, 1)
 
 
-def _bm25(pool: Pool) -> Ranking:
+def _bm25(pool: PoolView) -> Ranking:
     """Rows by the mean over targets of BM25 scaled to [0, 1] for each target; ties by id.
 
     A query is a target's prompt alone: its completion is what shall be learned, and a target of pairs has two. A

@@ -1,6 +1,7 @@
 """Strategies with one direction: how target gradients are weighted into it.
 
-The 2 × 2 of weighting (preference or equal) and normalisation (raw or unit gradients): prism, uniform, prism-unit, less.
+The 2 × 2 of weighting (preference or equal) and normalisation (raw or unit gradients): prism, uniform, prism-unit,
+less.
 """
 
 import numpy as np

@@ -1,14 +1,14 @@
-"""PRISM's ranking without rows that teach the same: candidates are compared with each other, not only with targets."""
+"""PRISM's ranking without redundant rows: candidates are compared with each other, not only with targets."""
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Pool, Ranking, Strategy, by_scores
+from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy, by_scores
 
-# A row is taken from the best 4 × the budget: below that PRISM itself says that there is better, and the work stays
+# A row is taken from the best 4 × the budget: below that PRISM ranks enough rows higher, and the work stays
 # proportional to the square of the budget.
 SHORTLIST = 4
-# λ. Carbonell and Goldstein use .7 to focus on what is relevant (.3 to look around). Here: a copy of a row that is taken
-# already must lead by 0.3/0.7 = 43% of the shortlist's range of influence to be taken as well.
+# λ. Carbonell and Goldstein use .7 to focus on what is relevant (.3 to look around). Here: a copy of a row that is
+# taken already must lead by 0.3/0.7 = 43% of the shortlist's range of influence to be taken as well.
 TRADE_OFF = 0.7
 
 
@@ -25,14 +25,14 @@ def marginal_relevance(relevance: np.ndarray, vectors: np.ndarray, wanted: int, 
     order: list[int] = []
     while len(order) < min(wanted, len(left)):
         row = int(np.argmax(trade_off * left - (1 - trade_off) * nearest))
-        likeness = vectors @ vectors[row]
-        nearest = np.maximum(nearest, likeness) if order else likeness.astype(np.float64)
+        similarity = vectors @ vectors[row]
+        nearest = np.maximum(nearest, similarity) if order else similarity.astype(np.float64)
         left[row] = -np.inf
         order.append(row)
     return np.array(order, dtype=np.int64)
 
 
-def _prism_mmr(pool: Pool) -> Ranking:
+def _prism_mmr(pool: PoolView) -> Ranking:
     """Maximal marginal relevance over the best `SHORTLIST` × the wanted rows of PRISM's ranking.
 
     Relevance is a row's influence, min-max scaled over the shortlist: influences are cosines with one direction and
@@ -48,6 +48,6 @@ def _prism_mmr(pool: Pool) -> Ranking:
 
 
 PRISM_MMR = Strategy(
-    "prism-mmr", "PRISM's best rows, less what is like rows taken before (maximal marginal relevance)",
+    "prism-mmr", "PRISM's best rows, minus what is similar to rows taken before (maximal marginal relevance)",
     rank=_prism_mmr, reads=frozenset({"features", "direction"}),
 )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Perplexity: neither what the model knows by heart nor what puzzles it, the middle of the pool."""
+"""Perplexity: the middle of the pool, neither what the model predicts best nor what it predicts worst."""
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Pool, Ranking, Strategy, by_scores
+from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy, by_scores
 
 
 def percentiles(values: np.ndarray) -> np.ndarray:
@@ -12,7 +12,7 @@ def percentiles(values: np.ndarray) -> np.ndarray:
     return (below + not_above) / (2 * len(values))
 
 
-def _perplexity(pool: Pool) -> Ranking:
+def _perplexity(pool: PoolView) -> Ranking:
     """Rows by ½ − |p_i − ½|, p_i being the percentile of perplexity: the nearest to the median first, ties by id.
 
     Perplexity is exp(−s_i), s_i the mean log-probability of the completion's tokens at the last warm-up checkpoint;

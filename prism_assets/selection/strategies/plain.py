@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Pool, Ranking, Strategy, by_scores
+from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy, by_scores
 
 
 def keyed_hash(ids: Sequence[str], seed: int) -> np.ndarray:
@@ -14,15 +14,15 @@ def keyed_hash(ids: Sequence[str], seed: int) -> np.ndarray:
     return np.array([int.from_bytes(key, "big") / 2**64 for key in keys], dtype=np.float64)
 
 
-def _random(pool: Pool) -> Ranking:
+def _random(pool: PoolView) -> Ranking:
     return by_scores(keyed_hash(pool.ids, pool.seed), pool.ids, shown=False)
 
 
-def _full(pool: Pool) -> Ranking:
+def _full(pool: PoolView) -> Ranking:
     return by_scores(np.zeros(len(pool.ids)), pool.ids, shown=False)
 
 
-def _length(pool: Pool) -> Ranking:
+def _length(pool: PoolView) -> Ranking:
     return by_scores(pool.completion_tokens.astype(np.float64), pool.ids)
 
 

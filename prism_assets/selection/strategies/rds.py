@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Pool, Ranking, Strategy
-from prism_assets.selection.strategies.several_directions import round_robin
+from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy
+from prism_assets.selection.strategies.per_target import round_robin
 
 
-def _rds(pool: Pool) -> Ranking:
+def _rds(pool: PoolView) -> Ranking:
     """Targets take turns in the order of their file, each its most similar candidate left (ties by id).
 
     Ivison et al. 2025 ("Large-Scale Data Selection for Instruction Tuning", arXiv 2503.01807): similarity is the cosine

@@ -120,11 +120,11 @@ def test_reranked_selections_do_not_depend_on_the_order_of_arrival(project, tmp_
 
 
 def test_an_exact_score_is_computed_once(project, tmp_path, monkeypatch):
-    from prism_assets.selection import rerank
+    from prism_assets.selection import exact_scores
 
     copy = project.copy(tmp_path / "copy").configure(selection={"budget": 6})
     asked = []
-    monkeypatch.setattr(rerank, "gradient_pass", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(exact_scores, "gradient_pass", lambda *arguments: asked.append(arguments))
     copy.run()
     assert not asked and len(copy.selected("prism")) == 6
 

@@ -1,16 +1,16 @@
-"""Strategies that keep the targets apart: each candidate has an influence on every target, and none may take all."""
+"""Strategies that keep target examples apart: a candidate has an influence on each, and none may take all."""
 
 import heapq
 from collections.abc import Sequence
 
 import numpy as np
 
-from prism_assets.selection.strategies.base import Input, Pool, Ranking, Strategy, TargetScores, by_scores
+from prism_assets.selection.strategies.base import Input, PoolView, Ranking, Strategy, TargetScores, by_scores
 from prism_assets.selection.strategies.directions import preference
 
 
 def shares(targets: TargetScores) -> np.ndarray:
-    """How much of ∇J each target contributes, float64 [m], summing to 1: w_j ‖g_j‖, the length of its term in
+    """How much of ∇J each target example contributes, float64 [m], summing to 1: w_j ‖g_j‖, the length of its term in
     t = Σ_j w_j g_j, averaged over checkpoints after scaling each to sum 1."""
     lengths = preference(targets) * targets.norms
     return (lengths / lengths.sum(axis=1, keepdims=True)).mean(axis=0)
@@ -24,7 +24,7 @@ def _places_by_id(ids: Sequence[str]) -> np.ndarray:
 # -- less-max ----------------------------------------------------------------------------------------------------
 
 
-def _less_max(pool: Pool) -> Ranking:
+def _less_max(pool: PoolView) -> Ranking:
     """LESS as published: the mean cosine with the targets of each subtask (`group`), then the maximum over subtasks."""
     groups = np.asarray(pool.target_groups())
     influences = pool.influences()
@@ -39,7 +39,8 @@ def round_robin(influences: np.ndarray, quotas: np.ndarray, ids: Sequence[str], 
     """Rows [wanted] that the targets take in turn, each its best one left (ties by id).
 
     influences: [n, m]; quotas: [m], the share of turns of each target. The next turn is the target's that is furthest
-    behind its quota (the largest-deficit rule of apportionment), so after k turns each has its share of k to within one.
+    behind its quota (the largest-deficit rule of apportionment), so after k turns each has its share of k to within
+    one.
     """
     quotas = quotas / quotas.sum()
     wanted = min(wanted, len(influences))
@@ -60,7 +61,7 @@ def round_robin(influences: np.ndarray, quotas: np.ndarray, ids: Sequence[str], 
     return np.array(order, dtype=np.int64)
 
 
-def _round_robin(pool: Pool) -> Ranking:
+def _round_robin(pool: PoolView) -> Ranking:
     order = round_robin(pool.influences(), shares(pool.target_scores()), pool.ids, pool.wanted)
     return Ranking(order)
 
@@ -71,8 +72,8 @@ def _round_robin(pool: Pool) -> Ranking:
 def saturating_coverage(influences: np.ndarray, value: np.ndarray, ids: Sequence[str], wanted: int) -> Ranking:
     """Rows [wanted] chosen greedily for f(S) = Σ_j a_j log(1 + Σ_{i∈S} max(0, c_ij)), with their gains.
 
-    influences: c [n, m]; value: a [m]. The first rows count almost additively, as in a ranking by Σ_j a_j c_ij; the more
-    a target is served, the less another row for it counts. f is monotone and submodular (a concave function of a
+    influences: c [n, m]; value: a [m]. The first rows count almost additively, as in a ranking by Σ_j a_j c_ij; the
+    more a target is served, the less another row for it counts. f is monotone and submodular (a concave function of a
     modular one), so the greedy choice reaches 1 − 1/e of the best (Nemhauser, Wolsey and Fisher 1978); the form is the
     feature-based functions of Wei, Iyer and Bilmes (2014). Gains only shrink as S grows, so a row's last known gain
     bounds it and most are never computed again (Minoux's lazy greedy 1978).
@@ -98,7 +99,7 @@ def saturating_coverage(influences: np.ndarray, value: np.ndarray, ids: Sequence
     return Ranking(np.array(order, dtype=np.int64), np.array(scores, dtype=np.float32))
 
 
-def _prism_cover(pool: Pool) -> Ranking:
+def _prism_cover(pool: PoolView) -> Ranking:
     return saturating_coverage(pool.influences(), shares(pool.target_scores()), pool.ids, pool.wanted)
 
 

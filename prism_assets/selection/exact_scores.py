@@ -5,8 +5,8 @@
 One gradient pass a checkpoint over the shortlist, each gradient multiplied with the direction while it is there. Last
 bits depend on which rows share a batch, so batches must not depend on what else is in the pool: the rows of a shard are
 cut into tiers by their sketched scores, a tier is always worked on as a whole, and what it gave is remembered by
-direction and shard features. So a selection does not depend on the order of arrival, and an arrival costs the tiers that
-it newly needs.
+direction and shard features. So a selection does not depend on the order of arrival, and an arrival costs the tiers
+that it newly needs.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def exact_scores(pool: Pool, direction: Artifact, positions: "np.ndarray") -> "n
             if rows
         }
         with gradient_pass(pool.stage) as work:
-            exact = ExactScores(work, vectors)
+            exact = ExactScorer(work, vectors)
             with pool.stage.progress(
                 "exact scores", sum(len(t) for tiers in pending.values() for t in tiers)
             ) as progress:
@@ -60,7 +60,7 @@ def exact_scores(pool: Pool, direction: Artifact, positions: "np.ndarray") -> "n
     return np.array([found[shard][row] for shard, row in places], dtype=np.float32)
 
 
-class ExactScores:
+class ExactScorer:
     """The exact scores of any examples by one direction, t_k of each checkpoint in `vectors`; prepared once."""
 
     def __init__(self, work: GradientPass, vectors: list[dict[str, Any]]) -> None:
@@ -90,7 +90,7 @@ class ExactScores:
         return scores
 
 
-def _tier_scores(pool: Pool, exact: ExactScores, shard: str, rows: "np.ndarray") -> "np.ndarray":
+def _tier_scores(pool: Pool, exact: ExactScorer, shard: str, rows: "np.ndarray") -> "np.ndarray":
     import numpy as np
 
     from prism_assets.corpus.token_tables import from_table

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from prism_assets.stage import Stage
 
 
-class RankedPool(Pool):
-    """Implements `strategies.base.Pool` over the inputs of a selection, by name.
+class StrategyPool(Pool):
+    """Implements `strategies.base.PoolView` over the inputs of a selection, by name.
 
     Inputs: `pool`, and where a strategy reads them `index`, `targets`, `target_features`, `direction` and `warmup`.
     """
@@ -39,17 +39,21 @@ class RankedPool(Pool):
 
     @cached_property
     def completion_tokens(self) -> "np.ndarray":
+        """Supervised tokens of each ranked row, int32 [n]."""
         return self.column("completion_tokens")["completion_tokens"].to_numpy()
 
     def texts(self) -> Texts:
+        """Prompts and completions of the ranked rows [n]."""
         table = self.column("prompt", "completion")
         return Texts(table["prompt"].to_pylist(), table["completion"].to_pylist())
 
     def target_texts(self) -> Texts:
+        """Prompts and completions of the target examples [m]; of pairs the wanted completions."""
         table = self.lake.read_table(self.inputs["targets"], ["prompt", "completion"])
         return Texts(table["prompt"].to_pylist(), table["completion"].to_pylist())
 
     def mean_log_probs(self) -> "np.ndarray":
+        """Mean log-probability of each ranked row at the last checkpoint, float64 [n], nats per token."""
         import numpy as np
 
         parts = []
@@ -61,6 +65,7 @@ class RankedPool(Pool):
         return np.concatenate(parts)
 
     def direction_scores(self) -> "np.ndarray":
+        """Influence of each ranked row by PRISM's direction, float32 [n]."""
         return self.scores(load_direction(self.lake, self.inputs["direction"])[0])
 
     def vectors(self, positions: "np.ndarray") -> "np.ndarray":
@@ -92,9 +97,11 @@ class RankedPool(Pool):
         return np.stack([self.scores(query) for query in queries], axis=1)
 
     def target_scores(self) -> TargetScores:
+        """Scores and gradient norms [C, m'] of the usable target examples."""
         return self._scores[0]
 
     def target_groups(self) -> list[str]:
+        """The subtask of each usable target example [m']; empty where it has none."""
         _, usable = self._scores
         groups = self.lake.read_table(self.inputs["targets"], ["group"])["group"].take(usable)
         return [one or "" for one in groups.to_pylist()]

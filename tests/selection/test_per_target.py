@@ -7,7 +7,7 @@ import pytest
 from test_strategies import FakePool
 
 from prism_assets.selection.strategies import STRATEGIES, TargetScores
-from prism_assets.selection.strategies.several_directions import round_robin, saturating_coverage, shares
+from prism_assets.selection.strategies.per_target import round_robin, saturating_coverage, shares
 
 
 @pytest.fixture
