@@ -2,15 +2,18 @@
 
     python -m benchmarks.training --json [--models smollm2 gemma3_270m] [--rounds 3] [--folder runs/models]
 
-Every run is a process of its own: it loads the model, puts LoRA on it (rank 16, all linear layers, B not zero), and takes
-`--steps` AdamW steps on the same 16 rows (mean loss over their supervised tokens, constant learning rate), so that the order
-of the rows does not matter. Ours splits a step as it does by default. The other two run 16 rows as they do by default where
-that fits the machine, else `--micro-batch` rows with accumulation: the same effective batch.
+Every run is a process of its own: it loads the model, puts LoRA on it (rank 16, all linear layers, B not zero), and
+takes
+`--steps` AdamW steps on the same 16 rows (mean loss over their supervised tokens, constant learning rate), so that
+the order
+of the rows does not matter. Ours splits a step as it does by default. The other two run 16 rows as they do by
+default where that fits the machine, else `--micro-batch` rows with accumulation: the same effective batch.
 
-Cost: CPU seconds of a step, the first one left out. A ratio is the median over rounds of the arm's cost over ours in the
+Cost: CPU seconds of a step, the first one left out. A ratio is the median over rounds of the arm's cost over ours in
+the
 same round (above 1: ours is cheaper); a round runs every arm once, another one first each time. `peak_gib`: the largest
-resident memory of an arm's process. `difference`: the largest of the norms of (their update - ours) over the norm of their
-update, of the whole adapter after the first step by SGD, where an update is the gradient.
+resident memory of an arm's process. `difference`: the largest of the norms of (their update - ours) over the norm of
+their update, of the whole adapter after the first step by SGD, where an update is the gradient.
 
 Rows are real ones where a pool is found (--pool, PRISM_REAL_DATA), else generated ones; at most 256 tokens.
 """
@@ -120,9 +123,9 @@ def run_peer(arm: str, model: Any, rows: Sequence[TokenizedExample], steps: int,
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = dict(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=BATCH // micro, learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0,
-            weight_decay=0.0, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, use_cpu=True,
-            bf16=False,
+            gradient_accumulation_steps=BATCH // micro, learning_rate=RATE, lr_scheduler_type="constant",
+            warmup_steps=0, weight_decay=0.0, report_to="none", logging_strategy="no", save_strategy="no",
+            disable_tqdm=True, use_cpu=True, bf16=False,
         )  # fmt: skip
         if arm == "trl":
             from trl import SFTConfig, SFTTrainer

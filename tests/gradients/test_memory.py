@@ -1,4 +1,5 @@
-"""Memory is planned: what a pass keeps is measured, batches are halved and activations recomputed to fit what is free."""
+"""Memory is planned: what a pass keeps is measured, batches are halved and activations recomputed to fit what is
+free."""
 
 import subprocess
 import sys
@@ -86,7 +87,9 @@ def test_batches_are_halved_and_single_examples_recomputed_to_fit_what_is_free(m
     assert run(keeps.needed(8, width, False) - 1) == [(4, False)] * 2
     assert run(keeps.needed(1, width, False) + 1) == [(1, False)] * 8
     assert run(keeps.needed(1, width, False) - 1) == [(1, True)] * 8
-    with pytest.raises(MemoryError, match=r"example 0 alone \(39 tokens\) .* needs about 0.06 GiB and 0.06 GiB are left"):
+    with pytest.raises(
+        MemoryError, match=r"example 0 alone \(39 tokens\) .* needs about 0.06 GiB and 0.06 GiB are left"
+    ):
         run(keeps.needed(1, width, True) - 1)
 
 
@@ -112,7 +115,8 @@ def test_a_host_that_gives_no_more_memory_is_met_by_halving_and_recomputing():
     config = LlamaConfig(vocab_size=20, hidden_size=128, intermediate_size=512, num_hidden_layers=8,
                          num_attention_heads=4, max_position_embeddings=4096)
     torch.manual_seed(0)
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config), lora)
     examples = [Example(1001) for _ in range(4)]
     expected = GradientEngine(model, token_budget=1000).weighted_gradient(examples, np.ones(4))
     engine = GradientEngine(model, token_budget=10**6)
@@ -122,8 +126,8 @@ def test_a_host_that_gives_no_more_memory_is_met_by_halving_and_recomputing():
     for allowed in (keeps.needed(2, 1000, False), keeps.needed(1, 1000, True) + 2**27):
         resource.setrlimit(resource.RLIMIT_AS, (mapped + int(allowed), resource.RLIM_INFINITY))
         found = engine.weighted_gradient(examples, np.ones(4))
-        worst = max(float((found.gradient[n] - g).norm() / g.norm()) for n, g in expected.gradient.items() if g.norm() > 0)
-        print(worst < 1e-4, engine._runner._fits_tokens, engine._runner._fits_kept)
+        worst = max(float((found.gradient[n] - g).norm() / g.norm()) for n, g in expected.gradient.items() if
+        g.norm() > 0) print(worst < 1e-4, engine._runner._fits_tokens, engine._runner._fits_kept)
     """
     code = textwrap.dedent(code).format(folder=str(__import__("pathlib").Path(__file__).parent))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
