@@ -5,9 +5,9 @@ on two short passes of different lengths (`measure_activations`), and grows as
 
     b T (per_token + per_pair T)        per_pair: attention weights, where the model's attention keeps them
 
-Before each batch the need is compared with what is free (`MemoryLimit`): a batch that does not fit is halved; an example
-that does not fit alone has its decoder layers recompute their activations in the backward pass. What still runs out of
-memory, on a GPU or where the host limits the process, is halved and recomputed in the same order afterwards.
+Before each batch the need is compared with what is free (`MemoryLimit`): a batch that does not fit is halved; an
+example that does not fit alone has its decoder layers recompute their activations in the backward pass. What still
+runs out of memory, on a GPU or where the host limits the process, is halved and recomputed in the same order.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from prism_assets.gradients.last_layer import replaced_forward
 
 MARGIN = 0.1  # share of the free memory that is left to others
 # Beside what is kept, as a share of what a pass without recomputation keeps: gradients and temporaries of the layer
-# that the backward pass is at, and freed blocks that the allocator neither reuses nor gives back. On a host with glibc the
-# resident memory of SmolLM2-135M grew by 0.33 and, recomputing, by 0.45 of it (512 and 1,024 tokens).
+# that the backward pass is at, and freed blocks that the allocator neither reuses nor gives back. On a host with glibc
+# the resident memory of SmolLM2-135M grew by 0.33 and, recomputing, by 0.45 of it (512 and 1,024 tokens).
 OVERHEAD = 0.45
 FIXED_BYTES = 64 * 2**20  # chunks of logits, one layer's products
 PROBED_WIDTHS = (16, 48)  # tokens
