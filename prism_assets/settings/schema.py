@@ -48,6 +48,12 @@ class ModelSettings(Section):
     adapter: str | None = Field(
         default=None, description="a PEFT LoRA folder to start from; its LoRA settings are then used"
     )
+    # Left out of what is dumped: the adapter is what its files are, whatever its base is called.
+    adapter_base: str | None = Field(
+        default=None,
+        exclude=True,
+        description="the base_model_name_or_path of `adapter`, where that is `name` by another name",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 on a GPU, else float32"
     )
@@ -263,6 +269,12 @@ class Settings(Section):
                 f"preference.fisher_damping needs features.optimizer sgd or adam: {self.features.optimizer} is not linear "
                 "in the gradient"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _base_of_an_adapter(self) -> "Settings":
+        if self.model.adapter_base is not None and self.model.adapter is None:
+            raise ValueError("model.adapter_base is about model.adapter, which is not set: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from prism_assets.compat import forget_adapter
 from prism_assets.errors import ModelError
 from prism_assets.resources.file_hashes import FileHashes
+from prism_assets.resources.model import starting_adapter
 from prism_assets.resources.model.identity import TOKENIZER_FILES, WEIGHT_FILES, ModelIdentity, context_length, matching
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class LanguageModel:
     name: str
     revision: str = "main"
     adapter: str | None = None
+    adapter_base: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
@@ -76,24 +78,32 @@ class LanguageModel:
             config = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise ModelError(f"model.name: {folder} has no readable config.json: {error}") from error
+        weights = self._hash(folder, weight_files)
         return ModelIdentity(
-            weights=self._hash(folder, weight_files),
+            weights=weights,
             tokenizer=self._hash(folder, matching(folder, TOKENIZER_FILES)),
-            adapter=self._hash_adapter(),
+            adapter=self._hash_adapter(weights),
             architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
             parameters_on_disk=sum(file.stat().st_size for file in weight_files if file.suffix == ".safetensors"),
             folder=str(folder),
             context_length=context_length(config.get("text_config") or config),
         )
 
-    def _hash_adapter(self) -> str | None:
+    def _hash_adapter(self, weights: str) -> str | None:
+        """The hash of the starting adapter's files. Raises ModelError where it cannot be started from, or names another
+        base than the one with these weights."""
         if self.adapter is None:
             return None
         folder = Path(self.adapter)
-        missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
-        if missing:
-            raise ModelError(f"model.adapter: {folder} has no {' and no '.join(missing)}: name a PEFT LoRA folder.")
-        return self._hash(folder, matching(folder, ("adapter_config.json", "adapter_model.safetensors")))
+        config = starting_adapter.read_config(folder)
+        starting_adapter.check_base(
+            folder,
+            config,
+            self.name,
+            self.adapter_base,
+            lambda base: self._hash(base, matching(base, WEIGHT_FILES)) == weights,
+        )
+        return self._hash(folder, matching(folder, starting_adapter.FILES))
 
     def _hash(self, folder: Path, files: list[Path]) -> str:
         known = FileHashes(Path(self.known_hashes) if self.known_hashes else None)
@@ -174,13 +184,7 @@ class LanguageModel:
         Raises ModelError where the adapter does not fit the model.
         """
         import torch
-        from peft import (
-            LoraConfig,
-            PeftModel,
-            get_peft_model,
-            get_peft_model_state_dict,
-            set_peft_model_state_dict,
-        )
+        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
         base = self.base()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -188,7 +192,7 @@ class LanguageModel:
             torch.manual_seed(seed)
             try:
                 if self.adapter:
-                    model = PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+                    model = starting_adapter.load(base, Path(self.adapter))
                 else:
                     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
                     config = LoraConfig(
@@ -201,12 +205,17 @@ class LanguageModel:
                         task_type="CAUSAL_LM",
                     )
                     model = get_peft_model(base, config)
+            except ModelError:
+                _forget_model()  # the adapter's layers are in it
+                raise
             except (ValueError, RuntimeError, KeyError) as error:
                 _forget_model()  # half an adapter may be in it
                 raise ModelError(f"LoRA cannot be put on {self.name}: {error}") from error
         try:
             if state is not None:
-                _check_fit(get_peft_model_state_dict(model), state)
+                # PEFT passes over names that it does not know; what was not loaded would be fresh and look trained.
+                where = "The LoRA parameters do not fit the model's adapter"
+                starting_adapter.check_fit(get_peft_model_state_dict(model), state, where)
                 set_peft_model_state_dict(model, dict(state))
             yield model
         finally:
@@ -218,16 +227,3 @@ class LanguageModel:
 def _forget_model() -> None:
     for key in [key for key in _loaded if key[0] == "model"]:
         del _loaded[key]
-
-
-def _check_fit(own: "Mapping[str, torch.Tensor]", state: "Mapping[str, torch.Tensor]") -> None:
-    """PEFT passes over names that it does not know; what was not loaded would be fresh and look trained."""
-    wrong = [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is unknown" for name in state if name not in own]
-    wrong += [
-        f"{name} has shape {tuple(state[name].shape)}, not {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if wrong:
-        raise ModelError(f"The LoRA parameters do not fit the model's adapter: {wrong[0]} ({len(wrong)} in all).")
