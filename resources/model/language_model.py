@@ -14,6 +14,7 @@ from prism_assets.errors import ModelError
 from prism_assets.resources.file_hashes import FileHashes
 from prism_assets.resources.model import starting_adapter
 from prism_assets.resources.model.identity import TOKENIZER_FILES, WEIGHT_FILES, ModelIdentity, context_length, matching
+from prism_assets.resources.model.lora_targets import lora_targets
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +146,6 @@ class LanguageModel:
 
     def base(self) -> "PreTrainedModel":
         """The base model on its device, frozen, in evaluation mode. It is shared: leave it as you found it."""
-        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         identity = self.identify()
@@ -154,14 +154,20 @@ class LanguageModel:
             _forget_model()  # one model a process: two rarely fit
             disable_progress_bar()  # a bar over the weights in the middle of a step's own progress
             try:
-                model = AutoModelForCausalLM.from_pretrained(
+                model, info = _class_for(identity.folder, self.trust_remote_code).from_pretrained(
                     identity.folder,
                     dtype=self.torch_dtype(),
                     use_safetensors=True,
                     trust_remote_code=self.trust_remote_code,
+                    output_loading_info=True,
                 )
             except Exception as error:  # each library has its own for a broken model
                 raise ModelError(f"model.name: {identity.folder} cannot be loaded as a causal LM: {error}") from error
+            if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
+                raise ModelError(
+                    f"model.name: {identity.folder} has no weights for {missing[0]} of {type(model).__name__} "
+                    f"({len(missing)} tensors in all): its files are incomplete, or are those of another model."
+                )
             model = cast("torch.nn.Module", model).to(self.torch_device())
             _loaded[key] = model.eval().requires_grad_(False)
         return _loaded[key]
@@ -174,13 +180,17 @@ class LanguageModel:
         alpha: float,
         target_modules: str | tuple[str, ...],
         rslora: bool = False,
+        exclude_modules: str | tuple[str, ...] = (),
+        layers: tuple[int, ...] | None = None,
+        dropout: float = 0.0,
         seed: int = 0,
         state: "Mapping[str, torch.Tensor] | None" = None,
     ) -> "Iterator[PeftModel]":
         """The base model with a LoRA adapter: fresh (seeded) or the starting adapter, then `state` laid over it.
 
-        With a starting adapter its own configuration counts and the LoRA arguments are not used. The base model is
-        given back unchanged when the context ends. `state` maps canonical LoRA parameter names to tensors.
+        With a starting adapter its own configuration counts and the LoRA arguments are not used. The model is in
+        evaluation mode (no dropout before somebody trains), and the base model is given back unchanged when the context
+        ends. `state` maps canonical LoRA parameter names to tensors; `lora_targets` says which modules are adapted.
         Raises ModelError where the adapter does not fit the model.
         """
         import torch
@@ -194,13 +204,12 @@ class LanguageModel:
                 if self.adapter:
                     model = starting_adapter.load(base, Path(self.adapter))
                 else:
-                    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
                     config = LoraConfig(
                         r=rank,
                         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
-                        target_modules=targets,
+                        target_modules=lora_targets(base, target_modules, exclude_modules, layers).modules,
                         use_rslora=rslora,
-                        lora_dropout=0.0,
+                        lora_dropout=dropout,
                         bias="none",
                         task_type="CAUSAL_LM",
                     )
@@ -217,11 +226,27 @@ class LanguageModel:
                 where = "The LoRA parameters do not fit the model's adapter"
                 starting_adapter.check_fit(get_peft_model_state_dict(model), state, where)
                 set_peft_model_state_dict(model, dict(state))
-            yield model
+            yield model.eval()
         finally:
             model.unload()
             forget_adapter(base)
             base.eval().requires_grad_(False)
+
+
+def _class_for(folder: str, trust_remote_code: bool) -> Any:
+    """The class that loads a checkpoint: that of causal LMs, or of multimodal models where only they know its kind."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _forget_model() -> None:
