@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import PipelineError, RunRefused, UserMistake, error_named
 from prism_assets.identity import join_key
-from prism_assets.project import Project
+from prism_assets.project import MODEL_POOL, Project
 from prism_assets.settings import Settings
 from prism_assets.tables import ASSETS, Partitions
 
@@ -118,6 +118,9 @@ class Pipeline:
         self._register_inbox()
         _require_usable_model(self.project.settings, self._stage().model)
         _check_benchmarks(self.project.settings)
+        if any("warmup_checkpoints" in step.assets for step in steps):
+            wait_for_slots(self.instance, {MODEL_POOL}, self.listener.on_wait)  # two models rarely fit
+            _require_usable_adapter(self._stage())
         everything = list(self.project.settings.targets)
         results = []
         for step in steps:
@@ -223,6 +226,17 @@ def _require_usable_model(settings: Settings, model: Any) -> None:
         require_context(settings, model)
     except ModelError as error:
         raise RunRefused(str(error)) from error
+
+
+def _require_usable_adapter(stage: "Stage") -> None:
+    """Raise RunRefused where gradients or training do not work with the model and its adapter; before a first warm-up."""
+    from prism_assets.reference.rehearsal import rehearse
+
+    if stage.shown_or_none("warmup_checkpoints") is None:
+        try:
+            rehearse(stage)
+        except UserMistake as error:
+            raise RunRefused(str(error)) from error
 
 
 def _check_benchmarks(settings: Settings) -> None:
