@@ -7,7 +7,7 @@ refused, other settings are tried until the engine takes them, and the message h
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prism_assets.errors import LibraryChanged, ModelError, UnsupportedModelError, UserMistake
+from prism_assets.errors import LibraryChanged, UnsupportedModelError, UserMistake
 from prism_assets.reference.engine import gradient_engine
 from prism_assets.resources.model.lora_targets import ALL_LINEAR, end_of_name, lora_targets
 from prism_assets.settings.schema import LoraSettings
@@ -137,7 +137,7 @@ def _accepted(stage: Stage, lora: LoraSettings) -> LoraSettings | None:
             if not kind or kind in excluded:
                 return None
             excluded.append(kind)
-        except ModelError:  # nothing is left to adapt
+        except Exception:  # nothing is left to adapt, or the model's own code fails whatever is adapted
             return None
     return None
 

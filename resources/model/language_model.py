@@ -13,7 +13,18 @@ from prism_assets.compat import forget_adapter
 from prism_assets.errors import ModelError
 from prism_assets.resources.file_hashes import FileHashes
 from prism_assets.resources.model import starting_adapter
-from prism_assets.resources.model.identity import TOKENIZER_FILES, WEIGHT_FILES, ModelIdentity, context_length, matching
+from prism_assets.resources.model.identity import (
+    CODE_FILES,
+    DUPLICATES,
+    OTHER_VOCABULARIES,
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    WEIGHT_FILES,
+    ModelIdentity,
+    context_length,
+    matching,
+    tokenizer_files,
+)
 from prism_assets.resources.model.lora_targets import lora_targets
 
 if TYPE_CHECKING:
@@ -53,17 +64,24 @@ class LanguageModel:
             return path
         if path.is_absolute():
             raise ModelError(f"model.name: there is no folder {path}.")
-        from huggingface_hub import snapshot_download
-
+        patterns = [*WEIGHT_FILES, *TOKENIZER_FILES, *(CODE_FILES if self.trust_remote_code else ())]
         try:
-            return Path(
-                snapshot_download(self.name, revision=self.revision, allow_patterns=[*WEIGHT_FILES, *TOKENIZER_FILES])
-            )
+            folder = self._download(patterns)
+            if not any((folder / name).is_file() for name in VOCABULARIES):
+                folder = self._download([*patterns, *OTHER_VOCABULARIES])
+            return folder
         except Exception as error:  # the hub has a dozen exception types for "not reachable" and "no such model"
             raise ModelError(
                 f"model.name: {self.name!r} (revision {self.revision}) is neither a folder here nor to be had from the "
                 f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
             ) from error
+
+    def _download(self, patterns: list[str]) -> Path:
+        """The folder of the hub's cache with the files of these names; what is there already is not fetched again."""
+        from huggingface_hub import snapshot_download
+
+        options = {"allow_patterns": patterns, "ignore_patterns": list(DUPLICATES)}
+        return Path(snapshot_download(self.name, revision=self.revision, **options))
 
     def identify(self) -> ModelIdentity:
         """Hash weights, tokenizer and starting adapter. Raises ModelError for a model without safetensors."""
@@ -82,7 +100,7 @@ class LanguageModel:
         weights = self._hash(folder, weight_files)
         return ModelIdentity(
             weights=weights,
-            tokenizer=self._hash(folder, matching(folder, TOKENIZER_FILES)),
+            tokenizer=self._hash(folder, tokenizer_files(folder)),
             adapter=self._hash_adapter(weights),
             architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
             parameters_on_disk=sum(file.stat().st_size for file in weight_files if file.suffix == ".safetensors"),
@@ -136,7 +154,7 @@ class LanguageModel:
         from transformers import AutoTokenizer
 
         folder = self.folder()
-        key = ("tokenizer", self._hash(folder, matching(folder, TOKENIZER_FILES)))
+        key = ("tokenizer", self._hash(folder, tokenizer_files(folder)))
         if key not in _loaded:
             try:
                 _loaded[key] = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)

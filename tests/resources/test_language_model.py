@@ -1,5 +1,6 @@
 """The language model: what identifies it, what is refused, and that it is given back as it was."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -120,6 +121,66 @@ def test_what_was_remembered_is_not_read_again_through_links_either(folder, tmp_
     assert json.loads((tmp_path / "model-files.json").read_text()) == entries
 
 
+def test_what_identifies_a_model_is_what_it_was_in_the_first_release(folder):
+    """The hash written out: names and SHA-256 of the same files, whatever else lies beside them."""
+    for name in ("tekken.json", "qwen.tiktoken", "tiktoken.model", "modeling_mine.py"):
+        (folder / name).write_text("beside a tokenizer.json these decide nothing")
+    (folder / "original").mkdir()
+    shutil.copy(folder / "model.safetensors", folder / "original" / "consolidated.00.safetensors")
+
+    def digest(*names):
+        lines = [f"{name}:{hashlib.sha256((folder / name).read_bytes()).hexdigest()}" for name in sorted(names)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    found = of(folder).identify()
+    assert found.weights == digest("config.json", "generation_config.json", "model.safetensors")
+    assert found.tokenizer == digest("tokenizer.json", "tokenizer_config.json")
+
+
+def test_a_vocabulary_of_another_kind_counts_where_it_is_the_only_one(folder):
+    (folder / "tokenizer.json").unlink()
+    seen = set()
+    for name in ("tekken.json", "qwen.tiktoken", "tiktoken.model"):
+        for content in ("one", "two"):
+            (folder / name).write_text(content)
+            seen.add(of(folder).identify().tokenizer)
+        (folder / name).unlink()
+    assert len(seen) == 6
+
+
+# -- download ----------------------------------------------------------------------------------------------------
+
+_ON_THE_HUB = [
+    *("config.json", "generation_config.json", "tokenizer_config.json", "modeling_own.py", "README.md", "model.bin"),
+    *("model-00001-of-00001.safetensors", "model.safetensors.index.json"),
+    *("consolidated.safetensors", "consolidated.safetensors.index.json", "original/consolidated.00.safetensors"),
+    *("original/config.json", "onnx/model.py", "tekken.json", "own.tiktoken"),
+]
+
+
+@pytest.mark.parametrize("remote_code", [False, True])
+@pytest.mark.parametrize("vocabulary", ["tokenizer.json", "tokenizer.model", None])
+def test_what_is_downloaded_is_what_is_loaded(tmp_path, monkeypatch, remote_code, vocabulary):
+    """The hub's own filter on a list of files, and a cache that holds what was asked for."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot_download(name, *, revision, allow_patterns, ignore_patterns):
+        files = [*_ON_THE_HUB, *([vocabulary] if vocabulary else [])]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert LanguageModel(name="org/model", trust_remote_code=remote_code).folder() == tmp_path
+    expected = {"config.json", "generation_config.json", "tokenizer_config.json"}
+    expected |= {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    expected |= {"modeling_own.py"} if remote_code else set()
+    expected |= {vocabulary} if vocabulary else {"tekken.json", "own.tiktoken"}
+    assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()} == expected
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +240,16 @@ def test_a_starting_adapter_that_lacks_a_file_is_refused(folder, adapter, tmp_pa
     (incomplete / missing).unlink()
     with pytest.raises(ModelError, match=rf"model\.adapter: .*incomplete has no {missing}"):
         of(folder, adapter=str(incomplete)).identify()
+
+
+def test_weights_that_a_checkpoint_lacks_are_named_and_not_made_up(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"no weights for model\.layers\.0\.mlp\.up_proj\.weight of LlamaFor.*1 tensor"
+    ):
+        of(folder).base()
 
 
 # -- loading -----------------------------------------------------------------------------------------------------
