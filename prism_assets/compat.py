@@ -80,8 +80,8 @@ def names_of_stacked_experts(model_type: str) -> frozenset[str]:
     except ImportError:
         return frozenset()
     try:
-        pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type, None)
-        return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {}))
+        patterns: dict[str, str] = conversion._MODEL_TO_CONVERSION_PATTERN  # pyright: ignore[reportPrivateImportUsage]
+        return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(patterns.get(model_type, ""), {}))
     except AttributeError as error:
         raise LibraryChanged("peft", "the tables of peft.utils.transformers_weight_conversion") from error
 

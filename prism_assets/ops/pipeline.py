@@ -118,7 +118,8 @@ class Pipeline:
         self._register_inbox()
         _require_usable_model(self.project.settings, self._stage().model)
         _check_benchmarks(self.project.settings)
-        if any("warmup_checkpoints" in step.assets for step in steps):
+        warms_up = any("warmup_checkpoints" in step.assets for step in steps)
+        if warms_up and self._stage().shown_or_none("warmup_checkpoints") is None:
             wait_for_slots(self.instance, {MODEL_POOL}, self.listener.on_wait)  # two models rarely fit
             _require_usable_adapter(self._stage())
         everything = list(self.project.settings.targets)
@@ -229,14 +230,13 @@ def _require_usable_model(settings: Settings, model: Any) -> None:
 
 
 def _require_usable_adapter(stage: "Stage") -> None:
-    """Raise RunRefused where gradients or training do not work with the model and its adapter; before a first warm-up."""
+    """Raise RunRefused where gradients or training do not work with the model and its adapter."""
     from prism_assets.reference.rehearsal import rehearse
 
-    if stage.shown_or_none("warmup_checkpoints") is None:
-        try:
-            rehearse(stage)
-        except UserMistake as error:
-            raise RunRefused(str(error)) from error
+    try:
+        rehearse(stage)
+    except UserMistake as error:
+        raise RunRefused(str(error)) from error
 
 
 def _check_benchmarks(settings: Settings) -> None:

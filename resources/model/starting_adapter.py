@@ -94,20 +94,16 @@ def load(base: "PreTrainedModel", folder: Path) -> "PeftModel":
     config.inference_mode = False
     config.base_model_name_or_path = base.name_or_path or None  # which model this is was checked already
     model = get_peft_model(base, config)
-    assert isinstance(model, PeftModel)
+    adapter = model.active_adapter
+    assert isinstance(model, PeftModel) and isinstance(adapter, str)
     where = f"model.adapter: {folder} does not fit {base.name_or_path or type(base).__name__}"
     try:
         # PEFT's own loader: it renames what older releases of transformers named otherwise.
-        result = model.load_adapter(
-            str(folder),
-            model.active_adapter,
-            is_trainable=True,
-            key_mapping=getattr(base, "_checkpoint_conversion_mapping", {}),
-        )
+        result = model.load_adapter(str(folder), adapter, is_trainable=True)
     except RuntimeError as error:
         check_fit(get_peft_model_state_dict(model), load_file(folder / WEIGHTS), where)
         raise ModelError(f"{where}: {error}") from error
-    own = f".{model.active_adapter}"
+    own = f".{adapter}"
     wrong = [f"{name.replace(own, '')} is missing" for name in result.missing_keys]
     wrong += [f"{name.replace(own, '')} is unknown" for name in result.unexpected_keys]
     if wrong:
