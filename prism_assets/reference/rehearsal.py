@@ -104,7 +104,7 @@ def _advice(stage: Stage, error: UnsupportedModelError) -> str:
     """Lines for prism.yaml with which the rehearsal goes well; empty where none are found."""
     lora = stage.settings.lora
     if stage.settings.model.adapter:
-        return "\nmodel.adapter adapts it: start from an adapter that does not."
+        return "\nmodel.adapter adapts it: start from an adapter that does not." if error.module else ""
     if isinstance(lora.exclude_modules, str):
         return ""
     for target_modules in dict.fromkeys((lora.target_modules, ALL_LINEAR)):

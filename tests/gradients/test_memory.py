@@ -86,7 +86,9 @@ def test_batches_are_halved_and_single_examples_recomputed_to_fit_what_is_free(m
     assert run(keeps.needed(8, width, False) - 1) == [(4, False)] * 2
     assert run(keeps.needed(1, width, False) + 1) == [(1, False)] * 8
     assert run(keeps.needed(1, width, False) - 1) == [(1, True)] * 8
-    with pytest.raises(MemoryError, match=r"example 0 alone \(39 tokens\) .* needs about 0.06 GiB and 0.06 GiB are left"):
+    with pytest.raises(
+        MemoryError, match=r"example 0 alone \(39 tokens\) .* needs about 0.06 GiB and 0.06 GiB are left"
+    ):
         run(keeps.needed(1, width, True) - 1)
 
 
