@@ -69,6 +69,24 @@ def forget_adapter(base: PreTrainedModel) -> None:
         raise LibraryChanged("transformers", "PreTrainedModel._hf_peft_config_loaded")
 
 
+def names_of_stacked_experts(model_type: str) -> frozenset[str]:
+    """Names that PEFT, given as `target_modules` of such a model, takes for its stacked experts wherever they stand.
+
+    peft 0.21 (`peft.utils.transformers_weight_conversion`): of transformers 5 the experts of a mixture are stacked
+    parameters; that an adapter of before still fits, its configuration is rewritten, by the last part of a module's
+    name. A dense layer or a shared expert of that name cannot be named. Releases without that module rewrite nothing.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return frozenset()
+    try:
+        patterns: dict[str, str] = conversion._MODEL_TO_CONVERSION_PATTERN  # pyright: ignore[reportPrivateImportUsage]
+        return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(patterns.get(model_type, ""), {}))
+    except AttributeError as error:
+        raise LibraryChanged("peft", "the tables of peft.utils.transformers_weight_conversion") from error
+
+
 def harness_yaml_loader() -> Callable[..., dict[str, Any]]:
     """The function that reads a task file of lm-eval: `include` followed, `!function` resolved.
 

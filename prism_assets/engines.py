@@ -21,6 +21,7 @@ def build_engines(settings: Settings) -> dict[str, Any]:
             name=model.name,
             revision=model.revision,
             adapter=model.adapter,
+            adapter_base=model.adapter_base,
             dtype=model.dtype,
             device=model.device,
             trust_remote_code=model.trust_remote_code,

@@ -32,7 +32,14 @@ class ModelError(UserMistake):
 
 
 class UnsupportedModelError(UserMistake, ValueError):
-    """The model or its adapter has a part that the gradient engine does not support; the message names it."""
+    """The model or its adapter has a part that the gradient engine does not support; the message names it.
+
+    `module` is the name of the adapted layer that is refused, where it is a single one.
+    """
+
+    def __init__(self, message: str, module: str | None = None):
+        super().__init__(message)
+        self.module = module
 
 
 class UnusableTokenizer(UserMistake, ValueError):

@@ -182,8 +182,7 @@ class Stage:
     def adapted(self, *, seed: int = 0, state: "Mapping[str, torch.Tensor] | None" = None) -> "Iterator[PeftModel]":
         """The base model with the adapter that the settings describe, at `state` where one is given. Loading is not
         counted as cost."""
-        lora = self.settings.lora
-        options = {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules, "rslora": lora.rslora}
+        options = dict(self.settings.lora)
         with ExitStack() as stack:
             with uncounted():
                 peft_model = stack.enter_context(self.model.adapted(**options, seed=seed, state=state))

@@ -20,6 +20,7 @@ from prism_assets.compat import (
     harness_yaml_loader,
     instance_without_captured_output,
     interrupts_at_safe_points,
+    names_of_stacked_experts,
     sleeping_while_waiting,
     use_one_device,
 )
@@ -33,6 +34,27 @@ def tiny_model() -> LlamaForCausalLM:
             num_key_value_heads=2,
         )
     )  # fmt: skip
+
+
+# -- peft ---------------------------------------------------------------------------------------------------------
+
+
+def test_peft_takes_these_names_for_stacked_experts_wherever_they_stand(monkeypatch):
+    from tiny_families import tiny_family
+
+    names = ("gate_proj", "up_proj", "down_proj")
+    # The one dense layer of a model of two: what PEFT adapts in its place are the experts of the other.
+    config = LoraConfig(r=2, target_modules=[f"model.layers.0.mlp.{name}" for name in names], task_type="CAUSAL_LM")
+    get_peft_model(tiny_family("deepseek_v3"), config)
+    assert config.target_parameters == {"gate_up_proj", "down_proj"} and not config.target_modules
+    assert set(names) <= names_of_stacked_experts("deepseek_v3")
+    assert names_of_stacked_experts("llama") == names_of_stacked_experts("no such type") == frozenset()
+
+    from peft.utils import transformers_weight_conversion
+
+    monkeypatch.delattr(transformers_weight_conversion, "_MOE_TARGET_MODULE_MAPPING")
+    with pytest.raises(LibraryChanged, match=r"peft .* tables of peft.utils.transformers_weight_conversion"):
+        names_of_stacked_experts("deepseek_v3")
 
 
 # -- transformers -------------------------------------------------------------------------------------------------

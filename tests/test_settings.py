@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from prism_assets.errors import SettingsError
+from prism_assets.identity import lora_identity
 from prism_assets.resources.lake.recipe import digest
 from prism_assets.settings import STRATEGIES, Budget, Settings, TargetSettings, config_path, load_settings
 from prism_assets.settings.budget import parse_budget
@@ -102,6 +103,45 @@ def test_writing_the_defaults_out_changes_no_identity(load):
     }
     for name, values in load(written).model_dump().items():
         assert digest(values) == digest(load().model_dump()[name]), name
+
+
+def test_lora_settings_that_came_later_count_only_where_they_are_set(load):
+    """A lake of before knows its adapters by the four settings that there were."""
+    before = {"rank": 16, "alpha": 32.0, "target_modules": "all-linear", "rslora": False}
+    defaults = {"exclude_modules": [], "layers": None, "dropout": 0}
+    for written in ({}, {"lora": defaults}):
+        settings = load(written)
+        assert (
+            lora_identity(settings)
+            == before
+            == settings.model_dump()["lora"]
+            == settings.model_dump(mode="json")["lora"]
+        )
+    set_one_by_one = [
+        {"exclude_modules": ["k_proj"]},
+        {"exclude_modules": ".*k_proj"},
+        {"layers": [0]},
+        {"dropout": 0.1},
+    ]
+    identities = [digest(lora_identity(load({"lora": one}))) for one in [{}, *set_one_by_one]]
+    assert len(set(identities)) == 5
+    assert lora_identity(load({"lora": {"layers": [2, 0, 2]}}))["layers"] == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"lora": {"layers": []}}, "lora.layers"),
+        ({"lora": {"layers": [-1]}}, "lora.layers"),
+        ({"lora": {"dropout": 1}}, "lora.dropout"),
+        ({"lora": {"exclude_modules": ""}}, "lora.exclude_modules"),
+        ({"model": {"adapter": "a"}, "lora": {"dropout": 0.1}}, "lora.dropout has no effect beside model.adapter"),
+        ({"model": {"adapter_base": "org/base"}}, "model.adapter_base is about model.adapter, which is not set"),
+    ],
+)
+def test_lora_settings_without_a_meaning_are_refused(load, content, message):
+    with pytest.raises(SettingsError, match=message):
+        load(content)
 
 
 def test_the_example_of_prism_init_is_valid_and_says_the_defaults(load):

@@ -224,7 +224,8 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear | 
     if type(module) is not PeftLoraLinear:
         raise UnsupportedModelError(
             f"{name}: LoRA on {type(base).__name__} (PEFT layer {kind}) is not supported: only linear "
-            "layers that are neither quantised nor stacked experts, embeddings or convolutions"
+            "layers that are neither quantised nor stacked experts, embeddings or convolutions",
+            module=name,
         )
     if module.merged or module.disable_adapters:
         raise UnsupportedModelError(f"{name}: the adapter is merged or disabled; unmerge or enable it first")
@@ -236,7 +237,8 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear | 
     if not is_plain_linear(base):
         raise UnsupportedModelError(
             f"{name}: base layer {type(base).__name__} with weights of {base.weight.dtype} is no plain "
-            "linear layer (quantised bases are not supported: load the model in bfloat16 or float32)"
+            "linear layer (quantised bases are not supported: load the model in bfloat16 or float32)",
+            module=name,
         )
     return AdaptedLinear(name, module, adapter)
 

@@ -81,7 +81,8 @@ def probe(model: PeftModel, layers: list[AdaptedLinear], head: OutputEmbeddings)
         if count != 1:
             raise UnsupportedModelError(
                 f"{name} runs {count} times in a forward pass, not once: shared layers and routed "
-                "experts are not supported; leave them out of target_modules"
+                "experts are not supported; leave them out of target_modules",
+                module=name,
             )
     if head.layer is not None or not is_plain_linear(head.module) or transformed.shape != ramp.shape:
         return None
@@ -106,7 +107,8 @@ def _recorder(layer: AdaptedLinear, calls: dict[str, int]):
             raise UnsupportedModelError(
                 f"{layer.name} gets inputs of shape {tuple(inputs[0].shape)}, not [batch, tokens, features]: "
                 "routed experts, and layers that see a batch's tokens as one list, are not supported; leave "
-                "them out of target_modules"
+                "them out of target_modules",
+                module=layer.name,
             )
 
     return record

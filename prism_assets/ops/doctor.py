@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from prism_assets.errors import LakeError, ModelError, SettingsError
+from prism_assets.errors import LakeError, ModelError, PrismError, SettingsError
 from prism_assets.identity import join_key
 from prism_assets.resources.lake import Artifact, Lake, Recipe
 from prism_assets.resources.model.language_model import LanguageModel
@@ -27,11 +27,12 @@ class Finding(NamedTuple):
 
 
 def examine(stage: Stage) -> list[Finding]:
-    """Versions, device, model, inbox, target files, and stages that do not show today's inputs."""
+    """Versions, device, model, adapter, inbox, target files, and stages that do not show today's inputs."""
     return [
         *_versions(),
         *_device(stage.model),
         *_model(stage.settings, stage.model),
+        *_adapter(stage),
         *_files(stage.settings, stage.lake),
         *_stale(stage),
     ]
@@ -89,6 +90,23 @@ def _model(settings: Settings, model: LanguageModel) -> list[Finding]:
     except ModelError as error:
         found.append(Finding("problem", "max_length", str(error)))
     return found
+
+
+def _adapter(stage: Stage) -> list[Finding]:
+    """Whether gradients and training work with the model and its adapter."""
+    from prism_assets.reference.rehearsal import rehearse
+
+    try:
+        stage.model.identify()
+    except ModelError:
+        return []  # said above
+    try:
+        found = rehearse(stage)
+    except PrismError as error:
+        return [Finding("problem", "adapter", str(error))]
+    left_out = f"; left as they are: {found.left_out}" if found.left_out else ""
+    words = f"{found.layers} layers, {found.parameters:,} parameters; a gradient and a step of training were tried"
+    return [Finding("ok", "adapter", words + left_out)]
 
 
 def _files(settings: Settings, lake: Lake) -> list[Finding]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import PipelineError, RunRefused, UserMistake, error_named
 from prism_assets.identity import join_key
-from prism_assets.project import Project
+from prism_assets.project import MODEL_POOL, Project
 from prism_assets.settings import Settings
 from prism_assets.tables import ASSETS, Partitions
 
@@ -118,6 +118,10 @@ class Pipeline:
         self._register_inbox()
         _require_usable_model(self.project.settings, self._stage().model)
         _check_benchmarks(self.project.settings)
+        warms_up = any("warmup_checkpoints" in step.assets for step in steps)
+        if warms_up and self._stage().shown_or_none("warmup_checkpoints") is None:
+            wait_for_slots(self.instance, {MODEL_POOL}, self.listener.on_wait)  # two models rarely fit
+            _require_usable_adapter(self._stage())
         everything = list(self.project.settings.targets)
         results = []
         for step in steps:
@@ -222,6 +226,16 @@ def _require_usable_model(settings: Settings, model: Any) -> None:
         model.torch_device()
         require_context(settings, model)
     except ModelError as error:
+        raise RunRefused(str(error)) from error
+
+
+def _require_usable_adapter(stage: "Stage") -> None:
+    """Raise RunRefused where gradients or training do not work with the model and its adapter."""
+    from prism_assets.reference.rehearsal import rehearse
+
+    try:
+        rehearse(stage)
+    except UserMistake as error:
         raise RunRefused(str(error)) from error
 
 

@@ -9,6 +9,7 @@ from prism_assets.metadata import picture
 from prism_assets.project import Check, Project
 from prism_assets.reference.checkpoints import write_checkpoints
 from prism_assets.reference.engine import gradient_engine
+from prism_assets.reference.rehearsal import rehearse
 from prism_assets.resources.lake import Artifact, Folder
 from prism_assets.stage import Stage
 from prism_assets.stats.losses import quarter_means
@@ -51,6 +52,7 @@ def _train(stage: Stage, sample: Artifact, folder: Path) -> dict[str, Any]:
     from prism_assets.corpus.token_tables import from_table
     from prism_assets.sft.trainer import Training, fine_tune
 
+    adapted = rehearse(stage)
     warmup = stage.settings.warmup
     examples = from_table(stage.lake.read_table(sample))
     training = Training(epochs=warmup.epochs, batch_size=warmup.batch_size, learning_rate=warmup.learning_rate)
@@ -65,7 +67,12 @@ def _train(stage: Stage, sample: Artifact, folder: Path) -> dict[str, Any]:
             progress=lambda done, _, loss: progress.update(done, f"(loss {loss:.3f})"),
         )
     write_checkpoints(folder, result.checkpoints)
-    return {"steps": result.steps, "losses": list(result.losses), "seconds": result.seconds}
+    return {
+        "steps": result.steps,
+        "losses": list(result.losses),
+        "seconds": result.seconds,
+        "adapted": adapted._asdict(),
+    }
 
 
 def _outcome(stage: Stage, checkpoints: Artifact, computed: int) -> Outcome:
@@ -73,7 +80,9 @@ def _outcome(stage: Stage, checkpoints: Artifact, computed: int) -> Outcome:
 
     losses: Any = checkpoints.notes["losses"]
     first, last = quarter_means(losses)
+    adapted: Any = checkpoints.notes.get("adapted", {})  # not noted by the first releases
     metadata = {
+        **{f"adapted_{name}": value for name, value in adapted.items() if value},
         "steps": len(losses),
         "checkpoints": stage.settings.warmup.checkpoints,
         "mean_loss_first_quarter": first,

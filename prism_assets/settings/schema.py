@@ -3,9 +3,20 @@
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from prism_assets.settings.budget import Budget, parse_budget
 
@@ -53,6 +64,12 @@ class ModelSettings(Section):
         default=None,
         description="A PEFT LoRA folder to start from, whose LoRA settings are then used; null: a fresh adapter.",
     )
+    # Left out of what is dumped: the adapter is what its files are, whatever its base is called.
+    adapter_base: str | None = Field(
+        default=None,
+        exclude=True,
+        description="The base_model_name_or_path of `adapter`, where that is `name` by another name; null: the same.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="The type of the base weights; auto: bfloat16 on a GPU, else float32."
     )
@@ -73,9 +90,35 @@ class LoraSettings(Section):
     )
     target_modules: str | tuple[str, ...] = Field(
         default="all-linear",
-        description="The linear layers that are adapted, by PEFT's rules: names, a pattern, or all-linear.",
+        description="Names of modules or their ends, or a regular expression; all-linear: every linear layer of the "
+        "text decoder but the output embeddings, routed experts and their routers.",
     )
     rslora: bool = Field(default=False, description="Whether the scaling is that of rank-stabilised LoRA.")
+    exclude_modules: Annotated[str, Field(min_length=1)] | tuple[str, ...] = Field(
+        default=(), description="Modules that target_modules names and that are left as they are."
+    )
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
+        default=None, description="The decoder layers that are adapted, numbered from 0; null: all."
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="The share of the adapter's inputs that is dropped in training; none is elsewhere.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before_unless_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is dumped names an adapter in a lake, so settings that came later count where they are not the
+        default."""
+        later = {"exclude_modules": (), "layers": None, "dropout": 0.0}
+        return {key: value for key, value in dump(self).items() if key not in later or getattr(self, key) != later[key]}
+
+    @field_validator("layers")
+    @classmethod
+    def _in_order(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """[2, 1] and [1, 2] are the same layers, and the same adapter."""
+        return None if layers is None else tuple(sorted(set(layers)))
 
 
 class TokenizationSettings(Section):
@@ -339,6 +382,15 @@ class Settings(Section):
                 f"preference.fisher_damping needs features.optimizer sgd or adam: {self.features.optimizer} is not "
                 "linear in the gradient"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> "Settings":
+        if self.model.adapter_base is not None and self.model.adapter is None:
+            raise ValueError("model.adapter_base is about model.adapter, which is not set: leave it out")
+        own = [name for name in ("exclude_modules", "layers", "dropout") if getattr(self.lora, name)]
+        if self.model.adapter is not None and own:
+            raise ValueError(f"lora.{own[0]} has no effect beside model.adapter, whose own configuration counts")
         return self
 
     @model_validator(mode="after")

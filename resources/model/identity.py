@@ -21,6 +21,15 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"}
+# Vocabularies of other tokenizers. They count, and are downloaded, where a model has none of those above: beside them
+# they decide nothing, and no model that was known before is to be called otherwise.
+OTHER_VOCABULARIES = ("tekken.json", "*.tiktoken", "tiktoken.model")
+# The code that comes with a model, for `trust_remote_code`. It is no part of the identity: pin `revision`.
+CODE_FILES = ("*.py",)
+# The same weights once more, in the formats of other programs: Llama's original/, Mistral's consolidated.safetensors.
+# Those that are in a folder already count as ever.
+DUPLICATES = ("*/*", "consolidated*")
 
 
 class ModelIdentity(NamedTuple):
@@ -44,6 +53,14 @@ class ModelIdentity(NamedTuple):
 def context_length(config: Mapping[str, Any]) -> int | None:
     """The tokens that a model takes at most, by its config.json; None where that does not say."""
     return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that decide what the tokens are."""
+    files = matching(folder, TOKENIZER_FILES)
+    if VOCABULARIES.isdisjoint(file.name for file in files):
+        files = sorted({*files, *matching(folder, OTHER_VOCABULARIES)})
+    return files
 
 
 def matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

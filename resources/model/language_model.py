@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any, cast
 from prism_assets.compat import forget_adapter
 from prism_assets.errors import ModelError
 from prism_assets.resources.file_hashes import FileHashes
-from prism_assets.resources.model.identity import TOKENIZER_FILES, WEIGHT_FILES, ModelIdentity, context_length, matching
+from prism_assets.resources.model import starting_adapter
+from prism_assets.resources.model.identity import (
+    CODE_FILES,
+    DUPLICATES,
+    OTHER_VOCABULARIES,
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    WEIGHT_FILES,
+    ModelIdentity,
+    context_length,
+    matching,
+    tokenizer_files,
+)
+from prism_assets.resources.model.lora_targets import lora_targets
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +46,7 @@ class LanguageModel:
     name: str
     revision: str = "main"
     adapter: str | None = None
+    adapter_base: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
@@ -50,17 +64,24 @@ class LanguageModel:
             return path
         if path.is_absolute():
             raise ModelError(f"model.name: there is no folder {path}.")
-        from huggingface_hub import snapshot_download
-
+        patterns = [*WEIGHT_FILES, *TOKENIZER_FILES, *(CODE_FILES if self.trust_remote_code else ())]
         try:
-            return Path(
-                snapshot_download(self.name, revision=self.revision, allow_patterns=[*WEIGHT_FILES, *TOKENIZER_FILES])
-            )
+            folder = self._download(patterns)
+            if not any((folder / name).is_file() for name in VOCABULARIES):
+                folder = self._download([*patterns, *OTHER_VOCABULARIES])
+            return folder
         except Exception as error:  # the hub has a dozen exception types for "not reachable" and "no such model"
             raise ModelError(
                 f"model.name: {self.name!r} (revision {self.revision}) is no folder here and cannot be loaded from the "
                 f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
             ) from error
+
+    def _download(self, patterns: list[str]) -> Path:
+        """The folder of the hub's cache with the files of these names; what is there already is not fetched again."""
+        from huggingface_hub import snapshot_download
+
+        options = {"allow_patterns": patterns, "ignore_patterns": list(DUPLICATES)}
+        return Path(snapshot_download(self.name, revision=self.revision, **options))
 
     def identify(self) -> ModelIdentity:
         """Hash weights, tokenizer and starting adapter. Raises ModelError for a model without safetensors."""
@@ -76,24 +97,32 @@ class LanguageModel:
             config = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise ModelError(f"model.name: {folder} has no readable config.json: {error}") from error
+        weights = self._hash(folder, weight_files)
         return ModelIdentity(
-            weights=self._hash(folder, weight_files),
-            tokenizer=self._hash(folder, matching(folder, TOKENIZER_FILES)),
-            adapter=self._hash_adapter(),
+            weights=weights,
+            tokenizer=self._hash(folder, tokenizer_files(folder)),
+            adapter=self._hash_adapter(weights),
             architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
             parameters_on_disk=sum(file.stat().st_size for file in weight_files if file.suffix == ".safetensors"),
             folder=str(folder),
             context_length=context_length(config.get("text_config") or config),
         )
 
-    def _hash_adapter(self) -> str | None:
+    def _hash_adapter(self, weights: str) -> str | None:
+        """The hash of the starting adapter's files. Raises ModelError where it cannot be started from, or names another
+        base than the one with these weights."""
         if self.adapter is None:
             return None
         folder = Path(self.adapter)
-        missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
-        if missing:
-            raise ModelError(f"model.adapter: {folder} has no {' and no '.join(missing)}: name a PEFT LoRA folder.")
-        return self._hash(folder, matching(folder, ("adapter_config.json", "adapter_model.safetensors")))
+        config = starting_adapter.read_config(folder)
+        starting_adapter.check_base(
+            folder,
+            config,
+            self.name,
+            self.adapter_base,
+            lambda base: self._hash(base, matching(base, WEIGHT_FILES)) == weights,
+        )
+        return self._hash(folder, matching(folder, starting_adapter.FILES))
 
     def _hash(self, folder: Path, files: list[Path]) -> str:
         known = FileHashes(Path(self.known_hashes) if self.known_hashes else None)
@@ -125,7 +154,7 @@ class LanguageModel:
         from transformers import AutoTokenizer
 
         folder = self.folder()
-        key = ("tokenizer", self._hash(folder, matching(folder, TOKENIZER_FILES)))
+        key = ("tokenizer", self._hash(folder, tokenizer_files(folder)))
         if key not in _loaded:
             try:
                 _loaded[key] = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
@@ -135,7 +164,6 @@ class LanguageModel:
 
     def base(self) -> "PreTrainedModel":
         """The base model on its device, frozen, in evaluation mode. It is shared: leave it as you found it."""
-        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         identity = self.identify()
@@ -144,14 +172,20 @@ class LanguageModel:
             _forget_model()  # one model a process: two rarely fit
             disable_progress_bar()  # a bar over the weights in the middle of a step's own progress
             try:
-                model = AutoModelForCausalLM.from_pretrained(
+                model, info = _class_for(identity.folder, self.trust_remote_code).from_pretrained(
                     identity.folder,
                     dtype=self.torch_dtype(),
                     use_safetensors=True,
                     trust_remote_code=self.trust_remote_code,
+                    output_loading_info=True,
                 )
             except Exception as error:  # each library has its own for a broken model
                 raise ModelError(f"model.name: {identity.folder} cannot be loaded as a causal LM: {error}") from error
+            if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
+                raise ModelError(
+                    f"model.name: {identity.folder} has no weights for {missing[0]} of {type(model).__name__} "
+                    f"({len(missing)} tensors in all): its files are incomplete, or are those of another model."
+                )
             model = cast("torch.nn.Module", model).to(self.torch_device())
             _loaded[key] = model.eval().requires_grad_(False)
         return _loaded[key]
@@ -164,23 +198,21 @@ class LanguageModel:
         alpha: float,
         target_modules: str | tuple[str, ...],
         rslora: bool = False,
+        exclude_modules: str | tuple[str, ...] = (),
+        layers: tuple[int, ...] | None = None,
+        dropout: float = 0.0,
         seed: int = 0,
         state: "Mapping[str, torch.Tensor] | None" = None,
     ) -> "Iterator[PeftModel]":
         """The base model with a LoRA adapter: fresh (seeded) or the starting adapter, then `state` loaded into it.
 
-        With a starting adapter its own configuration counts and the LoRA arguments are not used. The base model is
-        given back unchanged when the context ends. `state` maps canonical LoRA parameter names to tensors.
+        With a starting adapter its own configuration counts and the LoRA arguments are not used. The model is in
+        evaluation mode (no dropout before somebody trains), and the base model is given back unchanged when the context
+        ends. `state` maps canonical LoRA parameter names to tensors; `lora_targets` says which modules are adapted.
         Raises ModelError where the adapter does not fit the model.
         """
         import torch
-        from peft import (
-            LoraConfig,
-            PeftModel,
-            get_peft_model,
-            get_peft_model_state_dict,
-            set_peft_model_state_dict,
-        )
+        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
         base = self.base()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -188,46 +220,53 @@ class LanguageModel:
             torch.manual_seed(seed)
             try:
                 if self.adapter:
-                    model = PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+                    model = starting_adapter.load(base, Path(self.adapter))
                 else:
-                    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
                     config = LoraConfig(
                         r=rank,
                         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
-                        target_modules=targets,
+                        target_modules=lora_targets(base, target_modules, exclude_modules, layers).modules,
                         use_rslora=rslora,
-                        lora_dropout=0.0,
+                        lora_dropout=dropout,
                         bias="none",
                         task_type="CAUSAL_LM",
                     )
                     model = get_peft_model(base, config)
+            except ModelError:
+                _forget_model()  # the adapter's layers are in it
+                raise
             except (ValueError, RuntimeError, KeyError) as error:
                 _forget_model()  # half an adapter may be in it
                 raise ModelError(f"LoRA cannot be put on {self.name}: {error}") from error
         try:
             if state is not None:
-                _check_fit(get_peft_model_state_dict(model), state)
+                # PEFT passes over names that it does not know; what was not loaded would be fresh and look trained.
+                where = "The LoRA parameters do not fit the model's adapter"
+                starting_adapter.check_fit(get_peft_model_state_dict(model), state, where)
                 set_peft_model_state_dict(model, dict(state))
-            yield model
+            yield model.eval()
         finally:
             model.unload()
             forget_adapter(base)
             base.eval().requires_grad_(False)
 
 
+def _class_for(folder: str, trust_remote_code: bool) -> Any:
+    """The class that loads a checkpoint: that of causal LMs, or of multimodal models where only they know its kind."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _forget_model() -> None:
     for key in [key for key in _loaded if key[0] == "model"]:
         del _loaded[key]
-
-
-def _check_fit(own: "Mapping[str, torch.Tensor]", state: "Mapping[str, torch.Tensor]") -> None:
-    """PEFT passes over names that it does not know; what was not loaded would be fresh and look trained."""
-    wrong = [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is unknown" for name in state if name not in own]
-    wrong += [
-        f"{name} has shape {tuple(state[name].shape)}, not {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if wrong:
-        raise ModelError(f"The LoRA parameters do not fit the model's adapter: {wrong[0]} ({len(wrong)} in all).")

@@ -1,5 +1,6 @@
 """The language model: what identifies it, what is refused, and that it is given back as it was."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -120,6 +121,66 @@ def test_what_was_remembered_is_not_read_again_through_links_either(folder, tmp_
     assert json.loads((tmp_path / "model-files.json").read_text()) == entries
 
 
+def test_what_identifies_a_model_is_what_it_was_in_the_first_release(folder):
+    """The hash written out: names and SHA-256 of the same files, whatever else lies beside them."""
+    for name in ("tekken.json", "qwen.tiktoken", "tiktoken.model", "modeling_mine.py"):
+        (folder / name).write_text("beside a tokenizer.json these decide nothing")
+    (folder / "original").mkdir()
+    shutil.copy(folder / "model.safetensors", folder / "original" / "consolidated.00.safetensors")
+
+    def digest(*names):
+        lines = [f"{name}:{hashlib.sha256((folder / name).read_bytes()).hexdigest()}" for name in sorted(names)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    found = of(folder).identify()
+    assert found.weights == digest("config.json", "generation_config.json", "model.safetensors")
+    assert found.tokenizer == digest("tokenizer.json", "tokenizer_config.json")
+
+
+def test_a_vocabulary_of_another_kind_counts_where_it_is_the_only_one(folder):
+    (folder / "tokenizer.json").unlink()
+    seen = set()
+    for name in ("tekken.json", "qwen.tiktoken", "tiktoken.model"):
+        for content in ("one", "two"):
+            (folder / name).write_text(content)
+            seen.add(of(folder).identify().tokenizer)
+        (folder / name).unlink()
+    assert len(seen) == 6
+
+
+# -- download ----------------------------------------------------------------------------------------------------
+
+_ON_THE_HUB = [
+    *("config.json", "generation_config.json", "tokenizer_config.json", "modeling_own.py", "README.md", "model.bin"),
+    *("model-00001-of-00001.safetensors", "model.safetensors.index.json"),
+    *("consolidated.safetensors", "consolidated.safetensors.index.json", "original/consolidated.00.safetensors"),
+    *("original/config.json", "onnx/model.py", "tekken.json", "own.tiktoken"),
+]
+
+
+@pytest.mark.parametrize("remote_code", [False, True])
+@pytest.mark.parametrize("vocabulary", ["tokenizer.json", "tokenizer.model", None])
+def test_what_is_downloaded_is_what_is_loaded(tmp_path, monkeypatch, remote_code, vocabulary):
+    """The hub's own filter on a list of files, and a cache that holds what was asked for."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot_download(name, *, revision, allow_patterns, ignore_patterns):
+        files = [*_ON_THE_HUB, *([vocabulary] if vocabulary else [])]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert LanguageModel(name="org/model", trust_remote_code=remote_code).folder() == tmp_path
+    expected = {"config.json", "generation_config.json", "tokenizer_config.json"}
+    expected |= {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    expected |= {"modeling_own.py"} if remote_code else set()
+    expected |= {vocabulary} if vocabulary else {"tekken.json", "own.tiktoken"}
+    assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()} == expected
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +240,16 @@ def test_a_starting_adapter_that_lacks_a_file_is_refused(folder, adapter, tmp_pa
     (incomplete / missing).unlink()
     with pytest.raises(ModelError, match=rf"model\.adapter: .*incomplete has no {missing}"):
         of(folder, adapter=str(incomplete)).identify()
+
+
+def test_weights_that_a_checkpoint_lacks_are_named_and_not_made_up(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"no weights for model\.layers\.0\.mlp\.up_proj\.weight of LlamaFor.*1 tensor"
+    ):
+        of(folder).base()
 
 
 # -- loading -----------------------------------------------------------------------------------------------------
@@ -257,7 +328,7 @@ def test_the_base_model_comes_back_unchanged_after_an_error(folder, adapter, tmp
     foreign = shutil.copytree(adapter, tmp_path / "foreign")
     tensors = load_file(foreign / "adapter_model.safetensors")
     save_file({name: value.repeat(1, 2) for name, value in tensors.items()}, foreign / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match="LoRA cannot be put on"), of(folder, adapter=str(foreign)).adapted(**LORA):
+    with pytest.raises(ModelError, match="does not fit"), of(folder, adapter=str(foreign)).adapted(**LORA):
         pass
     assert torch.equal(logits(model.base()), before) and list(model.base().state_dict()) == names
 
@@ -320,3 +391,150 @@ def test_a_starting_adapter_is_continued_with_its_own_settings(folder, adapter):
     independent.unload()
     np.testing.assert_array_equal(with_adapter, expected)
     assert not torch.allclose(with_adapter, logits(of(folder).base()))
+
+
+# -- starting adapters that do not fit ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changed(adapter, tmp_path):
+    """Copies of the adapter with another configuration or other tensors."""
+
+    def change(tensors=None, **config):
+        copy = shutil.copytree(adapter, tmp_path / "changed")
+        edit_json(copy / "adapter_config.json", **config)
+        if tensors is not None:
+            save_file(tensors(load_file(adapter / "adapter_model.safetensors")), copy / "adapter_model.safetensors")
+        return str(copy)
+
+    return change
+
+
+def _without_q(tensors):
+    return {name: value for name, value in tensors.items() if "q_proj" not in name}
+
+
+def _of_two_layers(tensors):
+    """The model has one layer."""
+    return tensors | {name.replace("layers.0", "layers.1"): value.clone() for name, value in tensors.items()}
+
+
+def _wider(tensors):
+    return {name: value.repeat(1, 2) if "lora_A" in name else value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (_without_q, r"q_proj\.lora_A\.weight is missing \(2 in all\)"),
+        (_of_two_layers, r"layers\.1\.self_attn\.q_proj\.lora_A\.weight is unknown \(4 in all\)"),
+        (_wider, r"q_proj\.lora_A\.weight has shape \(3, 32\), not \(3, 16\) \(2 in all\)"),
+    ],
+    ids=["a module is missing", "a layer too many", "other shapes"],
+)
+def test_a_starting_adapter_whose_tensors_do_not_fit_names_the_first_and_their_number(
+    folder, changed, tensors, message
+):
+    before = logits(of(folder).base())
+    with pytest.raises(ModelError, match=rf"model\.adapter: .*changed does not fit .*{message}"):
+        with of(folder, adapter=changed(tensors)).adapted(**LORA):
+            pass
+    assert torch.equal(logits(of(folder).base()), before)
+
+
+def test_a_starting_adapter_with_fewer_layers_is_refused(adapter, tmp_path):
+    """The adapter of a model of one layer, on one of two."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    deeper = tmp_path / "model"
+    config = LlamaConfig.from_pretrained(
+        json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
+    config.num_hidden_layers, config.layer_types = 2, None
+    AutoModelForCausalLM.from_config(config).save_pretrained(deeper)
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj\.lora_A\.weight is missing \(4 in all\)"):
+        with of(deeper, adapter=str(adapter)).adapted(**LORA):
+            pass
+
+
+@pytest.mark.parametrize("recorded", ["org/other-model", "/gone/other"])
+def test_a_starting_adapter_of_another_base_is_refused_unless_the_settings_say_it_is_the_same(
+    folder, changed, recorded
+):
+    other = changed(base_model_name_or_path=recorded)
+    with pytest.raises(ModelError, match=rf"was trained on '{recorded}'.*`adapter_base: \"{recorded}\"`"):
+        of(folder, adapter=other).identify()
+    with pytest.raises(ModelError, match=rf"model\.adapter_base: 'org/typo' is not what .* '{recorded}'"):
+        of(folder, adapter=other, adapter_base="org/typo").identify()
+    assert of(folder, adapter=other, adapter_base=recorded).identify().adapter is not None
+
+
+@pytest.mark.parametrize(
+    "recorded", ["/gone/model", "org/Model", "C:\\work\\model\\", "./hub/models--org--model/snapshots/0a1b", "", None]
+)
+def test_a_base_that_moved_or_is_not_recorded_is_the_base(folder, changed, recorded):
+    assert of(folder, adapter=changed(base_model_name_or_path=recorded)).identify().adapter is not None
+
+
+def test_a_base_in_a_folder_of_another_name_is_known_by_its_weights(folder, changed, tmp_path):
+    twin = shutil.copytree(folder, tmp_path / "twin")
+    other = changed(base_model_name_or_path=str(twin))
+    assert of(folder, adapter=other).identify().adapter is not None
+    weights = load_file(twin / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="was trained on .*twin"):
+        of(folder, adapter=other).identify()
+
+
+@pytest.mark.parametrize(
+    "kind", ["pissa", "pissa_niter_4", "PiSSA", "olora", "loftq", "corda", "lora_ga", "unheard_of"]
+)
+def test_an_adapter_that_would_change_the_base_is_refused_with_advice(folder, changed, kind):
+    with pytest.raises(ModelError, match=rf"init_lora_weights '{kind}'.*path_initial_model_for_weight_conversion"):
+        of(folder, adapter=changed(init_lora_weights=kind)).identify()
+
+
+@pytest.mark.parametrize("kind", [True, False, "gaussian", "orthogonal", "eva"])
+def test_a_starting_adapter_can_be_entered_again_and_again_and_the_base_keeps_every_bit(folder, changed, kind):
+    """Three times: the log-probabilities are equal bit by bit. The rank is even because `orthogonal` wants it so."""
+    even = changed(_rank_two, init_lora_weights=kind, r=2)
+    model = of(folder, adapter=even)
+    state = {name: value.clone() for name, value in model.base().state_dict().items()}
+    seen = []
+    for _ in range(3):
+        with model.adapted(**LORA) as peft_model:
+            seen.append(torch.log_softmax(logits(peft_model), -1))
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert all(torch.equal(value, state[name]) for name, value in model.base().state_dict().items())
+
+
+def _rank_two(tensors):
+    return {n: (v[:2] if "lora_A" in n else v[:, :2]).contiguous() for n, v in tensors.items()}
+
+
+def test_pissa_converted_as_advised_gives_what_pissa_gave(folder, tmp_path):
+    """The advice of the refusal, followed: PEFT's own PiSSA adapter, trained, converted, and started from here."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM"),
+    )
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's example does before the first save
+    model.save_pretrained(tmp_path / "before")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "before"))
+    with of(folder, adapter=str(tmp_path / "plain")).adapted(**LORA) as peft_model:
+        torch.testing.assert_close(logits(peft_model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_is_no_lora_is_refused(folder, changed):
+    with pytest.raises(ModelError, match=r"has peft_type 'IA3'; only LORA"):
+        of(folder, adapter=changed(peft_type="IA3")).identify()
