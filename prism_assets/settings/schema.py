@@ -341,8 +341,8 @@ class ExecutionSettings(Section):
 
     memory: Literal["auto"] | ByteSize = Field(
         default="auto",
-        description="what a process may hold where it computes, the model included: 6GB, say; auto: what is free, "
-        "minus a tenth. Batches are halved and activations recomputed to keep to it",
+        description="What a process may hold where it computes, the model included (6GB, say); auto: what is free, "
+        "minus a tenth. Batches are halved and activations recomputed to keep to it.",
     )
 
 
