@@ -155,7 +155,7 @@ class TrainingSettings(Section):
         default="linear", description="The schedule of the learning rate over the steps."
     )
     warmup_ratio: float = Field(
-        default=0.03, ge=0, lt=1, description="The share of steps over which the learning rate rises from zero."
+        default=0.03, ge=0, lt=1, description="The share of steps over which the learning rate rises to its highest."
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     # Left out of what is dumped: where losses are shown is no part of what an adapter is.
@@ -337,11 +337,11 @@ def _safe_name(name: str) -> str:
 
 
 class ExecutionSettings(Section):
-    """What the work may take. No result depends on it, up to the rounding of larger or smaller matrix products."""
+    """Limits of the work. No result depends on them, up to the rounding of larger or smaller matrix products."""
 
     memory: Literal["auto"] | ByteSize = Field(
         default="auto",
-        description="What a process may hold where it computes, the model included (6GB, say); auto: what is free, "
+        description="Memory that a process may use on its device, the model included, such as 6GB; auto: what is free, "
         "minus a tenth. Batches are halved and activations recomputed to keep to it.",
     )
 
