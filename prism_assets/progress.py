@@ -68,34 +68,53 @@ class Progress:
 
     def __init__(self, log: logging.Logger, what: str, total: int, unit: str = "rows") -> None:
         self.log, self.what, self.total, self.unit = log, what, total, unit
-        self.done = 0
+        self.done, self.note = 0, ""
         self.started = self.logged = time.monotonic()
         self._bar: Callable[[int], None] | None = None
 
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` units of the total are finished."""
-        self.done = done
+        self.done, self.note = done, note
         now = time.monotonic()
         if self._bar is not None:
             self._bar(done)
         if now - self.logged >= _LOG_EVERY_SECONDS and done:
             self.logged = now
-            rate = done / (now - self.started)
-            left = (self.total - done) / rate
-            self.log.info(
-                f"{self.what}: {done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left:,.0f} s left "
-                f"{note}".rstrip()
-            )
+            self.log.info(str(self))
+
+    def __str__(self) -> str:
+        text = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}"
+        if self.done:
+            rate = self.done / (time.monotonic() - self.started)
+            text += f", {rate:,.1f}/s, {(self.total - self.done) / rate:,.0f} s left {self.note}"
+        return text.rstrip()
 
     def advance(self, more: int = 1, note: str = "") -> None:
         """Say that `more` units were finished."""
         self.update(self.done + more, note)
 
 
+# What is counted in this process now, the innermost last.
+_under_way: list[Progress] = []
+
+
+def under_way() -> str:
+    """How far the innermost work is that is counted now; empty where none is. Can be asked from any thread."""
+    return str(_under_way[-1]) if _under_way else ""
+
+
 @contextmanager
 def progress(log: logging.Logger, what: str, total: int, unit: str = "rows") -> Iterator[Progress]:
     """Progress over a long step. On a terminal a Rich bar is shown and removed when the step ends."""
     tracker = Progress(log, what, total, unit)
+    _under_way.append(tracker)
+    try:
+        yield from _shown(tracker, what, total)
+    finally:
+        _under_way.remove(tracker)
+
+
+def _shown(tracker: Progress, what: str, total: int) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield tracker
         return

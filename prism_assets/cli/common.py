@@ -4,12 +4,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from prism_assets.cli.heartbeat import Heartbeat
 from prism_assets.errors import PrismError
 from prism_assets.text import one_line
 
@@ -107,7 +108,10 @@ def run_steps(
     os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
     loaded = load_project(settings)
 
+    heartbeat = Heartbeat(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+
     def on_step(step: "Step") -> None:
+        heartbeat.step(step.title)
         if console.is_terminal:
             console.print(f"[dim]… {step.title}[/]", highlight=False)
 
@@ -121,7 +125,8 @@ def run_steps(
         console.print(f"[yellow]waiting for the model: {escape(holders)}[/]", highlight=False)
 
     listener = Listener() if quiet else Listener(on_step, on_result, on_wait)
-    with interrupts_at_safe_points(), instance_of(settings) as instance:
+    shown = nullcontext() if quiet or console.is_terminal else heartbeat
+    with shown, interrupts_at_safe_points(), instance_of(settings) as instance:
         results = run_pipeline(
             loaded.project,
             loaded.definitions,

@@ -5,7 +5,7 @@ from typing import Any
 
 from prism_assets.experiment.summary import COMPARED_WITH
 from prism_assets.report.comparison import METRIC_LABELS
-from prism_assets.report.wording import listed
+from prism_assets.report.wording import listed, with_highest_mean
 from prism_assets.stats.seeds import Summary, compared, summarize_seeds
 
 # At least so many units before an interval says much: below, it is several standard deviations wide.
@@ -47,11 +47,9 @@ def _best(content: Mapping[str, Any]) -> list[str]:
         means = {name: one[metric]["mean"] for name, one in content["strategies"].items() if one[metric]}
         if not means:
             continue
-        best = max(means, key=means.__getitem__)
+        best, who = with_highest_mean(means)
         base = content["base"][metric]["mean"]
-        sentence = (
-            f"{label.capitalize()}: {best} has the highest mean, {means[best]:.3f}; the base model is at {base:.3f}"
-        )
+        sentence = f"{label.capitalize()}: {who}, {means[best]:.3f}; the base model is at {base:.3f}"
         below = [name for name, mean in means.items() if mean < base]
         sentences.append(sentence + (f", above {listed(below)}." if below else "."))
     return sentences

@@ -14,6 +14,7 @@ from prism_assets.report.wording import (
     mean_and_std,
     mean_of,
     signed,
+    with_highest_mean,
 )
 
 # Fewer seeds than this and a difference of means describes the runs at hand; it is no test of anything.
@@ -48,9 +49,9 @@ def _metric_sentence(metric: str, strategies: Mapping[str, Any], base: Mapping[s
     means = {name: mean for name, entry in strategies.items() if (mean := mean_of(entry, metric)) is not None}
     if not means:
         return None
-    best = max(means, key=means.__getitem__)
+    best, who = with_highest_mean(means)
     label = METRIC_LABELS[metric].capitalize()
-    sentence = f"{label}: {best} has the highest mean, {mean_and_std(strategies[best], metric)}"
+    sentence = f"{label}: {who}, {mean_and_std(strategies[best], metric)}"
     if len(means) == 1:
         sentence = f"{label}: {best} reaches {mean_and_std(strategies[best], metric)}"
     reference = as_number(base.get(metric))

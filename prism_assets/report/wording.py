@@ -65,6 +65,13 @@ def count_text(value: Any) -> str:
     return MISSING if number is None else f"{number:,.0f}"
 
 
+def with_highest_mean(means: Mapping[str, float]) -> tuple[str, str]:
+    """The name of highest mean (the first of several), and who has it: equal figures are called equal."""
+    highest = max(means.values())
+    best = [name for name, mean in means.items() if mean == highest]
+    return best[0], f"{listed(best)} have the same highest mean" if best[1:] else f"{best[0]} has the highest mean"
+
+
 def listed(names: Iterable[str]) -> str:
     """`a`, `a and b` or `a, b and c`, for at least one name."""
     *head, last = names

@@ -268,6 +268,15 @@ def test_sentences_claim_no_more_than_the_spread_allows():
     assert not any("optimiser steps" in s or "influence of zero" in s for s in sentences)
 
 
+def test_equal_figures_are_called_equal_and_no_winner_is_named():
+    figure = {"mean_log_prob": {"mean": -1.5, "std": 0.0, "seeds": 3}}
+    names = {"prism": figure, "uniform": figure, "less": figure}
+    (sentence, *_) = verdict_sentences(
+        {"strategies": {**names, "random": {"mean_log_prob": {**figure["mean_log_prob"], "mean": -2.0}}}}
+    )
+    assert "prism, uniform and less have the same highest mean, -1.5" in sentence and "has the highest" not in sentence
+
+
 def test_sentences_say_what_weakens_a_comparison():
     target = sample()["targets"]["reverse_noise"]
     target["strategies"]["random"]["steps"] = 45

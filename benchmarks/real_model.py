@@ -1,0 +1,129 @@
+"""`prism run` from nothing on a real model, SmolLM2-135M-Instruct, with default settings: memory, time, and what it
+gains.
+
+    python -m benchmarks.real_model --json [--model smollm2] [--rows 200] [--held-out 24] [--folder runs/models]
+
+The pool are real rows at equal distances of a real pool, the target is gsm8k with its held-out records
+(PRISM_REAL_DATA);
+without real data the rows of `examples/real_models/`, whose target is of the same kind. Settings are the defaults
+but for one seed and the strategies prism and random. The run is a process of its own. The JSON has
+
+- `peak_gib`: the largest resident memory of that process;
+- `cpu_seconds`: by table, what the artefacts say they cost, `loading and the rest` to the whole of the process;
+- `gain`: the mean log-probability of the held-out records under each strategy's adapter, minus that of the base model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.real_text import ROOT, data_folder, example, only, spread_out
+
+STRATEGIES = ["prism", "random"]
+FIELDS = ("prompt", "completion", "source", "answer")
+
+
+def build(folder: Path, model: Path, rows: int, held_out: int) -> tuple[Path, str]:
+    """A project in `folder`; its prism.yaml, and where the rows are from."""
+    data = data_folder()
+    if data is None:
+        example("real_models", "prepare").prepare(folder, models=model.parent)
+        target, origin = "discounts", "generated"
+    else:
+        target, origin = "gsm8k", "real"
+        _write(folder / "inbox" / "pool.jsonl", spread_out(_read(data / "pool.jsonl"), rows))
+        _write(folder / "target.jsonl", _read(data / "targets" / target / "target.jsonl"))
+        _write(folder / "eval.jsonl", spread_out(_read(data / "targets" / target / "eval.jsonl"), held_out))
+    place = Path("targets") / target if data is None else Path()
+    settings = {
+        "model": {"name": str(model.resolve())},
+        "candidates": {"inbox": "inbox", "at_rest_seconds": 0},
+        "targets": {target: {"examples": str(place / "target.jsonl"), "eval": str(place / "eval.jsonl")}},
+        "strategies": STRATEGIES,
+        "seeds": [0],
+    }
+    config = folder / "prism.yaml"
+    config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return config, origin
+
+
+def run(config: Path) -> dict[str, Any]:
+    """One `prism run` in a process of its own: what it took."""
+    command = [sys.executable, "-c", "from prism_assets.cli import main; main()", "run", "--config", str(config)]
+    wall = time.perf_counter()
+    with (config.parent / "run.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"prism run failed:\n{(config.parent / 'run.log').read_text()[-3000:]}")
+    return {
+        "peak_gib": usage.ru_maxrss / 2**20,
+        "wall_seconds": time.perf_counter() - wall,
+        "cpu_seconds": {"whole process": usage.ru_utime + usage.ru_stime},
+    }
+
+
+def outcome(config: Path) -> dict[str, Any]:
+    """What the lake says of the run: cost by table, rows, gains."""
+    from prism_assets import load_settings, open_stage
+
+    cost: dict[str, float] = {}
+    scores: dict[str, float] = {}
+    rows = 0
+    for artifact in open_stage(load_settings(config)).lake.artifacts():
+        spent = (artifact.notes.get("cost") or {}).get("cpu_seconds", 0.0)
+        cost[artifact.table] = cost.get(artifact.table, 0.0) + spent
+        if artifact.table == "evaluations":
+            scores[str(artifact.header["partition"])] = artifact.notes["mean_log_prob"]
+        if artifact.table == "candidates":
+            rows += artifact.notes["rows"]
+    base = next(value for name, value in scores.items() if name.endswith("base"))
+    gain = {name.split("|")[-1]: value - base for name, value in scores.items() if not name.endswith("base")}
+    return {"rows": rows, "cost": cost, "base": base, "gain": gain}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [only(json.loads(line), FIELDS) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--model", default="smollm2", choices=["smollm2", "gemma3_270m"])
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--held-out", type=int, default=24)
+    parser.add_argument("--folder", type=Path, default=Path("runs/models"), help="where the model is, or is put")
+    parser.add_argument("--out", type=Path, help="keep the project here; by default it is deleted")
+    options = parser.parse_args()
+    model = example("real_models", "fetch").fetch(options.model, options.folder)
+    with tempfile.TemporaryDirectory() as draft:
+        folder = options.out or Path(draft)
+        folder.mkdir(parents=True, exist_ok=True)
+        config, origin = build(folder, model, options.rows, options.held_out)
+        found = run(config)
+        seen = outcome(config)
+    spent = seen.pop("cost")
+    whole = found["cpu_seconds"].pop("whole process")
+    found["cpu_seconds"] = {**spent, "loading and the rest": whole - sum(spent.values()), "total": whole}
+    result = {"model": options.model, "data": origin, **found, **seen}
+    print(json.dumps(result) if options.json else json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
