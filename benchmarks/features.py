@@ -381,7 +381,7 @@ def benchmark_model(
     with tempfile.TemporaryDirectory(prefix="prism-features-") as temporary:
         folder = Path(temporary)
         base.save_pretrained(folder / "base")
-        base.config._name_or_path = base.name_or_path = str(folder / "base")
+        base.config.name_or_path = base.name_or_path = str(folder / "base")
         model = adapt(base, size)
         model.peft_config["default"].base_model_name_or_path = str(folder / "base")
         model.save_pretrained(folder / "adapter")

@@ -2,20 +2,16 @@
 
 import dagster as dg
 
+from prism_assets.compat import any_deps_changed
 from prism_assets.project import Project
 from prism_assets.tables import Asset
 
 C = dg.AutomationCondition
 
-# An input changed: its data version did, or it is made in the same run. An input that was made again with the same
-# content did not change.
-_INPUT_CHANGED = C.any_deps_updated().replace(
-    "newly_updated_without_root", C.data_version_changed() & ~C.executed_with_root_target()
-)
 # `since(newly_requested)` keeps a change that comes while the asset is being made; `eager` would lose it. A request is
 # seen as new on the tick after it, and in `since` a reset beats a trigger of the same tick: without `& ~trigger` a
 # change between the request and the next tick would be lost.
-_TRIGGER = _INPUT_CHANGED | C.code_version_changed()
+_TRIGGER = any_deps_changed() | C.code_version_changed()
 _CHANGED = _TRIGGER.since(C.newly_requested() & ~_TRIGGER)
 # Not `on_missing`: that ignores what was missing when the daemon first looked. What failed waits for its inputs to
 # change, or for a manual run.

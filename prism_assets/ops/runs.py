@@ -54,20 +54,30 @@ def work_on(run: dg.DagsterRun, instance: dg.DagsterInstance) -> None:
     _working_on = _locked(instance, run.run_id)
 
 
-def _executor(context: dg.InitExecutorContext) -> dg.Executor:
+class _Watched(dg.Executor):
     """Dagster's in-process executor, which says what it works on before its first step waits for a slot."""
-    create = dg.in_process_executor.executor_creation_fn
-    assert create is not None
-    executor = create(context)
-    execute = executor.execute
 
-    def watched(plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+    def __init__(self, executor: dg.Executor) -> None:
+        self._executor = executor
+
+    @property
+    def retries(self) -> Any:
+        return self._executor.retries
+
+    @property
+    def step_dependency_config(self) -> Any:
+        return self._executor.step_dependency_config
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         work_on(plan_context.dagster_run, plan_context.instance)
         with sleeping_while_waiting():
-            yield from execute(plan_context, execution_plan)
+            yield from self._executor.execute(plan_context, execution_plan)
 
-    executor.execute = watched
-    return executor
+
+def _executor(context: dg.InitExecutorContext) -> dg.Executor:
+    create = dg.in_process_executor.executor_creation_fn
+    assert create is not None
+    return _Watched(create(context))
 
 
 # All steps of a run in its one process: only so does the life of the process say whether the run lives.
@@ -87,7 +97,7 @@ def close_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
     executors, runs that are only starting) are left to Dagster's own run monitoring.
     """
     closed = []
-    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+    for run in [one.dagster_run for one in instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED))]:
         ours = run.tags.get(PROCESS_TAG)
         file = _folder(instance) / (ours or run.run_id)
         # A process of `prism run` has its file before its first run; one of the daemon, before its first step.
