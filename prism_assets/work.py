@@ -104,12 +104,10 @@ def _metadata(lake: Lake, outcome: Outcome) -> dict[str, Any]:
 
 def _column_schema(lake: Lake, artifacts: Sequence[Artifact]) -> dict[str, Any]:
     """The columns of the first artefact that is a table, under the key that the UI knows."""
-    import pyarrow.parquet as pq
-
     for artifact in artifacts:
-        path = lake.local(artifact)
-        if path.suffix == ".parquet":
-            columns = [dg.TableColumn(column.name, str(column.type)) for column in pq.read_schema(path)]
+        schema = lake.schema(artifact)
+        if schema is not None:
+            columns = [dg.TableColumn(column.name, str(column.type)) for column in schema]
             return {"dagster/column_schema": dg.TableSchema(columns=columns)}
     return {}
 
