@@ -125,7 +125,7 @@ def project_settings(folder: Path, seed: int, situations: list[str]) -> Any:
 def run_seed(folder: Path, seed: int, situations: list[str]) -> dict[str, Any]:
     """One seed through the pipeline: per situation and strategy the metrics, and the seconds of each step."""
     from prism_assets.ops.home import instance_of
-    from prism_assets.ops.pipeline import STEPS, Listener, run_pipeline
+    from prism_assets.ops.pipeline import Listener, run_pipeline, steps_of
 
     if not (folder / "prism.yaml").exists():
         write_project(folder, seed, situations)
@@ -149,7 +149,7 @@ def run_seed(folder: Path, seed: int, situations: list[str]) -> dict[str, Any]:
             Project.of(settings),
             build_definitions(settings),
             instance,
-            steps=STEPS[:-1],
+            steps=steps_of("run")[:-1],
             listener=Listener(on_result=note),
         )
     stage = open_stage(settings)

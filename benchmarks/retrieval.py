@@ -129,8 +129,7 @@ def project_settings(folder: Path, seed: int) -> Any:
 def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """Per target and strategy the figures of one seed."""
     from prism_assets.ops.home import instance_of
-    from prism_assets.ops.pipeline import STEPS as PIPELINE
-    from prism_assets.ops.pipeline import Listener, run_pipeline
+    from prism_assets.ops.pipeline import Listener, run_pipeline, steps_of
 
     settings = project_settings(folder, seed)
     home = folder / f"seed-{seed}"
@@ -147,7 +146,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
             Project.of(settings),
             build_definitions(settings),
             instance,
-            steps=PIPELINE[:-1],
+            steps=steps_of("run")[:-1],
             listener=Listener(on_result=note),
         )
     stage = open_stage(settings)

@@ -9,18 +9,9 @@ import pyarrow.compute as pc
 
 from prism_assets.corpus.token_tables import column_sum
 from prism_assets.identity import shard_name
+from prism_assets.tables import schema_of
 
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("candidates_fingerprint", pa.string()),
-        ("rows", pa.int64()),
-        ("canonical_rows", pa.int64()),
-        ("completion_tokens", pa.int64()),
-        ("excluded_rows", pa.list_(pa.int32())),
-        ("excluded_reasons", pa.list_(pa.string())),
-    ]
-)
+MANIFEST_SCHEMA = schema_of("live_pool")
 
 
 def manifest(

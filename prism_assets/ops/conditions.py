@@ -4,7 +4,7 @@ import dagster as dg
 
 from prism_assets.compat import any_deps_changed
 from prism_assets.project import Project
-from prism_assets.tables import Asset
+from prism_assets.tables import Asset, Needs
 
 C = dg.AutomationCondition
 
@@ -42,28 +42,25 @@ class NotFullPool(dg.AutomationCondition):
 
 def condition_of(project: Project, asset: Asset) -> dg.AutomationCondition | None:
     """The condition of an asset; None for one that is started manually only."""
-
-    def present(dep: str) -> dg.AutomationCondition:
-        return C.any_deps_match(~C.missing()).allow(dg.AssetSelection.assets(project.key(dep)))
-
     usual: dict[str | None, dg.AutomationCondition | None] = {
         "when_missing": _WHEN_MISSING,
         "follow": _FOLLOW,
         "follow_arrivals": _FOLLOW_ARRIVALS,
         None: None,
     }
-    # Those that follow arrivals are not held back by inputs in progress, only by what they cannot do without.
-    needed: dict[str, dg.AutomationCondition] = {
-        "live_pool": present("candidates"),
-        "candidate_index": C.any_deps_match(~C.missing() | C.will_be_requested()).allow(
-            dg.AssetSelection.assets(project.key("candidate_features"))
-        ),
-        # A selection is made from the pool that the index shows, and again later.
-        "selection": ~C.any_deps_missing(),
-    }
     condition = usual[asset.condition]
-    if condition is not None and asset.name in needed:
-        condition = condition & needed[asset.name]
-    if condition is not None and asset.partitions == "target_strategy":
+    if condition is None:
+        return None
+    if asset.needs is not None:
+        condition = condition & _there(project, asset.needs)
+    if asset.partitions == "target_strategy":
         condition = condition & NotFullPool()
     return condition
+
+
+def _there(project: Project, needs: Needs) -> dg.AutomationCondition:
+    """Those that follow arrivals are not held back by inputs in progress, only by what they cannot do without."""
+    if needs.asset is None:
+        return ~C.any_deps_missing()
+    there = ~C.missing() | C.will_be_requested() if needs.asked_for else ~C.missing()
+    return C.any_deps_match(there).allow(dg.AssetSelection.assets(project.key(needs.asset)))

@@ -9,7 +9,7 @@ from prism_assets.catalog.lineage import all_references
 from prism_assets.errors import DamagedArtifact, LakeError, ModelError
 from prism_assets.identity import feature_versions, version_of_scope
 from prism_assets.resources.lake import Artifact, Lake, upkeep
-from prism_assets.tables import table_named
+from prism_assets.tables import table_named, tables
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -156,8 +156,8 @@ def _needed(
     _refuse_damaged(lake, artifacts, kept)
     roots = [_key(head) for head in kept]
     roots += [key for key, one in artifacts.items() if upkeep.changed_at(lake, one) >= since]
-    roots += _selections_of(lake, artifacts, wanted.versions[1:])
-    roots += _unfinished_blocks(artifacts, heads, wanted.versions[:1], live)
+    roots += _last_of(lake, artifacts, wanted.versions[1:])
+    roots += _unfinished_parts(artifacts, heads, wanted.versions[:1], live)
     if wanted.running_since is not None:
         moved = {head["table"] for head in heads if head["time"] >= wanted.running_since}
         roots += [key for key in artifacts if key[0] in moved]
@@ -203,34 +203,38 @@ def _add_chains(lake: Lake, artifacts: Mapping[_Key, Artifact], roots: Iterable[
     needed |= only_looked_at & artifacts.keys()
 
 
-def _selections_of(lake: Lake, artifacts: Mapping[_Key, Artifact], versions: Collection[str]) -> list[_Key]:
-    """The last selection of each target and strategy in each of the versions."""
-    last: dict[tuple[str, str | None], Artifact] = {}
+def _last_of(lake: Lake, artifacts: Mapping[_Key, Artifact], versions: Collection[str]) -> list[_Key]:
+    """The last artefact of each partition (target and strategy, of a selection) in each of the versions."""
+    kept = {one.name for one in tables() if one.last_stays}
+    last: dict[tuple[str, str, str | None], Artifact] = {}
     for (table, _), one in artifacts.items():
         version = one.header.get("version")
-        if table == "selection" and version is not None and version in versions:
-            before = last.get((version, one.partition))
+        if table in kept and version is not None and version in versions:
+            before = last.get((table, version, one.partition))
             if before is None or upkeep.changed_at(lake, before) < upkeep.changed_at(lake, one):
-                last[version, one.partition] = one
+                last[table, version, one.partition] = one
     return [(one.table, one.fingerprint) for one in last.values()]
 
 
-def _unfinished_blocks(
+def _unfinished_parts(
     artifacts: Mapping[_Key, Artifact],
     heads: Sequence[Mapping[str, Any]],
     current: Collection[str],
     live: Collection[str] | None,
 ) -> list[_Key]:
-    """All blocks of the current version where a live shard has no features in it: some may be that shard's."""
-    finished = {
-        h["partition"] for h in heads if h["table"] == "candidate_features" and version_of_scope(h["scope"]) in current
-    }
-    shards = {h["partition"] for h in heads if h["table"] == "candidates"} if live is None else set(live)
-    if shards <= finished:
-        return []
-    return [
-        key for key, one in artifacts.items() if key[0] == "feature_blocks" and one.header.get("version") in current
-    ]
+    """All parts (blocks, of features) of the current version where a live shard has no whole in it: some may be that
+    shard's."""
+    by_shard = {one.name for one in tables() if one.by_shard}
+    shards = {head["partition"] for head in heads if head["table"] in by_shard} if live is None else set(live)
+    found = []
+    for part in tables():
+        whole = [head for head in heads if head["table"] == part.parts_of]
+        finished = {head["partition"] for head in whole if version_of_scope(head["scope"]) in current}
+        if part.parts_of is not None and not shards <= finished:
+            found += [
+                key for key, one in artifacts.items() if key[0] == part.name and one.header.get("version") in current
+            ]
+    return found
 
 
 def _refuse_damaged(lake: Lake, artifacts: Mapping[_Key, Artifact], heads: Iterable[Mapping[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from prism_assets.features.index_parts import indexed_shards
-from prism_assets.ops.pipeline import STEPS
+from prism_assets.ops.pipeline import steps_of
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def project(tmp_path, make_project):
 
 def compact(project) -> None:
     """What the nightly schedule does to the index."""
-    step = next(step for step in STEPS if step.assets == ("candidate_index",))
+    step = next(step for step in steps_of("run") if step.assets == ("candidate_index",))
     project.run_steps([step], tags={"prism/compact": "true"})
 
 
