@@ -11,10 +11,11 @@ from prism_assets.resources.lake import Artifact, Lake, digest
 from prism_assets.stage import Stage
 
 
-def stage_of(project: Project, context: dg.AssetExecutionContext) -> Stage:
-    """The Stage of an asset at work: the engines that the definitions were built with, this run, this log."""
+def stage_of(project: Project, context: dg.AssetExecutionContext | dg.SensorEvaluationContext) -> Stage:
+    """The Stage of an asset or a sensor at work: the engines that the definitions were built with, this run, this log."""
     lake, model, index = (getattr(context.resources, project.named(one)) for one in ENGINES)
-    return Stage(project.settings, lake, model, index, context.run_id, context.log)
+    run_id = context.run_id if isinstance(context, dg.AssetExecutionContext) else ""
+    return Stage(project.settings, lake, model, index, run_id, context.log)
 
 
 def stage_without_run(project: Project, definitions: dg.Definitions) -> Stage:

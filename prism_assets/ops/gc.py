@@ -311,7 +311,7 @@ def what_is_current(stage: "Stage") -> Current:
     from prism_assets.corpus.candidates import inbox_files
 
     inbox = stage.settings.candidates.inbox
-    shards = tuple(inbox_files(stage.settings, stage.lake, at_rest_seconds=0)) if inbox.is_dir() else None
+    shards = tuple(inbox_files(stage, at_rest_seconds=0)) if inbox.is_dir() else None
     try:
         scopes = (stage.corpus_version, stage.warmup_scope)
     except ModelError:

@@ -108,7 +108,7 @@ class Pipeline:
         from prism_assets.ops.runs import wait_for_slots
 
         self._register_inbox()
-        _require_usable_model(self.project.settings, self._stage().model)
+        _require_usable_model(self._stage())
         _check_benchmarks(self.project.settings)
         warms_up = any("warmup_checkpoints" in step.assets for step in steps)
         if warms_up and self._stage().shown_or_none("warmup_checkpoints") is None:
@@ -147,7 +147,7 @@ class Pipeline:
             raise RunRefused(
                 f"candidates.inbox: there is no folder {inbox}. Make it and put JSON Lines or Parquet there."
             )
-        found = scan_inbox(self.project.settings, self._stage().lake, at_rest_seconds=0)
+        found = scan_inbox(self._stage(), at_rest_seconds=0)
         if not found.files:
             ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
             raise RunRefused(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
@@ -206,14 +206,14 @@ class Pipeline:
         return result.run_id, _computed(result), list(_failed_checks(result))
 
 
-def _require_usable_model(settings: Settings, model: Any) -> None:
+def _require_usable_model(stage: "Stage") -> None:
     """Raise UserMistake for what would fail a step later, maybe after hours: no model, no GPU, too short a context."""
     from prism_assets.corpus.encoding import require_context
     from prism_assets.errors import ModelError
 
     try:
-        model.torch_device()
-        require_context(settings, model)
+        stage.model.torch_device()
+        require_context(stage)
     except ModelError as error:
         raise RunRefused(str(error)) from error
 
