@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.retrieval --json [--seeds 3] [--work FOLDER]
 
-The real records (folder named by PRISM_REAL_DATA, else the one beside the project) are sampled to a share of the pool
+The real records (folder named by PRISM_REAL_DATA) are sampled to a share of the pool
 that is the same in every run, the held-out files to 60 records spread over their subtasks. Too long a record loses the
 start of its prompt, as everywhere in the product; one whose completion alone is longer than 384 tokens (some solutions
 of math500 and bbh) is refused. A Llama of about 2M parameters is trained from scratch on the sample once and serves all
