@@ -218,7 +218,8 @@ def _oracle(stage: Any, name: str, rows: Any, budget: int, seed: int) -> dict[st
 
 def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """The results of all seeds, per situation and strategy, with the sentences that follow from the numbers."""
-    from prism_assets.stats.seeds import compared, gap_recovered, paired_difference, summarize_seeds
+    from benchmarks.gaps import gap_recovered
+    from prism_assets.stats.seeds import compared, paired_difference, summarize_seeds
 
     result: dict[str, Any] = {}
     for name in outcomes[0]["situations"]:

@@ -87,9 +87,9 @@ class Progress:
                 f"{note}".rstrip()
             )
 
-    def advance(self, more: int = 1, note: str = "") -> None:
+    def advance(self, more: int = 1) -> None:
         """Say that `more` units were finished."""
-        self.update(self.done + more, note)
+        self.update(self.done + more)
 
 
 @contextmanager

@@ -75,20 +75,18 @@ def run_pipeline(
     *,
     targets: Sequence[str] | None = None,
     steps: Sequence[Step] | None = None,
-    tags: Mapping[str, str] | None = None,
     listener: Listener = Listener(),
 ) -> list[StepResult]:
     """Look at the inbox, then materialise every asset in order (or these steps); what exists is found, not computed.
 
-    `tags` are added to every run: `{"prism/compact": "true"}` compacts index segments. A run whose process was killed
-    is closed first, so that nothing waits for it. Raises PipelineError at the first run that fails, RunRefused (one of
-    them) where the user must change something.
+    A run whose process was killed is closed first, so that nothing waits for it. Raises PipelineError at the first run
+    that fails, RunRefused (one of them) where the user must change something.
     """
     from prism_assets.ops.runs import PROCESS_TAG, close_orphaned_runs, registered
 
     with registered(instance) as process:
         close_orphaned_runs(instance)
-        pipeline = Pipeline(project, definitions, instance, {**(tags or {}), PROCESS_TAG: process}, listener)
+        pipeline = Pipeline(project, definitions, instance, {PROCESS_TAG: process}, listener)
         return pipeline.run(steps_of("run") if steps is None else steps, targets)
 
 

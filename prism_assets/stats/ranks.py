@@ -22,11 +22,6 @@ class Correlation(NamedTuple):
     n: int
 
 
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 along the last axis [..., n]; equal values share the mean of their ranks."""
-    return stats.rankdata(values, axis=-1)
-
-
 def spearman(left: np.ndarray, right: np.ndarray) -> float | None:
     """Pearson's correlation of the average ranks of two vectors [n] (Spearman 1904); None where one is constant.
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".safetensors", "")  # of the kinds of artefacts
 _CHECKSUM_BYTES = 4
+_ROWS_A_GROUP = 4096  # of a Parquet file
 _CATALOG_BLOCK = "16384"  # bytes, DuckDB's least
 _log = logging.getLogger(__name__)
 
@@ -183,7 +184,6 @@ class Lake:
         run_id: str = "",
         notes: Mapping[str, Any] | None = None,
         attachments: Mapping[str, Callable[[Path], object]] | None = None,
-        row_group_size: int = 4096,
         compression: str = "zstd",
     ) -> Artifact:
         """Publish a table as Parquet with its header in the footer.
@@ -203,7 +203,7 @@ class Lake:
                 table.replace_schema_metadata(metadata),
                 path,
                 compression=compression,
-                row_group_size=row_group_size,
+                row_group_size=_ROWS_A_GROUP,
                 store_schema=True,
                 write_page_checksum=True,
             )
