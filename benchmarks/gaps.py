@@ -11,7 +11,8 @@ RESAMPLES = 10_000
 
 
 def gap_recovered(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Summary:
-    """How much of the gap low → high (random → oracle) is recovered: (mean(values) − mean(low)) / (mean(high) − mean(low)).
+    """How much of the gap low → high (random → oracle) is recovered: (mean(values) − mean(low)) / (mean(high) −
+    mean(low)).
 
     A ratio of means over the same n seeds. Spread and 95% interval are of a paired bootstrap (seeds are drawn with
     replacement, the three numbers of a seed together; fixed seed). Undefined (mean None) where the paired interval of

@@ -6,8 +6,8 @@ that out when a library is updated. Nothing is imported before it is asked for.
 Used where they stand, and held to by tests and an upper bound in pyproject.toml:
 
 - Dagster: the names of `NOT_PROMISED`;
-- peft 0.21: `peft.tuners.lora.layer.LoraLayer` and `Linear` with what they hold of an adapter (`gradients/lora.py`): the
-  gradient engine does their arithmetic by itself, and `tests/gradients` compares it with autograd;
+- peft 0.21: `peft.tuners.lora.layer.LoraLayer` and `Linear` with what they hold of an adapter (`gradients/lora.py`):
+  the gradient engine does their arithmetic by itself, and `tests/gradients` compares it with autograd;
 - faiss 1.15: the bytes of a written `IndexScalarQuantizer` (`resources/index/segments.py`), read before FAISS maps the
   file, because FAISS does not look where a mapped file ends; `tests/resources/test_index.py` has FAISS write them.
 """
@@ -139,7 +139,7 @@ def harness_yaml_loader() -> Callable[..., dict[str, Any]]:
     return load_yaml
 
 
-def delete_scanner(scanner: faiss.InvertedListScanner) -> None:
+def delete_scanner(scanner: faiss.InvertedListScanner) -> None:  # pyright: ignore[reportAttributeAccessIssue]
     """Frees a scanner that `select_InvertedListScanner` has made.
 
     faiss 1.15: it is a new object that its Python wrapper does not own, so nobody else frees it; to set `thisown`
@@ -147,7 +147,7 @@ def delete_scanner(scanner: faiss.InvertedListScanner) -> None:
     """
     import faiss
 
-    destroy = getattr(faiss.InvertedListScanner, "__swig_destroy__", None)
+    destroy = getattr(faiss.InvertedListScanner, "__swig_destroy__", None)  # pyright: ignore[reportAttributeAccessIssue]
     if destroy is None:
         raise LibraryChanged(_faiss(), "InvertedListScanner.__swig_destroy__")
     if not scanner.thisown:  # a wrapper that owns it frees it by itself
@@ -163,7 +163,8 @@ def _faiss() -> str:
 def bars_for_terminals() -> Iterator[None]:
     """Within the context tqdm's progress bars are shown on a terminal alone, and are gone when they are full.
 
-    tqdm 4.67, for lm-eval 0.4.13: its evaluation has no switch for either, and TQDM_DISABLE is read when tqdm is imported.
+    tqdm 4.67, for lm-eval 0.4.13: its evaluation has no switch for either, and TQDM_DISABLE is read when tqdm is
+    imported.
     """
     from tqdm.std import tqdm
 
@@ -175,7 +176,7 @@ def bars_for_terminals() -> Iterator[None]:
         disable = options.get("disable") or not sys.stderr.isatty()
         original(bar, *arguments, **{**options, "leave": False, "disable": disable})
 
-    tqdm.__init__ = init
+    tqdm.__init__ = init  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

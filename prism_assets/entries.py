@@ -36,8 +36,8 @@ class Table:
     heads_follow: bool = False
     # Of an older feature version that stays, the last artefact of each partition stays, shown or not.
     last_stays: bool = False
-    # Its artefacts are parts of those of this table: while a live shard has none of these under the current version, all
-    # parts of that version stay.
+    # Its artefacts are parts of those of this table: while a live shard has none of these under the current version,
+    # all parts of that version stay.
     parts_of: str | None = None
     # Named one by one on the cards of an export.
     on_cards: bool = False

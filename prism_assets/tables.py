@@ -389,7 +389,8 @@ def table_named(name: str) -> Table | None:
 
 
 def schema_of(name: str) -> "pa.Schema":
-    """The columns of a table as Arrow types. Raises KeyError for a table that is not in the registry; as `Table.schema`."""
+    """The columns of a table as Arrow types. Raises KeyError for a table that the registry lacks, else as
+    `Table.schema`."""
     entry = table_named(name)
     if entry is None:
         raise KeyError(f"the registry (prism_assets/tables.py) has no table {name!r}")

@@ -12,7 +12,7 @@ from prism_assets.stage import Stage
 
 
 def stage_of(project: Project, context: dg.AssetExecutionContext | dg.SensorEvaluationContext) -> Stage:
-    """The Stage of an asset or a sensor at work: the engines that the definitions were built with, this run, this log."""
+    """The Stage of an asset or a sensor at work: the engines that the definitions were built with, run and log."""
     lake, model, index = (getattr(context.resources, project.named(one)) for one in ENGINES)
     run_id = context.run_id if isinstance(context, dg.AssetExecutionContext) else ""
     return Stage(project.settings, lake, model, index, run_id, context.log)

@@ -64,7 +64,8 @@ def small_project(folder: Path) -> None:
 
 
 def small_demo(folder: Path) -> None:
-    """The demo's data and settings as the wheel makes them, cut down to a run of seconds: `prism demo` takes what is there.
+    """The demo's data and settings as the wheel makes them, cut down to a run of seconds: `prism demo` takes them as
+    they are.
 
     One shard of 60 candidates is left, and few targets and held-out records, so no figure says anything.
     """

@@ -111,7 +111,8 @@ def test_every_table_is_named_once_and_every_reference_names_a_table():
 
 
 def test_a_table_is_published_with_the_columns_of_its_entry():
-    """Written out once more for one table of every type: another type, or name of a list's items, is another content hash."""
+    """Written out once more, a table of every type: another type, or name of a list's items, is another content
+    hash."""
     whole, text = pa.int64(), pa.string()
     written = {"shard": text, "candidates_fingerprint": text, "rows": whole, "canonical_rows": whole}
     written |= {"completion_tokens": whole, "excluded_rows": pa.list_(pa.int32()), "excluded_reasons": pa.list_(text)}

@@ -131,5 +131,5 @@ def column_sum(table: pa.Table, column: str) -> int:
     """The sum of a column, 0 of an empty one."""
     import pyarrow.compute as pc
 
-    total: Any = pc.sum(table[column]).as_py()
+    total: Any = pc.sum(table[column]).as_py()  # pyright: ignore[reportAttributeAccessIssue]
     return total or 0

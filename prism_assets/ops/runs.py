@@ -5,9 +5,9 @@ for one machine never notices that a run's process is gone (killed, power cut): 
 slot as taken, for ever, and everything else would wait for it. So a process that works on a run says so by a locked
 file in the instance's folder, and the system lets go of the lock however the process ends.
 
-`flock` by hand, not filelock: that makes a file under its final name and locks it afterwards, so another process can see
-it in between without a lock and take its maker for dead. Here a draft is locked and then renamed: the lock belongs to
-the inode and goes along, so the name is never seen without it.
+`flock` by hand, not filelock: that makes a file under its final name and locks it afterwards, so another process can
+see it in between without a lock and take its maker for dead. Here a draft is locked and then renamed: the lock belongs
+to the inode and goes along, so the name is never seen without it.
 """
 
 import fcntl

@@ -22,7 +22,7 @@ def keys_of(lake: Lake, table: str, fingerprint: str) -> tuple[str, ...]:
 
 
 def file_of(lake: Lake, table: str, fingerprint: str) -> Path | None:
-    """Where an artefact lies, whether it can be read or not; None where there is nothing, or only what lay beside it."""
+    """Where an artefact lies, readable or not; None where there is nothing, or only what lay beside it."""
     itself = next((key for key in keys_of(lake, table, fingerprint) if not _is_attached(key)), None)
     return None if itself is None else path_of(lake, itself)
 

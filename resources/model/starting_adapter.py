@@ -72,8 +72,8 @@ def check_base(
         return
     raise ModelError(
         f"model.adapter: {folder} was trained on {recorded!r} (base_model_name_or_path in its {CONFIG}), and "
-        f"model.name is {model_name!r}. Name the adapter's own base in model.name; or, where the two are the same model under "
-        f"two names, say so with `adapter_base: {json.dumps(recorded, ensure_ascii=False)}` under `model:`."
+        f"model.name is {model_name!r}. Name the adapter's own base in model.name; or, where the two are the same "
+        f"model under two names, say so with `adapter_base: {json.dumps(recorded, ensure_ascii=False)}` under `model:`."
     )
 
 
