@@ -28,6 +28,7 @@ lint: install
 	cp pyproject.toml build/installed/
 	cd build/installed && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports pyproject.toml
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pre-commit validate-config
 
 # A fresh environment with the built wheel, tried from a folder that holds no clone.
 wheel-test: install

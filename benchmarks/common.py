@@ -69,7 +69,7 @@ class ProcessCost(NamedTuple):
 
 
 def find_pool(given: Path | None) -> Path | None:
-    """The pool file: the one given, or in the folder that PRISM_REAL_DATA names, or beside the project."""
+    """The pool file: the one given, or in the folder that PRISM_REAL_DATA names; None without."""
     if given is not None:
         if not given.is_file():
             raise SystemExit(f"--pool {given}: no such file")

@@ -16,7 +16,7 @@ the median over rounds of the arm's CPU seconds over ours in the same round (abo
   its projection_dim for each of its modules, two a LoRA layer).
 
 All arms but bergson's comparison have the output dimension `--sketch-dim` (8,192, which is LESS's). Rows are
-real ones where a pool is found (--pool, PRISM_REAL_DATA, ../shared/data/sft), else generated with the same
+real ones where a pool is found (--pool, PRISM_REAL_DATA), else generated with the same
 distribution of lengths; the output says which. Peak memory: each arm but bergson in a process of its own, on
 the 16 longest rows.
 """
@@ -381,7 +381,7 @@ def benchmark_model(
     with tempfile.TemporaryDirectory(prefix="prism-features-") as temporary:
         folder = Path(temporary)
         base.save_pretrained(folder / "base")
-        base.config._name_or_path = base.name_or_path = str(folder / "base")
+        base.config.name_or_path = base.name_or_path = str(folder / "base")
         model = adapt(base, size)
         model.peft_config["default"].base_model_name_or_path = str(folder / "base")
         model.save_pretrained(folder / "adapter")

@@ -120,7 +120,10 @@ def run_here(config: Path) -> Measured:
     settings = load_settings(config)
     root = settings.storage.root
     before = files_below(root)
-    steps = [step._replace(assets=step.assets[:1]) if "selection" in step.assets else step for step in pipeline.STEPS]
+    steps = [
+        step._replace(assets=step.assets[:1]) if "selection" in step.assets else step
+        for step in pipeline.steps_of("run")
+    ]
     steps = [step for step in steps if "report" not in step.assets]
     reads = Reads()
     clock: list[float] = []

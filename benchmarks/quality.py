@@ -125,7 +125,7 @@ def project_settings(folder: Path, seed: int, situations: list[str]) -> Any:
 def run_seed(folder: Path, seed: int, situations: list[str]) -> dict[str, Any]:
     """One seed through the pipeline: per situation and strategy the metrics, and the seconds of each step."""
     from prism_assets.ops.home import instance_of
-    from prism_assets.ops.pipeline import STEPS, Listener, run_pipeline
+    from prism_assets.ops.pipeline import Listener, run_pipeline, steps_of
 
     if not (folder / "prism.yaml").exists():
         write_project(folder, seed, situations)
@@ -149,7 +149,7 @@ def run_seed(folder: Path, seed: int, situations: list[str]) -> dict[str, Any]:
             Project.of(settings),
             build_definitions(settings),
             instance,
-            steps=STEPS[:-1],
+            steps=steps_of("run")[:-1],
             listener=Listener(on_result=note),
         )
     stage = open_stage(settings)
@@ -218,7 +218,8 @@ def _oracle(stage: Any, name: str, rows: Any, budget: int, seed: int) -> dict[st
 
 def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """The results of all seeds, per situation and strategy, with the sentences that follow from the numbers."""
-    from prism_assets.stats.seeds import compared, gap_recovered, paired_difference, summarize_seeds
+    from benchmarks.gaps import gap_recovered
+    from prism_assets.stats.seeds import compared, paired_difference, summarize_seeds
 
     result: dict[str, Any] = {}
     for name in outcomes[0]["situations"]:

@@ -62,7 +62,7 @@ def precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) -> d
     """R-precision and precision at the budget, per situation and strategy with a direction, of one project under one
     variant."""
     from prism_assets.ops.home import instance_of
-    from prism_assets.ops.pipeline import STEPS, run_pipeline
+    from prism_assets.ops.pipeline import run_pipeline, steps_of
 
     situations = list(SITUATIONS)
     if not (folder / "prism.yaml").exists():
@@ -73,9 +73,9 @@ def precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) -> d
     from prism_assets.project import Project
     from prism_assets.selection.selection import query_index
 
-    until = next(at for at, step in enumerate(STEPS) if "target_direction" in step.assets) + 1
+    until = next(at for at, step in enumerate(steps_of("run")) if "target_direction" in step.assets) + 1
     with instance_of(settings) as instance:
-        run_pipeline(Project.of(settings), build_definitions(settings), instance, steps=STEPS[:until])
+        run_pipeline(Project.of(settings), build_definitions(settings), instance, steps=steps_of("run")[:until])
     stage = open_stage(settings)
     pool = stage.shown("live_pool")
     budget = max(1, round(settings.selection.budget.amount * pool.notes["canonical_rows"]))

@@ -16,11 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def data_folder() -> Path | None:
-    """The folder of the real data: the one that PRISM_REAL_DATA names, or the one beside the project; None without."""
+    """The folder of the real data, which PRISM_REAL_DATA names; None where it names none that holds a pool.jsonl."""
     named = os.environ.get("PRISM_REAL_DATA")
-    folders = [Path(named)] if named else []
-    folders.append(ROOT.parent / "shared" / "data" / "sft")
-    return next((one for one in folders if (one / "pool.jsonl").is_file()), None)
+    return Path(named) if named and (Path(named) / "pool.jsonl").is_file() else None
 
 
 def example(name: str, module: str = "prepare") -> ModuleType:

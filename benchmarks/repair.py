@@ -50,12 +50,12 @@ def run_seed(work: Path, data: Path, seed: int) -> dict[str, Any]:
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
     os.environ |= {"PRISM_CONFIG": str(config), "DAGSTER_HOME": str(folder / "dagster")}
     from benchmarks.project import run_project
-    from prism_assets.ops.pipeline import STEPS, Listener
+    from prism_assets.ops.pipeline import Listener, steps_of
 
     def note(result: Any) -> None:
         print(f"seed {seed}: {result.step.title} {result.seconds:.0f} s", file=sys.stderr, flush=True)
 
-    run_project(config, STEPS[:-1], Listener(on_result=note))
+    run_project(config, steps_of("run")[:-1], Listener(on_result=note))
     return {"seed": seed, **measure.measure(config, clean), "cpu_seconds": time.process_time() - started}
 
 

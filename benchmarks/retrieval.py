@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.retrieval --json [--seeds 3] [--work FOLDER]
 
-The real records (folder named by PRISM_REAL_DATA, else the one beside the project) are sampled to a share of the pool
+The real records (folder named by PRISM_REAL_DATA) are sampled to a share of the pool
 that is the same in every run, the held-out files to 60 records spread over their subtasks. Too long a record loses the
 start of its prompt, as everywhere in the product; one whose completion alone is longer than 384 tokens (some solutions
 of math500 and bbh) is refused. A Llama of about 2M parameters is trained from scratch on the sample once and serves all
@@ -129,8 +129,7 @@ def project_settings(folder: Path, seed: int) -> Any:
 def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """Per target and strategy the figures of one seed."""
     from prism_assets.ops.home import instance_of
-    from prism_assets.ops.pipeline import STEPS as PIPELINE
-    from prism_assets.ops.pipeline import Listener, run_pipeline
+    from prism_assets.ops.pipeline import Listener, run_pipeline, steps_of
 
     settings = project_settings(folder, seed)
     home = folder / f"seed-{seed}"
@@ -147,7 +146,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
             Project.of(settings),
             build_definitions(settings),
             instance,
-            steps=PIPELINE[:-1],
+            steps=steps_of("run")[:-1],
             listener=Listener(on_result=note),
         )
     stage = open_stage(settings)

@@ -3,7 +3,6 @@ benchmarks."""
 
 from typing import Any
 
-from prism_assets.project import INDEX, LAKE, MODEL
 from prism_assets.resources.index.store import VectorStore
 from prism_assets.resources.lake import Lake
 from prism_assets.resources.model.language_model import LanguageModel
@@ -11,10 +10,17 @@ from prism_assets.settings import Settings
 from prism_assets.stage import Stage
 
 
+def open_lake(settings: Settings) -> Lake:
+    """The lake of these settings; nothing is made or read before it is asked for."""
+    return Lake(root=str(settings.storage.root))
+
+
 def build_engines(settings: Settings) -> dict[str, Any]:
     """The engines by the names that `build_definitions(resource_overrides=...)` takes."""
+    from prism_assets.project import INDEX, LAKE, MODEL
+
     model = settings.model
-    lake = Lake(root=str(settings.storage.root))
+    lake = open_lake(settings)
     return {
         LAKE: lake,
         MODEL: LanguageModel(
@@ -33,5 +39,7 @@ def build_engines(settings: Settings) -> dict[str, Any]:
 
 def open_stage(settings: Settings) -> Stage:
     """A Stage over the lake of these settings; nothing is read before it is asked for."""
+    from prism_assets.project import ENGINES
+
     engines = build_engines(settings)
-    return Stage(settings, engines[LAKE], engines[MODEL], engines[INDEX])
+    return Stage(settings, *(engines[name] for name in ENGINES))

@@ -27,6 +27,22 @@ class SettingsError(UserMistake):
     """`prism.yaml` (or an environment variable) must be changed; the message says where and how."""
 
 
+class UnsuitableSetting(SettingsError, ValueError):
+    """A setting that does not go with the data, the model or another setting; the message names it."""
+
+
+class TooLittleMemory(SettingsError, MemoryError):
+    """A setting asks for more memory than the device has; the message says which to lower."""
+
+
+class TrainingDiverged(SettingsError, FloatingPointError):
+    """A loss or a weight became infinite or no number; the message says after which step, and what to lower."""
+
+
+class NoSuchDevice(SettingsError, RuntimeError):
+    """The settings ask for a device that is not there."""
+
+
 class ModelError(UserMistake):
     """The model cannot be used as asked; the message says why and what to change in `model:`."""
 

@@ -8,9 +8,11 @@ import dagster as dg
 from prism_assets.project import Project
 from prism_assets.text import one_line
 
+_CELL_WIDTH = 100
 
-def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8, width: int = 100) -> dg.MetadataValue:
-    """The first rows as a table, each text on one line of at most `width` characters."""
+
+def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8) -> dg.MetadataValue:
+    """The first rows as a table, each text on one line of at most `_CELL_WIDTH` characters."""
     if not rows:
         return dg.MetadataValue.text("no rows")
 
@@ -19,7 +21,7 @@ def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8, width: int = 100)
             return value
         if isinstance(value, float):
             return float(f"{value:.4g}")
-        return one_line(str(value), width)
+        return one_line(str(value), _CELL_WIDTH)
 
     records = [dg.TableRecord({str(name): cell(row.get(name)) for name in rows[0]}) for row in rows[:limit]]
     columns = [dg.TableColumn(str(name), _kind(row.get(name) for row in rows[:limit])) for name in rows[0]]

@@ -89,9 +89,9 @@ class Progress:
             text += f", {rate:,.1f}/s, {(self.total - self.done) / rate:,.0f} s left {self.note}"
         return text.rstrip()
 
-    def advance(self, more: int = 1, note: str = "") -> None:
+    def advance(self, more: int = 1) -> None:
         """Say that `more` units were finished."""
-        self.update(self.done + more, note)
+        self.update(self.done + more)
 
 
 # What is counted in this process now, the innermost last.

@@ -33,6 +33,21 @@ class Made(NamedTuple):
     computed: int
 
 
+_CORPUS, _LORA = {"tokenization"}, {"model", "lora"}
+_WARMUP = _CORPUS | _LORA | {"warmup"}
+# Which sections of the settings each of the kept properties is derived from, beside the engines.
+DERIVED_FROM: dict[str, set[str]] = {
+    "model_identity": set(),
+    "dtype": set(),
+    "corpus_version": _CORPUS,
+    "lora_identity": _LORA,
+    "warmup_scope": _WARMUP,
+    "warmup": _WARMUP,
+    "feature_identity": _WARMUP | {"features"},
+    "feature_version": _WARMUP | {"features"},
+}
+
+
 @dataclass(frozen=True)
 class Stage:
     """Settings and engines of a project, and the run and log that work is reported to.
@@ -48,8 +63,11 @@ class Stage:
     log: Any = field(default_factory=lambda: logging.getLogger("prism_assets"))
 
     def with_settings(self, **sections: Any) -> "Stage":
-        """The same stage under other settings, a section by name."""
-        return replace(self, settings=self.settings.model_copy(update=sections))
+        """The same stage under other settings, a section by name; what was derived from the others stays known."""
+        other = replace(self, settings=self.settings.model_copy(update=sections))
+        known = {name: value for name, value in vars(self).items() if name in DERIVED_FROM}
+        vars(other).update({name: value for name, value in known.items() if not DERIVED_FROM[name] & sections.keys()})
+        return other
 
     # -- versions ----------------------------------------------------------------------------------------------
 

@@ -6,60 +6,28 @@ rows name other artefacts, which settings it reads, which job, step and conditio
 lake.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING
 
-# What the heads of a table are kept under, so that results of different settings lie side by side (`identity`).
-Scope = Literal["none", "corpus", "warmup", "features"]
-Partitions = Literal["shard", "target", "target_strategy"] | None
-# How automation makes an asset (`ops.conditions`); None: started manually only.
-Condition = Literal["when_missing", "follow", "follow_arrivals"] | None
+from prism_assets.entries import Asset, Command, Needs, Partitions, Table
 
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-@dataclass(frozen=True)
-class Table:
-    """A kind of artefact."""
-
-    name: str
-    # Raised by hand when the same inputs and settings get other results, beyond rounding.
-    version: int
-    scope: Scope = "none"
-    # Column -> SQL type: there also while the table, or a column of it, has no data. None: the catalogue shows what is
-    # there.
-    columns: Mapping[str, str] | None = None
-    # Column -> table: these columns hold fingerprints of other artefacts.
-    rows_name: Mapping[str, str] = field(default_factory=dict)
-    # Its partitions are shards: what shows a retired one may go.
-    by_shard: bool = False
-    # Its rows list the shards of one state of the pool.
-    lists_shards: bool = False
-    # Its heads follow the artefacts that they show, wherever these are needed.
-    heads_follow: bool = False
-    # Named one by one on the cards of an export.
-    on_cards: bool = False
-
-
-@dataclass(frozen=True)
-class Asset:
-    """An asset: the module that builds it and all that is said of it elsewhere."""
-
-    name: str
-    module: str  # has `build(project) -> AssetsDefinition`
-    tables: tuple[Table, ...]
-    partitions: Partitions = None
-    condition: Condition = None
-    # Sections of prism.yaml that it reads. They are part of its code version, so the UI shows an asset whose settings
-    # changed as stale, and automation makes it again.
-    reads: tuple[str, ...] = ()
-    job: str | None = None  # of `JOBS`
-    step: str | None = None  # of `prism run`; None: on demand
-
-    @property
-    def table(self) -> Table:
-        """The first table: what the asset is named for."""
-        return self.tables[0]
-
+__all__ = [
+    "ASSETS",
+    "JOBS",
+    "METRICS",
+    "Asset",
+    "Command",
+    "Needs",
+    "Partitions",
+    "Table",
+    "asset_named",
+    "register",
+    "schema_of",
+    "table_named",
+    "tables",
+]
 
 _TEXT, _TEXTS, _WHOLE, _NUMBER, _NUMBERS = "VARCHAR", "VARCHAR[]", "BIGINT", "DOUBLE", "DOUBLE[]"
 _TOKENS = {"input_ids": "INTEGER[]", "loss_mask": "BOOLEAN[]"}
@@ -73,6 +41,9 @@ _REJECTS = {"line": _WHOLE, "field": _TEXT, "reason": _TEXT, "excerpt": _TEXT}
 # What an adapter is judged by on held-out records.
 METRICS = ("target_preference", "mean_log_prob", "exact_match")
 
+# What the trials of an experiment share with everything else.
+_SHARED: tuple[Command, ...] = ("run", "experiment")
+
 ASSETS: list[Asset] = [
     Asset(
         "base_model",
@@ -82,6 +53,7 @@ ASSETS: list[Asset] = [
         reads=("model",),
         job="refresh_pool",
         step="Base model",
+        commands=_SHARED,
     ),
     Asset(
         "candidates",
@@ -94,7 +66,9 @@ ASSETS: list[Asset] = [
         condition="when_missing",
         reads=("tokenization",),
         job="refresh_shards",
+        pending="pending_candidates",
         step="Candidates",
+        commands=_SHARED,
     ),
     Asset(
         "targets",
@@ -109,7 +83,10 @@ ASSETS: list[Asset] = [
         condition="when_missing",
         reads=("tokenization", "preference"),
         job="refresh_targets",
+        # The pool keeps the records of every target out of every ranking.
+        of_all_targets=True,
         step="Targets",
+        commands=_SHARED,
     ),
     Asset(
         "live_pool",
@@ -129,8 +106,10 @@ ASSETS: list[Asset] = [
             ),
         ),
         condition="follow_arrivals",
+        needs=Needs("candidates"),
         job="refresh_pool",
         step="Live pool and warm-up",
+        commands=_SHARED,
     ),
     Asset(
         "warmup_sample",
@@ -140,6 +119,7 @@ ASSETS: list[Asset] = [
         reads=("warmup", "lora", "model"),
         job="refresh_pool",
         step="Live pool and warm-up",
+        commands=_SHARED,
     ),
     Asset(
         "warmup_checkpoints",
@@ -149,6 +129,7 @@ ASSETS: list[Asset] = [
         reads=("warmup", "lora", "model"),
         job="refresh_pool",
         step="Live pool and warm-up",
+        commands=_SHARED,
     ),
     Asset(
         "candidate_features",
@@ -171,13 +152,16 @@ ASSETS: list[Asset] = [
                     **{"mean_log_prob": _NUMBERS, "refused": _TEXT},
                 },
                 heads_follow=True,
+                parts_of="candidate_features",
             ),
         ),
         partitions="shard",
         condition="follow",
         reads=("features", "model"),
         job="refresh_shards",
+        pending="pending_features",
         step="Candidate features",
+        commands=_SHARED,
     ),
     Asset(
         "candidate_index",
@@ -194,8 +178,10 @@ ASSETS: list[Asset] = [
             Table("index_segments", 1, "features"),
         ),
         condition="follow_arrivals",
+        needs=Needs("candidate_features", asked_for=True),
         job="refresh_pool",
         step="Index",
+        commands=_SHARED,
     ),
     Asset(
         "target_features",
@@ -242,11 +228,14 @@ ASSETS: list[Asset] = [
                     **{"completion_tokens": "INTEGER"},
                     **_TOKENS,
                 },
+                last_stays=True,
             ),
             Table("hidden_states", 1),
         ),
         partitions="target_strategy",
         condition="follow_arrivals",
+        # Made from the pool that the index shows, and again later.
+        needs=Needs(),
         reads=("selection", "preference", "model"),
         job="refresh_selections",
         step="Selection, fine-tuning, evaluation",
@@ -313,6 +302,8 @@ ASSETS: list[Asset] = [
         partitions="target",
         reads=("trust", "preference", "training", "features", "model"),
         job="check_trust",
+        step="Trust",
+        commands=("trust",),
     ),
     # Many times the fine-tuning of everything else.
     Asset(
@@ -336,6 +327,8 @@ ASSETS: list[Asset] = [
             "evaluation",
         ),
         job="run_experiment",
+        step="Experiment",
+        commands=("experiment",),
     ),
     Asset(
         "experiment",
@@ -354,6 +347,8 @@ ASSETS: list[Asset] = [
         partitions="target",
         reads=("experiment", "strategies", "seeds"),
         job="run_experiment",
+        step="Experiment",
+        commands=("experiment",),
     ),
 ]
 
@@ -391,6 +386,15 @@ def asset_named(name: str) -> Asset:
 def table_named(name: str) -> Table | None:
     """The entry of a table, None for a table that is not registered."""
     return next((table for one in ASSETS for table in one.tables if table.name == name), None)
+
+
+def schema_of(name: str) -> "pa.Schema":
+    """The columns of a table as Arrow types. Raises KeyError for a table that the registry lacks, else as
+    `Table.schema`."""
+    entry = table_named(name)
+    if entry is None:
+        raise KeyError(f"the registry (prism_assets/tables.py) has no table {name!r}")
+    return entry.schema()
 
 
 def tables() -> list[Table]:

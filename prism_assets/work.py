@@ -11,10 +11,11 @@ from prism_assets.resources.lake import Artifact, Lake, digest
 from prism_assets.stage import Stage
 
 
-def stage_of(project: Project, context: dg.AssetExecutionContext) -> Stage:
-    """The Stage of an asset at work: the engines that the definitions were built with, this run, this log."""
+def stage_of(project: Project, context: dg.AssetExecutionContext | dg.SensorEvaluationContext) -> Stage:
+    """The Stage of an asset or a sensor at work: the engines that the definitions were built with, run and log."""
     lake, model, index = (getattr(context.resources, project.named(one)) for one in ENGINES)
-    return Stage(project.settings, lake, model, index, context.run_id, context.log)
+    run_id = context.run_id if isinstance(context, dg.AssetExecutionContext) else ""
+    return Stage(project.settings, lake, model, index, run_id, context.log)
 
 
 def stage_without_run(project: Project, definitions: dg.Definitions) -> Stage:
@@ -104,12 +105,10 @@ def _metadata(lake: Lake, outcome: Outcome) -> dict[str, Any]:
 
 def _column_schema(lake: Lake, artifacts: Sequence[Artifact]) -> dict[str, Any]:
     """The columns of the first artefact that is a table, under the key that the UI knows."""
-    import pyarrow.parquet as pq
-
     for artifact in artifacts:
-        path = lake.local(artifact)
-        if path.suffix == ".parquet":
-            columns = [dg.TableColumn(column.name, str(column.type)) for column in pq.read_schema(path)]
+        schema = lake.schema(artifact)
+        if schema is not None:
+            columns = [dg.TableColumn(column.name, str(column.type)) for column in schema]
             return {"dagster/column_schema": dg.TableSchema(columns=columns)}
     return {}
 

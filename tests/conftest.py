@@ -195,13 +195,13 @@ class Project:
         self.results = run_pipeline(Named.of(self.settings), self.definitions, self.instance, targets=targets)
         return {result.step.title: result.computed for result in self.results}
 
-    def run_steps(self, steps: Any, tags: dict[str, str] | None = None, targets: list[str] | None = None) -> list[Any]:
+    def run_steps(self, steps: Any, targets: list[str] | None = None) -> list[Any]:
         """Some steps of `prism run`."""
         from prism_assets.ops.pipeline import run_pipeline
         from prism_assets.project import Project as Named
 
         project = Named.of(self.settings)
-        return run_pipeline(project, self.definitions, self.instance, targets=targets, steps=steps, tags=tags)
+        return run_pipeline(project, self.definitions, self.instance, targets=targets, steps=steps)
 
     def selection(self, strategy: str, target: str = "plain") -> Any:
         """The selection artefact of a strategy."""

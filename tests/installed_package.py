@@ -63,6 +63,34 @@ def small_project(folder: Path) -> None:
     (folder / "prism.yaml").write_text(yaml.safe_dump(settings))
 
 
+def small_demo(folder: Path) -> None:
+    """The demo's data and settings as the wheel makes them, cut down to a run of seconds: `prism demo` takes them as
+    they are.
+
+    One shard of 60 candidates is left, and few targets and held-out records, so no figure says anything.
+    """
+    import yaml
+
+    from prism_assets.demo.data import demo_settings, write_demo_data
+
+    write_demo_data(folder, seed=0)
+    shards = sorted((folder / "inbox").iterdir())
+    assert [one.name for one in shards] == [
+        *("strings-1.jsonl", "strings-2.jsonl.gz", "strings-3.parquet", "strings-4.jsonl.zst")
+    ]
+    for shard in shards[1:]:
+        shard.unlink()
+    for path, number in (
+        (shards[0], 60),
+        *((one, 8) for one in sorted((folder / "targets").glob("*/*.jsonl"))),
+    ):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:number]))
+    settings = demo_settings(folder)
+    settings |= {"strategies": ["prism", "random"], "seeds": [0]}
+    settings["training"] |= {"epochs": 1, "steps": 2}
+    (folder / "prism.yaml").write_text(yaml.safe_dump(settings))
+
+
 def try_the_ui(folder: Path) -> None:
     """The webserver answers and has loaded the code location."""
     process = subprocess.Popen(
@@ -113,6 +141,9 @@ def main() -> None:
             in subprocess.run([BIN / "prism", "run"], cwd=folder, capture_output=True, text=True, timeout=600).stderr
         )
         try_the_ui(folder)
+        (folder / "demo").mkdir()
+        small_demo(folder / "demo")
+        assert "report.html" in prism("demo", "demo", cwd=folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print("The installed package works.")

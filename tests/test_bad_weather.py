@@ -26,7 +26,7 @@ import pytest
 
 from conftest import Project, make_rows
 from prism_assets.errors import LakeError, PipelineError
-from prism_assets.ops.pipeline import STEPS
+from prism_assets.ops.pipeline import steps_of
 from prism_assets.resources import store as store_module
 from prism_assets.resources.lake.lake import Lake
 
@@ -91,7 +91,7 @@ def pass_over(project: Project, resources: dict, only: tuple[str, ...] = (), sha
         "target_strategy": [f"{strategy}|{target}" for strategy in settings.strategies for target in settings.targets],
     }
     assets = {asset.key.path[-1]: asset for asset in project.definitions.assets}
-    for step in STEPS:
+    for step in steps_of("run"):
         for name in step.assets:
             if only and name not in only:
                 continue

@@ -1,5 +1,7 @@
 """Each private name of another library does what is relied on; a test that fails here says what an update changed."""
 
+import importlib
+import io
 import os
 import signal
 import sys
@@ -14,7 +16,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from prism_assets.compat import (
+    NOT_PROMISED,
     TrainSampler,
+    any_deps_changed,
+    bars_for_terminals,
     delete_scanner,
     forget_adapter,
     harness_yaml_loader,
@@ -129,6 +134,52 @@ def test_a_harness_without_its_yaml_loader_is_refused(monkeypatch):
         harness_yaml_loader()
 
 
+# -- tqdm ---------------------------------------------------------------------------------------------------------
+
+
+def test_bars_are_shown_on_terminals_alone_and_are_gone_when_full(monkeypatch):
+    from tqdm import tqdm
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    before = vars(tqdm)["__init__"]
+    with bars_for_terminals():
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        assert tqdm(range(3)).disable
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        shown = tqdm(range(3), file=io.StringIO())
+        assert (shown.disable, shown.leave) == (False, False)
+        assert tqdm(range(3), disable=True).disable
+        shown.close()
+    assert vars(tqdm)["__init__"] is before
+    assert tqdm(range(3), file=io.StringIO()).leave
+
+
+def test_bars_without_the_options_are_refused(monkeypatch):
+    from tqdm import tqdm
+
+    monkeypatch.setattr(tqdm, "__init__", lambda self, iterable=None: None)
+    with pytest.raises(LibraryChanged, match="tqdm .*`leave` and `disable`"), bars_for_terminals():
+        pass
+
+
+# -- peft ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_layer_of_peft_holds_its_adapter_by_the_names_that_are_read():
+    from peft.tuners.lora.layer import Linear, LoraLayer
+
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == 1 and type(layers[0]) is Linear
+    layer = layers[0]
+    assert layer.lora_A["default"].weight.shape == (2, 8) and layer.lora_B["default"].weight.shape == (8, 2)
+    assert layer.scaling["default"] == 3.0 and layer.active_adapters == ["default"]
+    assert not layer.lora_embedding_A and not layer.lora_variant and not layer.use_dora.get("default")
+
+
 # -- faiss --------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +192,40 @@ def test_a_scanner_is_not_owned_by_its_wrapper_and_can_be_freed():
     delete_scanner(scanner)
 
 
+def test_a_scanner_that_cannot_be_freed_is_refused(monkeypatch):
+    import faiss
+
+    index = faiss.IndexScalarQuantizer(4, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    scanner = index.sq.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, False, None, False)
+    with monkeypatch.context() as changed:
+        changed.delattr(faiss.InvertedListScanner, "__swig_destroy__")
+        with pytest.raises(LibraryChanged, match="faiss-.*__swig_destroy__"):
+            delete_scanner(scanner)
+    delete_scanner(scanner)
+
+
 # -- dagster ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in NOT_PROMISED.items() for name in names])
+def test_dagster_has_what_it_does_not_promise(owner, name):
+    module, _, attribute = owner.rpartition(".")
+    assert hasattr(getattr(importlib.import_module(module), attribute), name)
+
+
+def test_the_condition_of_changed_inputs_is_dagsters_own_but_for_equal_data_versions():
+    """Found by the label that Dagster gives to the part that differs, the same condition comes out."""
+    conditions = dg.AutomationCondition
+    usual = conditions.any_deps_updated()
+    part = conditions.data_version_changed() & ~conditions.executed_with_root_target()
+    assert any_deps_changed() == usual.replace("newly_updated_without_root", part)
+    assert any_deps_changed() != usual
+
+
+def test_an_instance_without_the_condition_on_root_targets_is_refused(monkeypatch):
+    monkeypatch.delattr(dg.AutomationCondition, "executed_with_root_target")
+    with pytest.raises(LibraryChanged, match="AutomationCondition.executed_with_root_target"):
+        any_deps_changed()
 
 
 @pytest.fixture
@@ -161,6 +245,31 @@ def test_an_instance_leaves_the_output_of_steps_alone(home):
         assert type(instance.compute_log_manager).__name__ == "NoOpComputeLogManager"
         assert type(captured) is not type(instance.compute_log_manager)
         assert instance.root_directory == str(home)
+
+
+def test_an_instance_that_takes_no_other_settings_is_refused(home, monkeypatch):
+    from dagster._core.instance.ref import InstanceRef
+
+    monkeypatch.setattr(InstanceRef, "from_dir", staticmethod(lambda base_dir: None))
+    with pytest.raises(LibraryChanged, match="InstanceRef.from_dir.overrides"), instance_without_captured_output(home):
+        pass
+
+
+def test_a_run_that_waits_by_other_names_is_refused():
+    class Changed:
+        pass
+
+    with sleeping_while_waiting(), pytest.raises(LibraryChanged, match="InstanceConcurrencyContext._pending_timeouts"):
+        InstanceConcurrencyContext.interval_to_next_pending_claim_check(Changed())
+
+
+def test_a_dagster_without_interrupts_of_its_own_is_refused(monkeypatch):
+    import dagster._utils
+
+    monkeypatch.delattr(dagster._utils, "interrupts")
+    monkeypatch.setitem(sys.modules, "dagster._utils.interrupts", None)
+    with pytest.raises(LibraryChanged, match="dagster._utils.interrupts"), interrupts_at_safe_points():
+        pass
 
 
 def test_a_run_that_waits_for_a_slot_sleeps(home):

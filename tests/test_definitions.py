@@ -206,9 +206,9 @@ def test_the_pool_lets_one_step_run_at_a_time(project, monkeypatch):
 
 
 def test_the_steps_of_prism_run_take_every_asset_after_its_inputs():
-    from prism_assets.ops.pipeline import EXPERIMENT_STEPS, STEPS
+    from prism_assets.ops.pipeline import steps_of
 
-    for steps, everything in ((STEPS, set(EDGES) - ON_DEMAND), (EXPERIMENT_STEPS, None)):
+    for steps, everything in ((steps_of("run"), set(EDGES) - ON_DEMAND), (steps_of("experiment"), None)):
         done: set[str] = set()
         for step in steps:
             inside = set(step.assets)

@@ -86,7 +86,7 @@ def _figures(stage: Any, state: Any, records: Any, benign: list[dict[str, Any]])
     from prism_assets.evaluation.scores import score_records
     from prism_assets.gradients.engine import GradientEngine
 
-    encoder = encoder_of(stage.settings, stage.model)
+    encoder = encoder_of(stage)
     exchanges = [(Message("user", one["prompt"]), Message("assistant", one["completion"])) for one in benign]
     with stage.adapted(state=state) as peft_model:
         columns, _ = score_records(stage, peft_model, records)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 # In the tree; --json and --all show everything.
 SHOWN_OF_A_LIST = 8
+_SETTINGS_WIDTH = 300
 
 
 def draw(traced: dict[str, Any], everything: bool = False) -> "Tree":
@@ -82,12 +83,12 @@ def _label(one: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _settings_text(settings: dict[str, Any], width: int = 300) -> str:
+def _settings_text(settings: dict[str, Any]) -> str:
     text = ", ".join(
         f"{name}={value if isinstance(value, str | int | float) else json.dumps(value)}"
         for name, value in settings.items()
     )
-    return one_line(text, width)
+    return one_line(text, _SETTINGS_WIDTH)
 
 
 def _name_of(one: dict[str, Any]) -> str:

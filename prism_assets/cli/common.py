@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from prism_assets.cli.heartbeat import Heartbeat
-from prism_assets.errors import PrismError
+from prism_assets.errors import PrismError, UnknownThing
 from prism_assets.text import one_line
 
 if TYPE_CHECKING:
@@ -37,21 +37,21 @@ Targets = Annotated[list[str] | None, typer.Option("--target", "-t", help="Only 
 _CHECK_WIDTH = 240
 
 
-def fail(message: str, status: int) -> typer.Exit:
-    """Say what went wrong, in red; raise what is returned."""
-    typer.secho(str(message), fg="red", err=True)
-    return typer.Exit(status)
-
-
 @contextmanager
 def expected_failures() -> Iterator[None]:
     """Turn an error of `prism_assets.errors` into its message and exit status."""
     try:
         yield
     except PrismError as error:
-        raise fail(str(error), error.exit_status) from error
+        raise _said(str(error), error.exit_status) from error
     except KeyboardInterrupt as error:
-        raise fail("Interrupted. What was finished is kept; run again to go on.", 1) from error
+        raise _said("Interrupted. What was finished is kept; run again to go on.", 1) from error
+
+
+def _said(message: str, status: int) -> typer.Exit:
+    """Say what went wrong, in red; raise what is returned."""
+    typer.secho(message, fg="red", err=True)
+    return typer.Exit(status)
 
 
 # -- the project --------------------------------------------------------------------------------------------------
@@ -68,10 +68,10 @@ def read_settings(config: Path | None) -> "Settings":
 
 
 def known_targets(settings: "Settings", targets: Sequence[str] | None, option: str = "--target ") -> None:
-    """End with status 2 where one of them is no target of prism.yaml."""
+    """Raises UnknownThing where one of them is no target of prism.yaml."""
     unknown = [name for name in targets or () if name not in settings.targets]
     if unknown:
-        raise fail(f"{option}{unknown[0]}: prism.yaml names the targets {', '.join(settings.targets)}.", 2)
+        raise UnknownThing(f"{option}{unknown[0]}: prism.yaml names the targets {', '.join(settings.targets)}.")
 
 
 class Loaded(NamedTuple):

@@ -28,9 +28,9 @@ def experiment(
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, target)
-        from prism_assets.ops.pipeline import EXPERIMENT_STEPS
+        from prism_assets.ops.pipeline import steps_of
 
-        _, results = run_steps(settings, target, EXPERIMENT_STEPS)
+        _, results = run_steps(settings, target, steps_of("experiment"))
         page = settings.storage.report / "experiment.html"
         found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["targets"]
         found = {name: one for name, one in found.items() if not target or name in target}

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import Config, app, expected_failures, fail, load_project, read_settings
+from prism_assets.cli.common import Config, app, expected_failures, load_project, read_settings
+from prism_assets.errors import UnknownThing
 
 
 @app.command()
@@ -21,7 +22,7 @@ def export(
         settings = read_settings(config)
         for name, known in ((target, settings.targets), (strategy, settings.strategies)):
             if name not in known:
-                raise fail(f"{name}: prism.yaml names {', '.join(known)}.", 2)
+                raise UnknownThing(f"{name}: prism.yaml names {', '.join(known)}.")
         stage = load_project(settings).stage
         from prism_assets.export.export import export as write_export
 

@@ -10,12 +10,12 @@ from prism_assets.cli.common import (
     Config,
     app,
     expected_failures,
-    fail,
     load_project,
     print_json,
     print_table,
     read_settings,
 )
+from prism_assets.errors import UserMistake
 
 
 @app.command()
@@ -68,9 +68,9 @@ def gc(
 
 
 def _seconds(text: str) -> float:
-    """Seconds of `90s`, `30m`, `1h`, `2d`."""
+    """Seconds of `90s`, `30m`, `1h`, `2d`. Raises UserMistake for anything else."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     try:
         return float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
     except ValueError as error:
-        raise fail(f"--min-age {text}: write 90s, 30m, 1h or 2d.", 2) from error
+        raise UserMistake(f"--min-age {text}: write 90s, 30m, 1h or 2d.") from error

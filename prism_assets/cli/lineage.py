@@ -26,9 +26,9 @@ def lineage(
         settings = read_settings(config)
         from prism_assets.catalog.lineage import find_artifact, trace
         from prism_assets.catalog.tree import draw
-        from prism_assets.resources.lake.lake import Lake
+        from prism_assets.engines import open_lake
 
-        lake = Lake(root=str(settings.storage.root))
+        lake = open_lake(settings)
         traced = trace(lake, find_artifact(lake, thing))
         if as_json:
             print_json(traced)

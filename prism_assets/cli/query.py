@@ -9,7 +9,6 @@ from prism_assets.cli.common import (
     Config,
     app,
     expected_failures,
-    fail,
     known_targets,
     load_project,
     print_json,
@@ -17,6 +16,7 @@ from prism_assets.cli.common import (
     read_settings,
     short,
 )
+from prism_assets.errors import UnknownThing, UserMistake
 
 if TYPE_CHECKING:
     from prism_assets.stage import Stage
@@ -42,7 +42,7 @@ def query(
         from prism_assets.selection.selection import query_index
 
         if version and exact:
-            raise fail("--exact needs the model of today's version: leave out --version, or --exact.", 2)
+            raise UserMistake("--exact needs the model of today's version: leave out --version, or --exact.")
         version = _full_version(stage, version) if version else None
         rerank = 4.0 if exact else 0.0
         rows = query_index(stage, target=target, strategy=strategy, k=k, version=version, rerank=rerank)
@@ -55,12 +55,12 @@ def query(
 
 
 def _full_version(stage: "Stage", beginning: str) -> str:
-    """The one feature version of the lake that begins so."""
+    """The one feature version of the lake that begins so. Raises UnknownThing where there is none, or more than one."""
     from prism_assets.identity import feature_versions
 
     known = [one.name for one in feature_versions(stage.lake)]
     found = [name for name in known if name.startswith(beginning)]
     if len(found) != 1:
         which = "may be any of" if found else "is not in the lake, which has"
-        raise fail(f"--version {beginning} {which}: {', '.join(found or known) or 'no feature version yet'}.", 2)
+        raise UnknownThing(f"--version {beginning} {which}: {', '.join(found or known) or 'no feature version yet'}.")
     return found[0]

@@ -33,9 +33,9 @@ def sql(
         import duckdb
 
         from prism_assets.catalog.sql import ask, refresh
-        from prism_assets.resources.lake.lake import Lake
+        from prism_assets.engines import open_lake
 
-        lake = Lake(root=str(settings.storage.root))
+        lake = open_lake(settings)
         path = refresh(lake)
         with duckdb.connect(str(path), read_only=True) as connection:
             lake.confine(connection)

@@ -28,9 +28,9 @@ def trust(
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, [target], "")
-        from prism_assets.ops.pipeline import TRUST
+        from prism_assets.ops.pipeline import steps_of
 
-        loaded, _ = run_steps(settings, [target], [TRUST], quiet=True)
+        loaded, _ = run_steps(settings, [target], steps_of("trust"), quiet=True)
         from prism_assets.trust.trust import trust_of
         from prism_assets.trust.verdict import findings
 

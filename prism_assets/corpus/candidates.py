@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from prism_assets.corpus.inbox import InboxFile, Scan
     from prism_assets.corpus.records import Example, Reject
-    from prism_assets.resources.lake import Lake
-    from prism_assets.settings import Settings
 
 FILE_READABLE = Check("file_readable", "The inbox file can be read at all.", dg.AssetCheckSeverity.ERROR)
 ROWS_ACCEPTED = Check("rows_accepted", "No row of the file was rejected.")
@@ -37,24 +35,25 @@ def build(project: Project) -> dg.AssetsDefinition:
         at all yields no rows and fails the check `file_readable`; other files go on.
         """
         stage = stage_of(project, context)
-        files = inbox_files(stage.settings, stage.lake, at_rest_seconds=0)
+        files = inbox_files(stage, at_rest_seconds=0)
         return each_partition(context, stage, lambda shard: _ingest(stage, files, shard))
 
     return candidates
 
 
-def inbox_files(settings: "Settings", lake: "Lake", at_rest_seconds: float | None = None) -> "Mapping[str, InboxFile]":
+def inbox_files(stage: Stage, at_rest_seconds: float | None = None) -> "Mapping[str, InboxFile]":
     """The files of the inbox by shard key."""
-    return {file.key: file for file in scan_inbox(settings, lake, at_rest_seconds).files}
+    return {file.key: file for file in scan_inbox(stage, at_rest_seconds).files}
 
 
-def scan_inbox(settings: "Settings", lake: "Lake", at_rest_seconds: float | None = None) -> "Scan":
+def scan_inbox(stage: Stage, at_rest_seconds: float | None = None) -> "Scan":
     """The files of the inbox, with content hashes remembered in the lake; settled after `at_rest_seconds` (default: the
     setting)."""
     from prism_assets.corpus.inbox import scan
 
-    rest = settings.candidates.at_rest_seconds if at_rest_seconds is None else at_rest_seconds
-    return scan(settings.candidates.inbox, lake.cache_file("inbox.json"), rest)
+    settings = stage.settings.candidates
+    rest = settings.at_rest_seconds if at_rest_seconds is None else at_rest_seconds
+    return scan(settings.inbox, stage.lake.cache_file("inbox.json"), rest)
 
 
 def pending_candidates(stage: Stage, keys: Sequence[str]) -> list[str]:

@@ -13,14 +13,12 @@ if TYPE_CHECKING:
 
     from prism_assets.corpus.encoder import Encoder
     from prism_assets.corpus.records import Example, Reject
-    from prism_assets.resources.model import LanguageModel
-    from prism_assets.settings import Settings
     from prism_assets.stage import Stage
 
 
-def require_context(settings: "Settings", model: "LanguageModel") -> None:
+def require_context(stage: "Stage") -> None:
     """Raise ModelError where examples may be longer than the model's context."""
-    longest, context = settings.tokenization.max_length, model.identify().context_length
+    longest, context = stage.settings.tokenization.max_length, stage.model_identity.context_length
     if context is not None and longest > context:
         raise ModelError(
             f"tokenization.max_length is {longest}, but the model's context has {context} tokens: "
@@ -28,14 +26,14 @@ def require_context(settings: "Settings", model: "LanguageModel") -> None:
         )
 
 
-def encoder_of(settings: "Settings", model: "LanguageModel") -> "Encoder":
+def encoder_of(stage: "Stage") -> "Encoder":
     """The one way records become tokens. Raises ModelError as `require_context`."""
     from prism_assets.corpus.encoder import Encoder
 
-    require_context(settings, model)
-    options = settings.tokenization
+    require_context(stage)
+    options = stage.settings.tokenization
     return Encoder(
-        model.tokenizer(), max_length=options.max_length, template=options.template, separator=options.separator
+        stage.model.tokenizer(), max_length=options.max_length, template=options.template, separator=options.separator
     )
 
 
@@ -87,9 +85,7 @@ def _read(stage: "Stage", source: RecordFile) -> tuple[Rows, Rows]:
         # Rows of one content must never be published under the fingerprint of another.
         raise StageError(f"{source.path} was changed while it was read. The next run takes it as it is then.")
     with stage.progress(f"tokenising {source.path.name}", len(examples)) as progress:
-        tokenized, untokenizable = encode_all(
-            examples, encoder_of(stage.settings, stage.model), lambda done, _: progress.update(done)
-        )
+        tokenized, untokenizable = encode_all(examples, encoder_of(stage), lambda done, _: progress.update(done))
     table = to_table(examples, tokenized, source.schema)
     rejects = sorted([*unreadable, *untokenizable], key=lambda reject: reject.line)
     notes = {

@@ -9,18 +9,9 @@ import pyarrow.compute as pc
 
 from prism_assets.corpus.token_tables import column_sum
 from prism_assets.identity import shard_name
+from prism_assets.tables import schema_of
 
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("candidates_fingerprint", pa.string()),
-        ("rows", pa.int64()),
-        ("canonical_rows", pa.int64()),
-        ("completion_tokens", pa.int64()),
-        ("excluded_rows", pa.list_(pa.int32())),
-        ("excluded_reasons", pa.list_(pa.string())),
-    ]
-)
+MANIFEST_SCHEMA = schema_of("live_pool")
 
 
 def manifest(
@@ -32,7 +23,7 @@ def manifest(
     an id of `forbidden` is contamination and never counts.
     """
     ids = pa.concat_arrays([pa.array([], pa.string()), *(c for table in shards.values() for c in table["id"].chunks)])
-    contaminated = pc.is_in(ids, value_set=pa.array(sorted(forbidden), pa.string())).to_numpy(zero_copy_only=False)
+    contaminated = pc.is_in(ids, value_set=pa.array(sorted(forbidden), pa.string())).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
     codes = ids.dictionary_encode().indices.to_numpy()
     repeated = np.ones(len(codes), dtype=bool)
     repeated[np.unique(codes, return_index=True)[1]] = False  # the first in order of the shard keys stays
@@ -45,7 +36,7 @@ def manifest(
         first += table.num_rows
         excluded = np.flatnonzero(left_out[its])
         counted = table.filter(pa.array(~left_out[its]))
-        for entry in pc.value_counts(counted["source"]).to_pylist():
+        for entry in pc.value_counts(counted["source"]).to_pylist():  # pyright: ignore[reportAttributeAccessIssue]
             source = entry["values"] or shard_name(key)
             sources[source] = sources.get(source, 0) + entry["counts"]
         rows.append(

@@ -11,37 +11,18 @@ import pyarrow as pa
 from prism_assets.corpus.encoder import Encoder, TokenizedExample, TokenizedPair, last_run
 from prism_assets.corpus.records import Example, Reject, excerpt_of, messages_to_json
 from prism_assets.corpus.template import Untokenizable
+from prism_assets.tables import schema_of
 
-_TOKEN_FIELDS = [("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
-CANDIDATE_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("line", pa.int64()),
-        ("record_id", pa.string()),
-        ("source", pa.string()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("messages", pa.string()),
-        ("rejected", pa.string()),
-        ("group", pa.string()),
-        ("answers", pa.list_(pa.string())),
-        *_TOKEN_FIELDS,
-        ("tokens", pa.int32()),
-        ("completion_tokens", pa.int32()),
-    ]
-)
-
+CANDIDATE_SCHEMA = schema_of("candidates")
 # conversation_id is the id that a candidate of equal content has: the id of a pair covers ``rejected`` too.
 TARGET_SCHEMA = pa.schema(
     [
         *CANDIDATE_SCHEMA,
         ("conversation_id", pa.string()),
-        *[(f"rejected_{name}", kind) for name, kind in _TOKEN_FIELDS],
+        *[(f"rejected_{name}", CANDIDATE_SCHEMA.field(name).type) for name in ("input_ids", "loss_mask")],
     ]
 )
-REJECTS_SCHEMA = pa.schema(
-    [("line", pa.int64()), ("field", pa.string()), ("reason", pa.string()), ("excerpt", pa.string())]
-)
+REJECTS_SCHEMA = schema_of("rejects")
 
 
 def completion_tokens(example: TokenizedExample | TokenizedPair) -> int:
@@ -150,5 +131,5 @@ def column_sum(table: pa.Table, column: str) -> int:
     """The sum of a column, 0 of an empty one."""
     import pyarrow.compute as pc
 
-    total: Any = pc.sum(table[column]).as_py()
+    total: Any = pc.sum(table[column]).as_py()  # pyright: ignore[reportAttributeAccessIssue]
     return total or 0

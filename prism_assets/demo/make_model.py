@@ -156,7 +156,7 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exa
     model.eval()
     texts = [example.prompt for example in examples]
     prompts = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    output = model.generate(
+    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         input_ids=prompts["input_ids"],
         attention_mask=prompts["attention_mask"],
         max_new_tokens=12,

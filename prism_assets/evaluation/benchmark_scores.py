@@ -7,6 +7,7 @@ from prism_assets.evaluation.scores import seed_note
 from prism_assets.identity import base_key, seed_partition, split_key
 from prism_assets.resources.lake import Artifact, Lake, Rows
 from prism_assets.stage import Stage
+from prism_assets.tables import schema_of
 from prism_assets.training.adapter import adapter_state
 
 if TYPE_CHECKING:
@@ -76,13 +77,7 @@ def _run(stage: Stage, tasks: "Sequence[Task]", adapter: Artifact | None, head: 
             batch_size=stage.settings.evaluation.batch_size,
             limit=stage.settings.evaluation.benchmark_limit,
         )
-    text, number = pa.string(), pa.int64()
-    schema = pa.schema(
-        {
-            **{"task": text, "metric": text, "filter": text, "value": pa.float64(), "higher_is_better": pa.bool_()},
-            **{"documents": number, "shots": number, "task_version": text, "asked": pa.bool_()},
-        }
-    )
+    schema = schema_of("benchmarks")
     return Rows(pa.Table.from_pylist([score._asdict() for score in scores], schema=schema), seed_note(adapter))
 
 

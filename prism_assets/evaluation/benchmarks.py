@@ -11,14 +11,13 @@ import glob
 import logging
 import math
 import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from prism_assets.compat import harness_yaml_loader
+from prism_assets.compat import bars_for_terminals, harness_yaml_loader
 from prism_assets.errors import UnusableBenchmark
 from prism_assets.resources.lake.hashing import hash_file, hash_folder
 from prism_assets.resources.lake.recipe import digest
@@ -192,7 +191,7 @@ def run_tasks(
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _seeded(), _bars_for_terminals():
+    with _seeded(), bars_for_terminals():
         with _only_errors("lm_eval.api.task"):  # it warns of every default that a task file leaves to it
             loaded, asked = _load(tasks)
         with _only_errors("lm_eval.models.huggingface"):  # it warns of every model that is given in memory
@@ -291,21 +290,3 @@ def _only_errors(name: str) -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-@contextmanager
-def _bars_for_terminals() -> Iterator[None]:
-    """The harness's progress bars only on a terminal, and gone when they are full; it has no switch for either."""
-    from tqdm.std import tqdm
-
-    original = tqdm.__init__
-
-    def init(bar: tqdm, *arguments: Any, **options: Any) -> None:
-        disable = options.get("disable") or not sys.stderr.isatty()
-        original(bar, *arguments, **{**options, "leave": False, "disable": disable})
-
-    tqdm.__init__ = init
-    try:
-        yield
-    finally:
-        tqdm.__init__ = original

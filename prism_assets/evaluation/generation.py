@@ -24,7 +24,6 @@ def generate(
     eos_token_id: int | Sequence[int] | None,
     max_new_tokens: int,
     batch_size: int = 16,
-    context_length: int | None = None,
 ) -> list[np.ndarray]:
     """Greedy continuations, int32 [<= max_new_tokens] each, of `prompts`, token ids [T_i] each, in order.
 
@@ -33,8 +32,8 @@ def generate(
     that the checkpoint carries (sampling, penalties, suppressed tokens) are put aside for the call.
     `model` is a transformers causal LM, or one with LoRA by PEFT.
 
-    A prompt that leaves no room for `max_new_tokens` within `context_length` (default: the model's
-    `max_position_embeddings`) loses its start, as everywhere in this project. Raises ValueError for an empty
+    A prompt that leaves no room for `max_new_tokens` within the model's `max_position_embeddings` loses its start, as
+    everywhere in this project. Raises ValueError for an empty
     prompt (naming its position) and where `max_new_tokens` leaves no room for any prompt.
     """
     if max_new_tokens < 1 or batch_size < 1:
@@ -42,7 +41,7 @@ def generate(
     # PEFT puts LoRA layers into the model itself, so the model inside a PeftModel is the adapted one.
     given = cast("Any", model)
     inner = given.get_base_model() if hasattr(model, "get_base_model") else given
-    limit = context_length or getattr(inner.config, "max_position_embeddings", None)
+    limit = getattr(inner.config, "max_position_embeddings", None)
     if limit is not None and limit <= max_new_tokens:
         raise ValueError(
             f"max_new_tokens is {max_new_tokens}, but the context has {limit} tokens: no room for a prompt"

@@ -73,7 +73,7 @@ def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> t
             peft_model,
             [prompt_tokens(records.examples[position]) for position in asked],
             pad_token_id=pad_token_id(tokenizer),
-            eos_token_id=list(encoder_of(settings, stage.model).stop_token_ids),
+            eos_token_id=list(encoder_of(stage).stop_token_ids),
             max_new_tokens=settings.evaluation.max_new_tokens,
             batch_size=settings.evaluation.batch_size,
         )

@@ -19,7 +19,7 @@ from prism_assets.report.files import page_head, replace_texts
 from prism_assets.resources.lake import Artifact, Rows, references
 from prism_assets.settings import Settings
 from prism_assets.stage import Stage
-from prism_assets.tables import METRICS
+from prism_assets.tables import METRICS, schema_of
 from prism_assets.work import Outcome, each_partition, stage_of
 
 
@@ -69,15 +69,7 @@ def _rows(stage: Stage, target: str, content: Mapping[str, Any], trials: int) ->
     from prism_assets.experiment.summary import long_table
 
     data = {**page_head(stage), "targets": {target: content}}
-    schema = pa.schema(
-        [
-            *((name, pa.string()) for name in ("target", "strategy", "other", "metric")),
-            *((name, pa.float64()) for name in ("mean", "std", "low", "high")),
-            ("units", pa.int64()),
-            ("unit", pa.string()),
-        ]
-    )
-    table = pa.Table.from_pylist(long_table(target, content), schema)
+    table = pa.Table.from_pylist(long_table(target, content), schema_of("experiments"))
     return Rows(
         table,
         {"trials": trials},

@@ -18,7 +18,7 @@ from prism_assets.project import Project
 from prism_assets.resources.lake import Artifact, Rows
 from prism_assets.selection.selection import make_selection, selection_inputs
 from prism_assets.stage import Made, Stage
-from prism_assets.tables import METRICS
+from prism_assets.tables import METRICS, schema_of
 from prism_assets.training.adapter import make_adapter
 from prism_assets.work import Outcome, each_partition, stage_of
 
@@ -120,16 +120,8 @@ def _row(named: Mapping, base: Artifact, made_from: Mapping[str, Artifact]) -> R
         "selected_rows": selection.notes["rows"],
         "completion_tokens": selection.notes["completion_tokens"],
     }
-    schema = pa.schema(
-        [
-            *((name, pa.string()) for name in ("target", "strategy")),
-            *((name, pa.int64()) for name in ("split", "seed")),
-            *((f"{of}{metric}", pa.float64()) for of in ("", "base_") for metric in METRICS),
-            *((name, pa.int64()) for name in ("selected_rows", "completion_tokens")),
-        ]
-    )
     costs = [Cost(name, one.fingerprint, *recorded_cost(one)) for name, one in made_from.items()]
-    return Rows(pa.Table.from_pylist([row], schema), {**row, "costs": [one._asdict() for one in costs]})
+    return Rows(pa.Table.from_pylist([row], schema_of("trials")), {**row, "costs": [one._asdict() for one in costs]})
 
 
 def recorded_cost(artifact: Artifact) -> tuple[float | None, float | None]:

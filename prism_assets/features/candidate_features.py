@@ -13,6 +13,7 @@ from prism_assets.progress import Progress
 from prism_assets.project import Check, Project
 from prism_assets.resources.lake import Artifact, Rows, hash_table
 from prism_assets.stage import Made, Stage
+from prism_assets.tables import schema_of
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:
@@ -98,14 +99,6 @@ def _gradients(work: GradientPass, rows: "pa.Table", progress: Progress) -> Rows
 def _list_blocks(made: Sequence[Artifact]) -> Rows:
     import pyarrow as pa
 
-    schema = pa.schema(
-        [
-            ("block", pa.string()),
-            ("block_content_hash", pa.string()),
-            ("rows", pa.int64()),
-            ("refused", pa.int64()),
-        ]
-    )
     rows = [
         {
             "block": block.fingerprint,
@@ -120,7 +113,7 @@ def _list_blocks(made: Sequence[Artifact]) -> Rows:
         "refused": sum(block.notes["refused"] for block in made),
         "mean_log_prob": weighted_mean([(one.notes["mean_log_prob"], one.notes["rows"]) for one in made]),
     }
-    return Rows(pa.Table.from_pylist(rows, schema), notes)
+    return Rows(pa.Table.from_pylist(rows, schema_of("candidate_features")), notes)
 
 
 def _outcome(stage: Stage, features: Artifact, its_blocks: Sequence[Artifact], computed: int) -> Outcome:

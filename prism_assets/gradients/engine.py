@@ -27,6 +27,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from prism_assets.errors import UnsuitableSetting
 from prism_assets.gradients.batching import (
     Batch,
     Example,
@@ -140,7 +141,7 @@ class GradientEngine:
         preconditioner = preconditioner or Preconditioner.build("sgd")
         preconditioner.check(self.parameter_shapes)
         if sketch.dim > self.num_parameters:
-            raise ValueError(
+            raise UnsuitableSetting(
                 f"a sketch of {sketch.dim} dimensions is larger than the adapter's {self.num_parameters} "
                 "parameters: lower sketch_dim, or use exact features"
             )

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from prism_assets.errors import TooLittleMemory
 from prism_assets.gradients.batching import Example, Progress, check_examples, default_token_budget, plan_batches
 from prism_assets.gradients.memory import is_out_of_memory
 from prism_assets.gradients.transfer import HostCopy, a_batch_late, to_device
@@ -57,7 +58,7 @@ def representations(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise MemoryError(
+            raise TooLittleMemory(
                 f"hidden states of {len(positions)} examples of up to {ids.shape[1]} tokens do not fit the memory of "
                 f"{device}: set features.token_budget below {budget}"
             ) from error

@@ -43,8 +43,8 @@ class AdaptedLinear:
         self.module = module
         self.name_a = f"{name}.lora_A.weight"
         self.name_b = f"{name}.lora_B.weight"
-        self.factor_a: nn.Parameter = module.lora_A[adapter].weight  # [r, in]
-        self.factor_b: nn.Parameter = module.lora_B[adapter].weight  # [out, r]
+        self.factor_a: nn.Parameter = module.lora_A[adapter].weight  # [r, in]  # pyright: ignore[reportAttributeAccessIssue]
+        self.factor_b: nn.Parameter = module.lora_B[adapter].weight  # [out, r]  # pyright: ignore[reportAttributeAccessIssue]
         self.scaling = float(module.scaling[adapter])
         self.dropout: nn.Module = module.lora_dropout[adapter]  # in front of A; nothing where it has none
         self.base: Any = module.get_base_layer()  # a linear layer or GPT-2's Conv1D
@@ -134,7 +134,7 @@ def tapped(layers: list[AdaptedLinear]) -> Iterator[None]:
 
     saved = [layer.module.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        layer.module.forward = forward_of(layer)
+        layer.module.forward = forward_of(layer)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
@@ -209,8 +209,8 @@ def _check_configuration(model: PeftModel) -> str:
     for field, label in refused.items():
         if getattr(config, field, None):
             raise UnsupportedModelError(f"adapter {adapter!r} uses {label}, which is not supported")
-    if config.bias != "none":
-        raise UnsupportedModelError(f"adapter {adapter!r} trains biases (bias={config.bias!r}), which is not supported")
+    if config.bias != "none":  # pyright: ignore[reportAttributeAccessIssue]
+        raise UnsupportedModelError(f"adapter {adapter!r} trains biases (bias={config.bias!r}), which is not supported")  # pyright: ignore[reportAttributeAccessIssue]
     return adapter
 
 

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prism_assets.errors import UnsuitableSetting
+
 KINDS = ("sgd", "adam", "adam_step", "adam_less")
 LINEAR_KINDS = ("sgd", "adam")
 LESS_EPS = 1e-8
@@ -74,7 +76,9 @@ class Preconditioner:
             if pair.exp_avg.shape != pair.exp_avg_sq.shape:
                 raise ValueError(f"moments of {name} differ in shape: {pair.exp_avg.shape}, {pair.exp_avg_sq.shape}")
             if not (torch.isfinite(pair.exp_avg).all() and torch.isfinite(pair.exp_avg_sq).all()):
-                raise ValueError(f"moments of {name} are not finite; repeat the warm-up with a lower learning rate")
+                raise UnsuitableSetting(
+                    f"moments of {name} are not finite; repeat the warm-up with a lower learning rate"
+                )
             if (pair.exp_avg_sq < 0).any():
                 raise ValueError(f"second moment of {name} is negative: exp_avg and exp_avg_sq may be swapped")
         return cls(kind, moments, step, (float(betas[0]), float(betas[1])), float(eps))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TypeVar
 
+from prism_assets.errors import TooLittleMemory
 from prism_assets.gradients.batching import Example, context_length, default_token_budget, plan_batches
 from prism_assets.gradients.memory import Activations, MemoryLimit, halves, is_out_of_memory, release_memory
 
@@ -84,10 +85,10 @@ class BatchRunner:
             return True
         raise self._too_long(positions[0], width, needed)
 
-    def _too_long(self, position: int, width: int, needed: float | None = None) -> MemoryError:
+    def _too_long(self, position: int, width: int, needed: float | None = None) -> TooLittleMemory:
         free = max(self.memory.free(), 0)
         figures = f": it needs about {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are left" if needed else ""
-        return MemoryError(
+        return TooLittleMemory(
             f"example {position} alone ({width} tokens) does not fit the memory of {self.device}{figures}. Raise "
             "execution.memory, lower tokenization.max_length, or load the model in bfloat16 (model.dtype)"
         )

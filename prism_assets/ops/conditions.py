@@ -2,20 +2,16 @@
 
 import dagster as dg
 
+from prism_assets.compat import any_deps_changed
 from prism_assets.project import Project
-from prism_assets.tables import Asset
+from prism_assets.tables import Asset, Needs
 
 C = dg.AutomationCondition
 
-# An input changed: its data version did, or it is made in the same run. An input that was made again with the same
-# content did not change.
-_INPUT_CHANGED = C.any_deps_updated().replace(
-    "newly_updated_without_root", C.data_version_changed() & ~C.executed_with_root_target()
-)
 # `since(newly_requested)` keeps a change that comes while the asset is being made; `eager` would lose it. A request is
 # seen as new on the tick after it, and in `since` a reset beats a trigger of the same tick: without `& ~trigger` a
 # change between the request and the next tick would be lost.
-_TRIGGER = _INPUT_CHANGED | C.code_version_changed()
+_TRIGGER = any_deps_changed() | C.code_version_changed()
 _CHANGED = _TRIGGER.since(C.newly_requested() & ~_TRIGGER)
 # Not `on_missing`: that ignores what was missing when the daemon first looked. What failed waits for its inputs to
 # change, or for a manual run.
@@ -46,28 +42,25 @@ class NotFullPool(dg.AutomationCondition):
 
 def condition_of(project: Project, asset: Asset) -> dg.AutomationCondition | None:
     """The condition of an asset; None for one that is started manually only."""
-
-    def present(dep: str) -> dg.AutomationCondition:
-        return C.any_deps_match(~C.missing()).allow(dg.AssetSelection.assets(project.key(dep)))
-
     usual: dict[str | None, dg.AutomationCondition | None] = {
         "when_missing": _WHEN_MISSING,
         "follow": _FOLLOW,
         "follow_arrivals": _FOLLOW_ARRIVALS,
         None: None,
     }
-    # Those that follow arrivals are not held back by inputs in progress, only by what they cannot do without.
-    needed: dict[str, dg.AutomationCondition] = {
-        "live_pool": present("candidates"),
-        "candidate_index": C.any_deps_match(~C.missing() | C.will_be_requested()).allow(
-            dg.AssetSelection.assets(project.key("candidate_features"))
-        ),
-        # A selection is made from the pool that the index shows, and again later.
-        "selection": ~C.any_deps_missing(),
-    }
     condition = usual[asset.condition]
-    if condition is not None and asset.name in needed:
-        condition = condition & needed[asset.name]
-    if condition is not None and asset.partitions == "target_strategy":
+    if condition is None:
+        return None
+    if asset.needs is not None:
+        condition = condition & _there(project, asset.needs)
+    if asset.partitions == "target_strategy":
         condition = condition & NotFullPool()
     return condition
+
+
+def _there(project: Project, needs: Needs) -> dg.AutomationCondition:
+    """Those that follow arrivals are not held back by inputs in progress, only by what they cannot do without."""
+    if needs.asset is None:
+        return ~C.any_deps_missing()
+    there = ~C.missing() | C.will_be_requested() if needs.asked_for else ~C.missing()
+    return C.any_deps_match(there).allow(dg.AssetSelection.assets(project.key(needs.asset)))

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prism_assets.errors import LakeError, ModelError, PrismError, SettingsError
 from prism_assets.identity import join_key
-from prism_assets.resources.lake import Artifact, Lake, Recipe
+from prism_assets.resources.lake import Artifact, Recipe
 from prism_assets.resources.model.language_model import LanguageModel
-from prism_assets.settings import Settings
 from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
@@ -31,9 +30,9 @@ def examine(stage: Stage) -> list[Finding]:
     return [
         *_versions(),
         *_device(stage.model),
-        *_model(stage.settings, stage.model),
+        *_model(stage),
         *_adapter(stage),
-        *_files(stage.settings, stage.lake),
+        *_files(stage),
         *_stale(stage),
     ]
 
@@ -70,11 +69,11 @@ def _device(model: LanguageModel) -> list[Finding]:
     return [Finding("ok", "device", f"{device.type} ({name}), weights in {model.torch_dtype()}")]
 
 
-def _model(settings: Settings, model: LanguageModel) -> list[Finding]:
+def _model(stage: Stage) -> list[Finding]:
     from prism_assets.corpus.encoding import require_context
 
     try:
-        identity = model.identify()
+        identity = stage.model_identity
     except ModelError as error:
         return [Finding("problem", "model", str(error))]
     size = identity.parameters_on_disk / 2**20
@@ -82,11 +81,11 @@ def _model(settings: Settings, model: LanguageModel) -> list[Finding]:
         Finding(
             "ok",
             "model",
-            f"{settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {identity.fingerprint[:12]}",
+            f"{stage.settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {identity.fingerprint[:12]}",
         )
     ]
     try:
-        require_context(settings, model)
+        require_context(stage)
     except ModelError as error:
         found.append(Finding("problem", "max_length", str(error)))
     return found
@@ -97,7 +96,7 @@ def _adapter(stage: Stage) -> list[Finding]:
     from prism_assets.reference.rehearsal import rehearse
 
     try:
-        stage.model.identify()
+        _ = stage.model_identity
     except ModelError:
         return []  # said above
     try:
@@ -109,13 +108,14 @@ def _adapter(stage: Stage) -> list[Finding]:
     return [Finding("ok", "adapter", words + left_out)]
 
 
-def _files(settings: Settings, lake: Lake) -> list[Finding]:
+def _files(stage: Stage) -> list[Finding]:
     from prism_assets.corpus.candidates import scan_inbox
 
+    settings = stage.settings
     findings = []
     inbox = settings.candidates.inbox
     if inbox.is_dir():
-        found = scan_inbox(settings, lake, at_rest_seconds=0)
+        found = scan_inbox(stage, at_rest_seconds=0)
         size = sum(file.size for file in found.files) / 2**20
         state = "ok" if found.files else "problem"
         findings.append(Finding(state, "inbox", f"{inbox}: {len(found.files)} files, {size:,.1f} MiB"))
@@ -141,7 +141,7 @@ def _stale(stage: Stage) -> list[Finding]:
         return []  # reported by `_model`
     if not settings.candidates.inbox.is_dir():
         return []
-    keys = sorted(inbox_files(settings, stage.lake, at_rest_seconds=0))
+    keys = sorted(inbox_files(stage, at_rest_seconds=0))
     unread = [key for key in keys if stage.shown_or_none("candidates", key) is None]
     findings = [_share("candidates", len(unread), len(keys), "files are not ingested"), *_rejected(stage, keys)]
     if stage.shown_or_none("warmup_checkpoints") is None:

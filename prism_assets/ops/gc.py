@@ -1,27 +1,21 @@
 """`prism gc`: what no head, no chain of a head and no kept feature version needs, listed and then removed."""
 
-import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.catalog.lineage import all_references
 from prism_assets.errors import DamagedArtifact, LakeError, ModelError
 from prism_assets.identity import feature_versions, version_of_scope
-from prism_assets.resources.lake import Artifact, Lake
-from prism_assets.resources.store import DRAFTS
-from prism_assets.tables import table_named
+from prism_assets.resources.lake import Artifact, Lake, upkeep
+from prism_assets.tables import table_named, tables
 
 if TYPE_CHECKING:
     import dagster as dg
 
     from prism_assets.stage import Stage
 
-# What may lie beside a table under its fingerprint.
-_ATTACHED = (".jsonl", ".json", ".html")
-_FINGERPRINT = re.compile(r"[0-9a-f]{32}\Z")
 DEFAULT_MIN_AGE = 3600.0
 DEFAULT_KEEP = 1
 
@@ -31,7 +25,7 @@ class Removal(NamedTuple):
 
     table: str | None
     fingerprint: str | None
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # of the store; `upkeep.path_of` says where it lies
     bytes: int
     partition: str | None = None
     version: str | None = None
@@ -116,7 +110,10 @@ def plan(
         dropped_versions=[name for name in known if not any(version_of_scope(head["scope"]) == name for head in kept)],
         heads=[head for head in heads if _head_id(head) not in kept_heads],
         artifacts=[_removal(lake, one) for key, one in artifacts.items() if key not in needed],
-        leftovers=list(_leftovers(lake, now - min_age, {fingerprint for _, fingerprint in needed})),
+        leftovers=[
+            Removal(None, None, (key,), upkeep.size_of(lake, key))
+            for key in upkeep.leftovers(lake, now - min_age, {fingerprint for _, fingerprint in needed})
+        ],
         spared_for_age=len(needed - needed_at_any_age),
         spared_since=since,
     )
@@ -158,9 +155,9 @@ def _needed(
             by_scope.append(head)
     _refuse_damaged(lake, artifacts, kept)
     roots = [_key(head) for head in kept]
-    roots += [key for key, one in artifacts.items() if lake.store.changed(one.key) >= since]
-    roots += _selections_of(lake, artifacts, wanted.versions[1:])
-    roots += _unfinished_blocks(artifacts, heads, wanted.versions[:1], live)
+    roots += [key for key, one in artifacts.items() if upkeep.changed_at(lake, one) >= since]
+    roots += _last_of(lake, artifacts, wanted.versions[1:])
+    roots += _unfinished_parts(artifacts, heads, wanted.versions[:1], live)
     if wanted.running_since is not None:
         moved = {head["table"] for head in heads if head["time"] >= wanted.running_since}
         roots += [key for key in artifacts if key[0] in moved]
@@ -206,46 +203,48 @@ def _add_chains(lake: Lake, artifacts: Mapping[_Key, Artifact], roots: Iterable[
     needed |= only_looked_at & artifacts.keys()
 
 
-def _selections_of(lake: Lake, artifacts: Mapping[_Key, Artifact], versions: Collection[str]) -> list[_Key]:
-    """The last selection of each target and strategy in each of the versions."""
-    last: dict[tuple[str, str | None], Artifact] = {}
+def _last_of(lake: Lake, artifacts: Mapping[_Key, Artifact], versions: Collection[str]) -> list[_Key]:
+    """The last artefact of each partition (target and strategy, of a selection) in each of the versions."""
+    kept = {one.name for one in tables() if one.last_stays}
+    last: dict[tuple[str, str, str | None], Artifact] = {}
     for (table, _), one in artifacts.items():
         version = one.header.get("version")
-        if table == "selection" and version is not None and version in versions:
-            before = last.get((version, one.partition))
-            if before is None or lake.store.changed(before.key) < lake.store.changed(one.key):
-                last[version, one.partition] = one
+        if table in kept and version is not None and version in versions:
+            before = last.get((table, version, one.partition))
+            if before is None or upkeep.changed_at(lake, before) < upkeep.changed_at(lake, one):
+                last[table, version, one.partition] = one
     return [(one.table, one.fingerprint) for one in last.values()]
 
 
-def _unfinished_blocks(
+def _unfinished_parts(
     artifacts: Mapping[_Key, Artifact],
     heads: Sequence[Mapping[str, Any]],
     current: Collection[str],
     live: Collection[str] | None,
 ) -> list[_Key]:
-    """All blocks of the current version where a live shard has no features in it: some may be that shard's."""
-    finished = {
-        h["partition"] for h in heads if h["table"] == "candidate_features" and version_of_scope(h["scope"]) in current
-    }
-    shards = {h["partition"] for h in heads if h["table"] == "candidates"} if live is None else set(live)
-    if shards <= finished:
-        return []
-    return [
-        key for key, one in artifacts.items() if key[0] == "feature_blocks" and one.header.get("version") in current
-    ]
+    """All parts (blocks, of features) of the current version where a live shard has no whole in it: some may be that
+    shard's."""
+    by_shard = {one.name for one in tables() if one.by_shard}
+    shards = {head["partition"] for head in heads if head["table"] in by_shard} if live is None else set(live)
+    found = []
+    for part in tables():
+        whole = [head for head in heads if head["table"] == part.parts_of]
+        finished = {head["partition"] for head in whole if version_of_scope(head["scope"]) in current}
+        if part.parts_of is not None and not shards <= finished:
+            found += [
+                key for key, one in artifacts.items() if key[0] == part.name and one.header.get("version") in current
+            ]
+    return found
 
 
 def _refuse_damaged(lake: Lake, artifacts: Mapping[_Key, Artifact], heads: Iterable[Mapping[str, Any]]) -> None:
     for head in heads:
-        if _key(head) in artifacts:
-            continue
-        for key in _keys_of(lake, *_key(head)):
-            if _suffix(key) not in _ATTACHED:
-                raise DamagedArtifact(
-                    f"{lake.store.local(key)} is damaged, so what it was made from is not known. Run `prism run` "
-                    "first: it sets the file aside and makes it again."
-                )
+        path = None if _key(head) in artifacts else upkeep.file_of(lake, *_key(head))
+        if path is not None:
+            raise DamagedArtifact(
+                f"{path} is damaged, so what it was made from is not known. Run `prism run` first: it sets the "
+                "file aside and makes it again."
+            )
 
 
 def _key(head: Mapping[str, Any]) -> _Key:
@@ -259,39 +258,10 @@ def _head_id(head: Mapping[str, Any]) -> tuple[str, str, str | None]:
 # -- what goes ----------------------------------------------------------------------------------------------------
 
 
-def _keys_of(lake: Lake, table: str, fingerprint: str) -> tuple[str, ...]:
-    """The file or folder of an artefact and what lies beside it, the artefact itself first."""
-    found = [key for key in lake.store.keys(f"artifacts/{table}/{fingerprint}*") if not key.endswith(".damaged")]
-    return tuple(sorted(found, key=lambda key: (_suffix(key) in _ATTACHED, key)))
-
-
 def _removal(lake: Lake, artifact: Artifact) -> Removal:
-    keys = _keys_of(lake, artifact.table, artifact.fingerprint)
-    size = sum(lake.store.size(key) for key in keys)
+    keys = upkeep.keys_of(lake, artifact.table, artifact.fingerprint)
     version = artifact.header.get("version")
-    return Removal(artifact.table, artifact.fingerprint, keys, size, artifact.partition, version)
-
-
-def _leftovers(lake: Lake, before: float, needed: Collection[str]) -> Iterator[Removal]:
-    """What is no artefact: drafts of killed runs, attachments without their table and what is remembered of artefacts
-    other than the needed ones, if older than `before`; and every damaged file."""
-    store = lake.store
-    drafts = [*store.keys(f"{DRAFTS}/*"), *store.keys("heads/*/*/.*"), *store.keys("cache/**/.*")]
-    attached = [key for key in store.keys("artifacts/*/*") if _suffix(key) in _ATTACHED]
-    alone = [key for key in attached if not store.exists(f"{key.removesuffix(_suffix(key))}.parquet")]
-    remembered = [key for key in store.files("cache/*/**/*") if _FINGERPRINT.match(_name(key))]
-    of_others = [key for key in remembered if _name(key) not in needed]
-    old = [key for key in (*drafts, *alone, *of_others) if store.changed(key) < before]
-    for key in sorted([*old, *store.keys("artifacts/*/*.damaged")]):
-        yield Removal(None, None, (key,), store.size(key))
-
-
-def _name(key: str) -> str:
-    return key.rpartition("/")[2]
-
-
-def _suffix(key: str) -> str:
-    return PurePosixPath(key).suffix
+    return Removal(artifact.table, artifact.fingerprint, keys, upkeep.size_of(lake, *keys), artifact.partition, version)
 
 
 def _follows(head: Mapping[str, Any]) -> bool:
@@ -319,7 +289,7 @@ def collect(lake: Lake, plan: Plan) -> dict[str, tuple[int, int]]:
         if (one.table, one.fingerprint) in shown:
             continue
         for key in one.keys:
-            lake.store.discard(key)
+            upkeep.discard(lake, key)
         count, size = removed.get(one.table or "leftovers", (0, 0))
         removed[one.table or "leftovers"] = (count + 1, size + one.bytes)
     return dict(sorted(removed.items()))
@@ -341,7 +311,7 @@ def what_is_current(stage: "Stage") -> Current:
     from prism_assets.corpus.candidates import inbox_files
 
     inbox = stage.settings.candidates.inbox
-    shards = tuple(inbox_files(stage.settings, stage.lake, at_rest_seconds=0)) if inbox.is_dir() else None
+    shards = tuple(inbox_files(stage, at_rest_seconds=0)) if inbox.is_dir() else None
     try:
         scopes = (stage.corpus_version, stage.warmup_scope)
     except ModelError:
@@ -390,7 +360,7 @@ def summary(
                 "partition": one.partition,
                 "version": one.version,
                 "bytes": one.bytes,
-                "paths": [str(lake.store.local(key)) for key in one.keys],
+                "paths": [str(upkeep.path_of(lake, key)) for key in one.keys],
             }
             for one in (*plan.artifacts, *plan.leftovers)
         ],

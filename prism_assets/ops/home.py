@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from prism_assets.engines import open_lake
 from prism_assets.errors import UserMistake
 from prism_assets.settings import Settings
 
@@ -30,9 +31,10 @@ def dagster_home(settings: Settings) -> Path:
     Raises UserMistake where the one that is set serves this project for another lake.
     """
     given = os.environ.get("DAGSTER_HOME")
-    home = Path(given) if given else settings.storage.root / "dagster"
+    lake = open_lake(settings)
+    home = Path(given) if given else lake.home_of("dagster")
     home.mkdir(parents=True, exist_ok=True)
-    claim_home(home, settings.storage.root)
+    claim_home(home, lake.folder)
     instance_file = home / "dagster.yaml"
     if not instance_file.exists():
         shutil.copyfile(package_file("dagster.yaml"), instance_file)

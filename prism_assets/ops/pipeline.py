@@ -4,13 +4,14 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import PipelineError, RunRefused, UserMistake, error_named
 from prism_assets.identity import join_key
 from prism_assets.project import MODEL_POOL, Project
 from prism_assets.settings import Settings
-from prism_assets.tables import ASSETS, Partitions
+from prism_assets.tables import ASSETS, Command, Partitions, asset_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,26 +32,17 @@ class Step(NamedTuple):
     partitions: Partitions
 
 
-def steps_of_run() -> tuple[Step, ...]:
-    """The steps that the registry names, in its order."""
-    titles = dict.fromkeys(one.step for one in ASSETS if one.step)
-    return tuple(_step(title, [one.name for one in ASSETS if one.step == title]) for title in titles)
+def steps_of(command: Command) -> tuple[Step, ...]:
+    """The steps that the registry names for a command, in its order: also of assets that were registered since."""
+    titles = dict.fromkeys(one.step for one in ASSETS if one.step and command in one.commands)
+    return tuple(_step(title) for title in titles)
 
 
-def _step(title: str, names: Sequence[str]) -> Step:
-    partitions: set[Partitions] = {one.partitions for one in ASSETS if one.name in names}
+def _step(title: str) -> Step:
+    assets = [one for one in ASSETS if one.step == title]
+    partitions: set[Partitions] = {one.partitions for one in assets}
     assert len(partitions) == 1, (title, partitions)
-    return Step(title, tuple(names), partitions.pop())
-
-
-STEPS: tuple[Step, ...] = steps_of_run()
-# Not among the steps of `prism run`: it would cost every run minutes.
-TRUST = _step("Trust", ["trust"])
-# The steps of `prism experiment`: what all trials share, then the trials.
-EXPERIMENT_STEPS: tuple[Step, ...] = (
-    *STEPS[: [step.title for step in STEPS].index("Index") + 1],
-    _step("Experiment", ["experiment_trials", "experiment"]),
-)
+    return Step(title, tuple(one.name for one in assets), partitions.pop())
 
 
 class StepResult(NamedTuple):
@@ -83,21 +75,19 @@ def run_pipeline(
     *,
     targets: Sequence[str] | None = None,
     steps: Sequence[Step] | None = None,
-    tags: Mapping[str, str] | None = None,
     listener: Listener = Listener(),
 ) -> list[StepResult]:
     """Look at the inbox, then materialise every asset in order (or these steps); what exists is found, not computed.
 
-    `tags` are added to every run: `{"prism/compact": "true"}` compacts index segments. A run whose process was killed
-    is closed first, so that nothing waits for it. Raises PipelineError at the first run that fails, RunRefused (one of
-    them) where the user must change something.
+    A run whose process was killed is closed first, so that nothing waits for it. Raises PipelineError at the first run
+    that fails, RunRefused (one of them) where the user must change something.
     """
     from prism_assets.ops.runs import PROCESS_TAG, close_orphaned_runs, registered
 
     with registered(instance) as process:
         close_orphaned_runs(instance)
-        pipeline = Pipeline(project, definitions, instance, {**(tags or {}), PROCESS_TAG: process}, listener)
-        return pipeline.run(steps_of_run() if steps is None else steps, targets)
+        pipeline = Pipeline(project, definitions, instance, {PROCESS_TAG: process}, listener)
+        return pipeline.run(steps_of("run") if steps is None else steps, targets)
 
 
 @dataclass(frozen=True)
@@ -116,7 +106,7 @@ class Pipeline:
         from prism_assets.ops.runs import wait_for_slots
 
         self._register_inbox()
-        _require_usable_model(self.project.settings, self._stage().model)
+        _require_usable_model(self._stage())
         _check_benchmarks(self.project.settings)
         warms_up = any("warmup_checkpoints" in step.assets for step in steps)
         if warms_up and self._stage().shown_or_none("warmup_checkpoints") is None:
@@ -127,8 +117,8 @@ class Pipeline:
         for step in steps:
             self.listener.on_step(step)
             started = time.monotonic()
-            # The records of every target are read in any case: the pool keeps them all out of every ranking.
-            chosen = everything if "targets" in step.assets else targets or everything
+            of_all = any(asset_named(name).of_all_targets for name in step.assets)
+            chosen = everything if of_all else targets or everything
             runs = []
             for partition_tags in self._partition_tags(step, chosen):
                 wait_for_slots(self.instance, self._pools(step), self.listener.on_wait)
@@ -155,7 +145,7 @@ class Pipeline:
             raise RunRefused(
                 f"candidates.inbox: there is no folder {inbox}. Make it and put JSON Lines or Parquet there."
             )
-        found = scan_inbox(self.project.settings, self._stage().lake, at_rest_seconds=0)
+        found = scan_inbox(self._stage(), at_rest_seconds=0)
         if not found.files:
             ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
             raise RunRefused(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
@@ -185,15 +175,12 @@ class Pipeline:
 
     def _pending_shards(self, step: Step, keys: Sequence[str]) -> set[str]:
         """The shards that the lake has not finished, or that this Dagster instance has not seen finished."""
-        from prism_assets.corpus.candidates import pending_candidates
-        from prism_assets.features.candidate_features import pending_features
-
-        pending = {"candidates": pending_candidates, "candidate_features": pending_features}
         found: set[str] = set()
-        for asset in step.assets:
-            found |= set(keys) - self.instance.get_materialized_partitions(self.project.key(asset))
-            if asset in pending:
-                found |= set(pending[asset](self._stage(), keys))
+        for name in step.assets:
+            found |= set(keys) - self.instance.get_materialized_partitions(self.project.key(name))
+            entry = asset_named(name)
+            if entry.pending:
+                found |= set(getattr(import_module(entry.module), entry.pending)(self._stage(), keys))
         return found
 
     def _pools(self, step: Step) -> set[str]:
@@ -217,14 +204,14 @@ class Pipeline:
         return result.run_id, _computed(result), list(_failed_checks(result))
 
 
-def _require_usable_model(settings: Settings, model: Any) -> None:
+def _require_usable_model(stage: "Stage") -> None:
     """Raise UserMistake for what would fail a step later, maybe after hours: no model, no GPU, too short a context."""
     from prism_assets.corpus.encoding import require_context
     from prism_assets.errors import ModelError
 
     try:
-        model.torch_device()
-        require_context(settings, model)
+        stage.model.torch_device()
+        require_context(stage)
     except ModelError as error:
         raise RunRefused(str(error)) from error
 

@@ -4,6 +4,10 @@ A step of a pool holds one of its slots while it works. Dagster gives back the s
 for one machine never notices that a run's process is gone (killed, power cut): the run would count as started, and its
 slot as taken, for ever, and everything else would wait for it. So a process that works on a run says so by a locked
 file in the instance's folder, and the system lets go of the lock however the process ends.
+
+`flock` by hand, not filelock: that makes a file under its final name and locks it afterwards, so another process can
+see it in between without a lock and take its maker for dead. Here a draft is locked and then renamed: the lock belongs
+to the inode and goes along, so the name is never seen without it.
 """
 
 import fcntl
@@ -54,20 +58,30 @@ def work_on(run: dg.DagsterRun, instance: dg.DagsterInstance) -> None:
     _working_on = _locked(instance, run.run_id)
 
 
-def _executor(context: dg.InitExecutorContext) -> dg.Executor:
+class _Watched(dg.Executor):
     """Dagster's in-process executor, which says what it works on before its first step waits for a slot."""
-    create = dg.in_process_executor.executor_creation_fn
-    assert create is not None
-    executor = create(context)
-    execute = executor.execute
 
-    def watched(plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+    def __init__(self, executor: dg.Executor) -> None:
+        self._executor = executor
+
+    @property
+    def retries(self) -> Any:
+        return self._executor.retries
+
+    @property
+    def step_dependency_config(self) -> Any:
+        return self._executor.step_dependency_config
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         work_on(plan_context.dagster_run, plan_context.instance)
         with sleeping_while_waiting():
-            yield from execute(plan_context, execution_plan)
+            yield from self._executor.execute(plan_context, execution_plan)
 
-    executor.execute = watched
-    return executor
+
+def _executor(context: dg.InitExecutorContext) -> dg.Executor:
+    create = dg.in_process_executor.executor_creation_fn
+    assert create is not None
+    return _Watched(create(context))
 
 
 # All steps of a run in its one process: only so does the life of the process say whether the run lives.
@@ -87,7 +101,7 @@ def close_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
     executors, runs that are only starting) are left to Dagster's own run monitoring.
     """
     closed = []
-    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+    for run in [one.dagster_run for one in instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED))]:
         ours = run.tags.get(PROCESS_TAG)
         file = _folder(instance) / (ours or run.run_id)
         # A process of `prism run` has its file before its first run; one of the daemon, before its first step.

@@ -10,10 +10,11 @@ import dagster as dg
 from prism_assets.ops.home import claim_home
 from prism_assets.ops.runs import close_orphaned_runs
 from prism_assets.ops.shards import reconcile_shards
-from prism_assets.project import LAKE, Project
+from prism_assets.project import ENGINES, Project
 from prism_assets.resources.lake import Lake, digest
 from prism_assets.settings import TargetSettings
 from prism_assets.tables import ASSETS
+from prism_assets.work import stage_of
 
 
 def build_sensors(project: Project) -> list[dg.SensorDefinition]:
@@ -38,19 +39,20 @@ def _inbox(project: Project) -> dg.SensorDefinition:
         asset_selection=[project.key("live_pool")],
         minimum_interval_seconds=10,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        required_resource_keys={project.named(LAKE)},
+        required_resource_keys={project.named(one) for one in ENGINES},
         description="Notices files that arrive in the inbox, change or leave it, and makes shards of them.",
     )
     def inbox_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         """Registers settled files as shards and retires the shards of files that are gone."""
         from prism_assets.corpus.candidates import scan_inbox
 
-        lake: Lake = getattr(context.resources, project.named(LAKE))
+        stage = stage_of(project, context)
+        lake = stage.lake
         inbox = project.settings.candidates.inbox
         claim_home(Path(context.instance.root_directory), lake.folder, project.name)
         if not inbox.is_dir():
             return dg.SkipReason(f"There is no folder {inbox} yet.")
-        found = scan_inbox(project.settings, lake)
+        found = scan_inbox(stage)
         known = set(context.instance.get_dynamic_partitions(str(project.shards.name)))
         # A file that is being written keeps the shard it had until it is at rest; a new one waits.
         shard_of: dict[str, str] = json.loads(context.cursor) if context.cursor else {}

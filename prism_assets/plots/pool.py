@@ -28,12 +28,14 @@ from prism_assets.plots.canvas import (
     without_middle,
 )
 
+MOST_SOURCES = 10
 
-def score_histogram(histogram: Mapping[str, Any], *, title: str = "Influence scores of the pool") -> bytes:
+
+def score_histogram(histogram: Mapping[str, Any]) -> bytes:
     """Distribution of influence scores with the budget's cut-off.
 
     `histogram`: `edges` [bins + 1], `counts` [bins], and where known `cutoff` (lowest selected score) and
-    `selected` (rows taken), as `metrics.score_histogram` returns it. Counts are on a log axis where they span
+    `selected` (rows taken), as `selection/histogram.py` returns it. Counts are on a log axis where they span
     more than three orders of magnitude.
     """
     with rc_context(STYLE):
@@ -60,20 +62,17 @@ def score_histogram(histogram: Mapping[str, Any], *, title: str = "Influence sco
             axes.xaxis.set_major_locator(ticks(8))
         else:
             show_no_values(axes)
-        finish(axes, title, "influence score", "candidates", grid="y")
+        finish(axes, "Influence scores of the pool", "influence score", "candidates", grid="y")
         return canvas.png(figure)
 
 
 def composition(
     pool: Mapping[str, float],
     selections: Mapping[str, Mapping[str, float]],
-    *,
-    title: str = "Composition by source",
-    most_sources: int = 10,
 ) -> bytes:
     """Rows by source, as shares: one stacked bar for the pool and one per strategy.
 
-    `pool` and each of `selections`: source -> number of rows. Sources beyond the `most_sources` with the
+    `pool` and each of `selections`: source -> number of rows. Sources beyond the `MOST_SOURCES` with the
     largest share in any bar are drawn together as "other".
     """
     rows = {"pool": shares_of(pool), **{name: shares_of(counts) for name, counts in selections.items()}}
@@ -83,7 +82,7 @@ def composition(
         for source, share in shares.items():
             largest[source] = max(share, largest.get(source, 0.0))
     # One over the limit is drawn by its own name: "other (1 source)" would hide a name and save no colour.
-    limit = most_sources if len(largest) > most_sources + 1 else most_sources + 1
+    limit = MOST_SOURCES if len(largest) > MOST_SOURCES + 1 else MOST_SOURCES + 1
     shown = sorted(largest, key=lambda source: (-largest[source], source))[:limit]
     with rc_context(STYLE):
         figure, axes = new_figure(8.6, 1.3 + 0.3 * max(len(rows), 1) + 0.2 * math.ceil((len(shown) + 1) / 3))
@@ -113,7 +112,7 @@ def composition(
             figure.legend(loc="outside lower center", ncols=3, handlelength=1.0, handleheight=1.0)
         else:
             show_no_values(axes)
-        finish(axes, title, "share of the rows", "")
+        finish(axes, "Composition by source", "share of the rows", "")
         return canvas.png(figure)
 
 

@@ -33,8 +33,6 @@ from prism_assets.plots.canvas import (
 def strategies_comparison(
     strategies: Mapping[str, Mapping[str, Any]],
     base: Mapping[str, Any] | None = None,
-    *,
-    title: str = "Strategies on held-out examples",
 ) -> bytes:
     """A panel per metric: each strategy's mean over seeds ± one standard deviation; the base model as a line.
 
@@ -81,13 +79,11 @@ def strategies_comparison(
             panels[0].set_ylim(len(strategies) - 0.4, -0.6)
         else:
             show_no_values(panels[0])
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        figure.suptitle("Strategies on held-out examples", x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         return canvas.png(figure)
 
 
-def paired_differences(
-    differences: Mapping[str, Mapping[str, Mapping[str, Any]]], *, title: str = "Paired differences, with 95% intervals"
-) -> bytes:
+def paired_differences(differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
     """A panel per metric: each strategy minus each that it is compared with, its interval, and the units it rests on.
 
     `differences`: strategy -> other -> metric -> `{"mean", "interval", "values"}` or None. A metric that no pair has is
@@ -122,11 +118,11 @@ def paired_differences(
             panels[0].set_ylim(len(pairs) - 0.4, -0.6)
         else:
             show_no_values(panels[0])
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        figure.suptitle("Paired differences, with 95% intervals", x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         return canvas.png(figure)
 
 
-def stage_costs(costs: Mapping[str, Mapping[str, float]], *, unit: str, title: str = "Cost by stage") -> bytes:
+def stage_costs(costs: Mapping[str, Mapping[str, float]], *, unit: str) -> bytes:
     """One stacked bar per strategy. `costs`: strategy -> stage -> seconds; `unit` says of what (CPU, GPU)."""
     stages = list(dict.fromkeys(stage for its in costs.values() for stage in its))
     with rc_context(STYLE):
@@ -152,5 +148,5 @@ def stage_costs(costs: Mapping[str, Mapping[str, float]], *, unit: str, title: s
             figure.legend(loc="outside lower center", ncols=5, handlelength=1.0, handleheight=1.0)
         else:
             show_no_values(axes)
-        finish(axes, title, f"{unit} seconds, all trials of a strategy", "", grid="x")
+        finish(axes, "Cost by stage", f"{unit} seconds, all trials of a strategy", "", grid="x")
         return canvas.png(figure)

@@ -31,7 +31,7 @@ from prism_assets.plots.canvas import (
 )
 
 
-def loss_curve(losses: Sequence[float], *, title: str = "Training loss") -> bytes:
+def loss_curve(losses: Sequence[float]) -> bytes:
     """Loss of each optimiser step [steps] (nats per completion token), with a running mean where there are many."""
     with rc_context(STYLE):
         figure, axes = new_figure(5.4, 2.6)
@@ -46,13 +46,11 @@ def loss_curve(losses: Sequence[float], *, title: str = "Training loss") -> byte
             axes.xaxis.set_major_locator(ticks(8, integer=True))
         else:
             show_no_values(axes)
-        finish(axes, title, "optimiser step", "loss", grid="y")
+        finish(axes, "Training loss", "optimiser step", "loss", grid="y")
         return canvas.png(figure)
 
 
-def target_weights(
-    weights: Sequence[Mapping[str, Any]], *, title: str = "Weight of each target in the direction"
-) -> bytes:
+def target_weights(weights: Sequence[Mapping[str, Any]]) -> bytes:
     """Target weights of PRISM, sorted, against uniform ones.
 
     `weights`: a mapping per target with `prism` and `uniform` (shares that sum to 1).
@@ -82,13 +80,11 @@ def target_weights(
             axes.legend(loc="upper right")
         else:
             show_no_values(axes)
-        finish(axes, title, "targets, by weight", "share of the weight", grid="y")
+        finish(axes, "Weight of each target in the direction", "targets, by weight", "share of the weight", grid="y")
         return canvas.png(figure)
 
 
-def first_order_gains(
-    first_order: Mapping[str, Any], *, title: str = "Gain after a small step: predicted and measured"
-) -> bytes:
+def first_order_gains(first_order: Mapping[str, Any]) -> bytes:
     """Change of J after a step along each direction, predicted to first order and measured.
 
     In a panel of its own: what the same step does to the mean log-probability of held-out examples.
@@ -122,11 +118,13 @@ def first_order_gains(
                     panels[1].bar(row, value, width=0.6, color=color_of(name, row))
             _named_bars(panels[1], list(directions))
             finish(panels[1], "", "held-out examples", "change of mean log-probability", grid="y")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        figure.suptitle(
+            "Gain after a small step: predicted and measured", x=0.01, ha="left", fontsize=10.5, fontweight="bold"
+        )
         return canvas.png(figure)
 
 
-def growing_steps(growing: Mapping[str, Any], *, title: str = "Change of J after steps of growing size") -> bytes:
+def growing_steps(growing: Mapping[str, Any]) -> bytes:
     """Change of J by the size of the step, predicted (dashed) and measured (solid), both axes logarithmic.
 
     `growing`: `probe_step` (the unit of the sizes), `needed` (the size that is asked for), and per direction a list
@@ -153,7 +151,13 @@ def growing_steps(growing: Mapping[str, Any], *, title: str = "Change of J after
             axes.legend(loc="upper left")
         else:
             show_no_values(axes)
-        finish(axes, title, "size in probe steps (dashed: predicted)", "change of J", grid="y")
+        finish(
+            axes,
+            "Change of J after steps of growing size",
+            "size in probe steps (dashed: predicted)",
+            "change of J",
+            grid="y",
+        )
         return canvas.png(figure)
 
 

@@ -6,13 +6,14 @@ from prism_assets.errors import CannotExplain
 from prism_assets.evaluation.benchmark_scores import benchmarks_of, shown_scores
 from prism_assets.identity import base_key, join_key, seed_partition
 from prism_assets.resources.lake import Artifact
-from prism_assets.selection.selection import json_lines_of
+from prism_assets.selection.json_lines import json_lines_of
 from prism_assets.stage import Stage
 from prism_assets.tables import METRICS
 from prism_assets.trust.verdict import findings
 
 # Strategies whose selections are compared row by row with PRISM's.
 _COMPARED_WITH = ("uniform", "less")
+_EXPLAINED = 3  # rows of each kind
 
 
 class ReportPart(NamedTuple):
@@ -165,7 +166,7 @@ def explanations(stage: Stage, name: str) -> list[dict[str, Any]]:
     return explained
 
 
-def _worth_explaining(stage: Stage, target: str, each: int = 3) -> list[tuple[str, str]]:
+def _worth_explaining(stage: Stage, target: str) -> list[tuple[str, str]]:
     """(why, example id) of the rows that the report explains; none where PRISM is not among the strategies."""
     if "prism" not in stage.settings.strategies:
         return []
@@ -176,10 +177,10 @@ def _worth_explaining(stage: Stage, target: str, each: int = 3) -> list[tuple[st
     }
     others = {name: set(rows) for name, rows in ids.items() if name != "prism"}
     taken_by_others = set().union(*others.values())
-    asked = [("top of prism", one) for one in ids["prism"][:each]]
+    asked = [("top of prism", one) for one in ids["prism"][:_EXPLAINED]]
     if others:
         alone = [one for one in ids["prism"] if one not in taken_by_others]
-        asked += [(f"selected by prism, not by {' or '.join(others)}", one) for one in alone[:each]]
+        asked += [(f"selected by prism, not by {' or '.join(others)}", one) for one in alone[:_EXPLAINED]]
     for name in others:
         left = [one for one in ids[name] if one not in set(ids["prism"])]
         asked += [(f"selected by {name}, not by prism", one) for one in left[:1]]

@@ -1,8 +1,6 @@
 """The asset `selection`: the top of each strategy's ranking within the budget."""
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -14,6 +12,7 @@ from prism_assets.project import Check, Project
 from prism_assets.reference.base_model import base_model_recipe
 from prism_assets.resources.lake import Artifact, Recipe, Rows
 from prism_assets.selection.direction_artifacts import COMPARED
+from prism_assets.selection.json_lines import JSON_LINES, json_lines_of, write_json_lines
 from prism_assets.selection.pool import COPIED
 from prism_assets.selection.ranking import top_of_ranking
 from prism_assets.selection.representations import Representations
@@ -24,11 +23,8 @@ from prism_assets.stage import Made, Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from prism_assets.selection.strategies import Strategy
 
-JSON_LINES = ".jsonl"
 INFLUENCE_POSITIVE = Check(
     "influence_positive",
     "The budget stops before rows of non-positive influence: those are predicted not to help.",
@@ -78,7 +74,7 @@ def make_selection(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Arti
         top = top_of_ranking(
             stage, strategy, _artifacts(recipe), options.budget, rerank=options.rerank, representations=states
         )
-        return Rows(top.table, top.notes, {JSON_LINES: lambda path: _write_json_lines(path, top.table)})
+        return Rows(top.table, top.notes, {JSON_LINES: lambda path: write_json_lines(path, top.table)})
 
     # Which blocks of hidden states were looked at is known when the ranking is done; it is no part of the identity.
     return stage.make(recipe, selected, lineage=lambda: {"hidden_states": states.used} if states.used else {})
@@ -190,19 +186,6 @@ def query_index(
     top = top_of_ranking(stage, STRATEGIES[strategy], inputs, budget, rerank=rerank, whole=False)
     columns = ["rank", "score", "id", "shard", "row", "source", "prompt", "completion"]
     return top.table.select(columns).to_pylist()
-
-
-def _write_json_lines(path: Path, table: "pa.Table") -> None:
-    columns = ["rank", "score", "id", "shard", "source", "prompt", "completion", "messages"]
-    with open(path, "w", encoding="utf-8") as handle:
-        for row in table.select(columns).to_pylist():
-            row["messages"] = json.loads(row["messages"])
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def json_lines_of(stage: Stage, selection: Artifact) -> Path:
-    """The JSON Lines file beside a selection's Parquet file."""
-    return stage.lake.local(selection, suffix=JSON_LINES)
 
 
 def _outcome(project: Project, stage: Stage, selection: Artifact, computed: int) -> Outcome:

@@ -2,6 +2,9 @@
 
 `PRISM_SELECTION__BUDGET=10%` sets `selection.budget`. Relative paths are relative to the file that names them.
 `PRISM_CONFIG` names the file where no other is given.
+
+The variables are laid over the file by hand, not by pydantic-settings: that silently leaves out a section that is null
+in one of its sources, and its errors name the key and not the variable that the value came from.
 """
 
 import difflib

@@ -11,6 +11,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback
 
+from prism_assets.errors import TrainingDiverged, UnsuitableSetting
+
 Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last step)
 
 
@@ -32,7 +34,7 @@ class Checkpoint(NamedTuple):
 def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:
     """`checkpoints` evenly spaced positions among the steps 1..steps, the last step included."""
     if not 1 <= checkpoints <= steps:
-        raise ValueError(
+        raise UnsuitableSetting(
             f"{checkpoints} checkpoints of {steps} training steps: ask for 1 to {steps}, or train longer "
             "(more epochs, more examples or a smaller batch)"
         )
@@ -86,7 +88,7 @@ class Recorder(TrainerCallback):
         """A micro-batch's share of the step's loss."""
         if not math.isfinite(loss):
             rate = f" after a step with learning rate {self.learning_rates[-1]:g}" if self.learning_rates else ""
-            raise FloatingPointError(
+            raise TrainingDiverged(
                 f"the loss of step {self.step + 1} of {self._at_steps[-1]} is {loss}{rate}: lower "
                 "the learning rate, or look for examples or weights that are not finite"
             )
@@ -109,7 +111,7 @@ class Recorder(TrainerCallback):
     def _checkpoint(self, optimizer: torch.optim.Optimizer) -> Checkpoint:
         for name, parameter in self._names.items():
             if not torch.isfinite(parameter).all():
-                raise FloatingPointError(
+                raise TrainingDiverged(
                     f"{name} is not finite after step {self.step} of {self._at_steps[-1]}: lower the learning rate"
                 )
         since = self.checkpoints[-1].step if self.checkpoints else 0

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
 
 from prism_assets.compat import TrainSampler, use_one_device
-from prism_assets.errors import StageError
+from prism_assets.errors import StageError, UnsuitableSetting
 from prism_assets.gradients.batching import Example
 from prism_assets.gradients.engine import GradientEngine
 from prism_assets.sft.checkpoints import (
@@ -69,7 +69,7 @@ class Training:
         per_epoch = math.ceil(math.ceil(examples / batch) / accumulation)
         steps = math.ceil(self.epochs * per_epoch) if self.steps is None else self.steps
         if steps < 1:
-            raise ValueError(f"nothing to train: {self.epochs} epochs, steps {self.steps} give {steps} steps")
+            raise UnsuitableSetting(f"nothing to train: {self.epochs} epochs, steps {self.steps} give {steps} steps")
         return steps
 
 

@@ -22,11 +22,6 @@ class Correlation(NamedTuple):
     n: int
 
 
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 along the last axis [..., n]; equal values share the mean of their ranks."""
-    return stats.rankdata(values, axis=-1)
-
-
 def spearman(left: np.ndarray, right: np.ndarray) -> float | None:
     """Pearson's correlation of the average ranks of two vectors [n] (Spearman 1904); None where one is constant.
 
@@ -38,7 +33,7 @@ def spearman(left: np.ndarray, right: np.ndarray) -> float | None:
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise ValueError("a correlation needs finite numbers")
     with _constant_allowed():
-        value = stats.spearmanr(left, right).statistic
+        value = stats.spearmanr(left, right).statistic  # pyright: ignore[reportAttributeAccessIssue]
     return None if np.isnan(value) else float(value)
 
 
@@ -68,7 +63,7 @@ def rank_correlation(left: np.ndarray, right: np.ndarray) -> Correlation:
 def _of_draws(left: np.ndarray, right: np.ndarray, axis: int) -> np.ndarray:
     """Spearman's correlation along an axis of many draws at once (`spearmanr` pairs every row with every other); NaN
     where a side is constant."""
-    return stats.pearsonr(stats.rankdata(left, axis=axis), stats.rankdata(right, axis=axis), axis=axis).statistic
+    return stats.pearsonr(stats.rankdata(left, axis=axis), stats.rankdata(right, axis=axis), axis=axis).statistic  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Statistics of repeated experiments: means with intervals, differences paired by seed, the share of a gap recovered.
+"""Statistics of repeated experiments: means with intervals, differences paired by seed.
 
 Everything here takes plain numbers, one per seed in the same order of seeds, and knows nothing of models. NumPy and
 SciPy are imported where something is computed: the code location loads this module before it computes anything.
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-RESAMPLES = 10_000
 _LEVEL = 0.95
 
 
 class Summary(NamedTuple):
-    """A mean over n seeds, its standard deviation (n − 1) and 95% interval; None where n or the gap is too small."""
+    """A mean over n seeds, its standard deviation (n − 1) and 95% interval; None where n is too small."""
 
     mean: float | None
     std: float | None
@@ -49,43 +48,6 @@ def paired_difference(left: Sequence[float], right: Sequence[float]) -> Summary:
     if len(left) != len(right):
         raise ValueError(f"differences are paired by seed: {len(left)} seeds against {len(right)}")
     return summarize_seeds(np.asarray(left, np.float64) - np.asarray(right, np.float64))
-
-
-def gap_recovered(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Summary:
-    """How much of the gap low → high (random → oracle) is recovered: (mean(values) − mean(low)) / (mean(high) −
-    mean(low)).
-
-    A ratio of means over the same n seeds. Spread and 95% interval are of a paired bootstrap (seeds are drawn with
-    replacement, the three numbers of a seed together; fixed seed). Undefined (mean None) where the paired interval of
-    the gap itself holds zero, or for a single seed. Raises ValueError where the numbers of seeds differ.
-    """
-    import numpy as np
-    from scipy import stats
-
-    gap = paired_difference(high, low)
-    gain = paired_difference(values, low)
-    if gain.n != gap.n:
-        raise ValueError(f"shares are paired by seed: {gain.n} seeds against {gap.n}")
-    if gap.interval is None or gap.interval[0] <= 0 <= gap.interval[1]:
-        return Summary(None, None, None, gap.n)
-    drawn = stats.bootstrap(
-        [np.asarray(one, np.float64) for one in (values, low, high)],
-        _share,
-        n_resamples=RESAMPLES,
-        paired=True,
-        vectorized=True,
-        confidence_level=_LEVEL,
-        method="percentile",
-        rng=0,
-    )
-    low_end, high_end = drawn.confidence_interval
-    assert gain.mean is not None and gap.mean is not None  # these means are always there
-    return Summary(gain.mean / gap.mean, float(drawn.standard_error), (float(low_end), float(high_end)), gap.n)
-
-
-def _share(values: "np.ndarray", low: "np.ndarray", high: "np.ndarray", axis: int) -> "np.ndarray":
-    """The ratio of means of `gap_recovered` along an axis, of many draws at once."""
-    return (values - low).mean(axis=axis) / (high - low).mean(axis=axis)
 
 
 def compared(name: str, other: str, difference: Summary, what: str, unit: str = "seed") -> str:

@@ -78,7 +78,7 @@ class Segment:
         identifiers = np.arange(start, stop, dtype=np.int64)
         scanner = self.index.sq.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, False, selector, False)
         found = faiss.RangeSearchResult(1, True)
-        partial = faiss.RangeSearchPartialResult(found)
+        partial = faiss.RangeSearchPartialResult(found)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             scanner.set_query(faiss.swig_ptr(query))
             scanner.set_list(0, 0.0)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from prism_assets.errors import NoSuchDevice
 from prism_assets.resources.index.search import SegmentedIndex
 from prism_assets.resources.index.segments import (
     STORAGE,
@@ -105,7 +106,7 @@ class VectorStore:
             return "cpu"
         found = _cuda_found()
         if self.device == "cuda" and not found:
-            raise RuntimeError(
+            raise NoSuchDevice(
                 "vector store: device is cuda, but torch finds no CUDA device here; set device: cpu or auto"
             )
         return "cuda" if found else "cpu"

@@ -7,6 +7,7 @@ Layout of the store below `root`:
     unpublished/                                              half-written things; always safe to delete
     cache/                                                    what can be recomputed at no harm (file hashes)
     tracking/                                                 what other tools log of a run; no part of any artefact
+    dagster/                                                  a Dagster instance, where DAGSTER_HOME names no other
     prism.duckdb                                              views over all of it; delete it at any time
 
 An artefact is published by one atomic step to a key that names its fingerprint. Of two runs that publish the
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-_SUFFIXES = (".parquet", ".safetensors", "")
+SUFFIXES = (".parquet", ".safetensors", "")  # of the kinds of artefacts
 _CHECKSUM_BYTES = 4
+_ROWS_A_GROUP = 4096  # of a Parquet file
 _CATALOG_BLOCK = "16384"  # bytes, DuckDB's least
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Lake:
 
         A damaged file is renamed to `*.damaged` and reported as absent, so the next run rebuilds it from its inputs.
         """
-        for suffix in _SUFFIXES:
+        for suffix in SUFFIXES:
             key = f"artifacts/{table}/{fingerprint}{suffix}"
             if not self.store.exists(key):
                 continue
@@ -89,7 +91,7 @@ class Lake:
     def artifacts(self, table: str | None = None) -> Iterator[Artifact]:
         """Every published artefact, or every one of a table; damaged files are left out."""
         for key in self.store.keys(f"artifacts/{table or '*'}/*"):
-            if Path(key).suffix in _SUFFIXES:
+            if Path(key).suffix in SUFFIXES:
                 try:
                     yield self._artifact(key)
                 except DamagedArtifact:
@@ -182,7 +184,6 @@ class Lake:
         run_id: str = "",
         notes: Mapping[str, Any] | None = None,
         attachments: Mapping[str, Callable[[Path], object]] | None = None,
-        row_group_size: int = 4096,
         compression: str = "zstd",
     ) -> Artifact:
         """Publish a table as Parquet with its header in the footer.
@@ -202,7 +203,7 @@ class Lake:
                 table.replace_schema_metadata(metadata),
                 path,
                 compression=compression,
-                row_group_size=row_group_size,
+                row_group_size=_ROWS_A_GROUP,
                 store_schema=True,
                 write_page_checksum=True,
             )
@@ -287,6 +288,13 @@ class Lake:
                 raise LakeError(f"{path} cannot be read: {error}. Run again when it can.") from error
             raise self._damaged(artifact, str(error)) from error
 
+    def schema(self, artifact: Artifact) -> "pa.Schema | None":
+        """Columns and types of a table; None of an artefact of another kind."""
+        import pyarrow.parquet as pq
+
+        path = self.local(artifact)
+        return pq.read_schema(path) if path.suffix == ".parquet" else None
+
     def read_tensors(self, artifact: Artifact) -> "dict[str, torch.Tensor]":
         """The tensors of a safetensors artefact.
 
@@ -317,6 +325,10 @@ class Lake:
     def log_folder(self, *names: str) -> Path:
         """Where other tools write about a run, TensorBoard its event files: beside the artefacts, part of none."""
         return self.store.local("/".join(("tracking", *names)))
+
+    def home_of(self, tool: str) -> Path:
+        """A folder in the lake for what another tool keeps of its own: Dagster its instance."""
+        return self.store.local(tool)
 
     def recall(self, name: str) -> bytes | None:
         """What was remembered under this name, or None where nothing was, or it is damaged."""

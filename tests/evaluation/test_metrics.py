@@ -227,7 +227,8 @@ def test_a_long_prompt_loses_its_start():
     settings = {"pad_token_id": PAD, "eos_token_id": None, "max_new_tokens": 10}
     result = generate(model, [prompt], **settings)
     assert result[0].tolist() == greedy_loop(model, prompt[-54:], 10, None)
-    result = generate(model, [prompt], context_length=30, **settings)
+    model.config.max_position_embeddings = 30
+    result = generate(model, [prompt], **settings)
     assert result[0].tolist() == greedy_loop(model, prompt[-20:], 10, None)
 
 

@@ -11,7 +11,7 @@ from conftest import make_rows, write_lines
 from prism_assets.errors import PipelineError, UserMistake
 from prism_assets.experiment.summary import COMPARED_WITH, STAGES
 from prism_assets.identity import split_name, trial_partition
-from prism_assets.ops.pipeline import EXPERIMENT_STEPS
+from prism_assets.ops.pipeline import steps_of
 
 STRATEGIES = ("prism", "random", "uniform", "less")
 
@@ -28,7 +28,7 @@ def blank_plots():
 
 def experiment(project, targets=None):
     """How many artefacts the experiment made."""
-    results = project.run_steps(EXPERIMENT_STEPS, targets=targets)
+    results = project.run_steps(steps_of("experiment"), targets=targets)
     return results[-1].computed
 
 

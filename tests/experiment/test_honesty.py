@@ -7,10 +7,10 @@ from conftest import make_rows, write_lines
 from prism_assets.corpus.target_set import target_set
 from prism_assets.corpus.token_tables import from_table
 from prism_assets.features.gradient_pass import gradient_pass
-from prism_assets.ops.pipeline import STEPS, Step
+from prism_assets.ops.pipeline import Step, steps_of
 from prism_assets.selection.strategies import STRATEGIES
 
-SELECT = (*STEPS[:7], Step("Selection", ("selection",), "target_strategy"))
+SELECT = (*steps_of("run")[:7], Step("Selection", ("selection",), "target_strategy"))
 GRADIENT = [name for name, one in STRATEGIES.items() if one.needs_direction]
 
 

@@ -1,9 +1,9 @@
 """Compaction of index segments: fewer files, the same answers."""
 
+import dagster as dg
 import pytest
 
 from prism_assets.features.index_parts import indexed_shards
-from prism_assets.ops.pipeline import STEPS
 
 
 @pytest.fixture
@@ -15,8 +15,12 @@ def project(tmp_path, make_project):
 
 def compact(project) -> None:
     """What the nightly schedule does to the index."""
-    step = next(step for step in STEPS if step.assets == ("candidate_index",))
-    project.run_steps([step], tags={"prism/compact": "true"})
+    schedule = next(one for one in project.definitions.schedules if one.job_name == "refresh_pool")
+    tick = schedule.evaluate_tick(dg.build_schedule_context(instance=project.instance))
+    (request,) = tick.run_requests
+    job = project.definitions.resolve_implicit_global_asset_job_def()
+    selected = [dg.AssetKey("candidate_index")]
+    assert job.execute_in_process(instance=project.instance, asset_selection=selected, tags=request.tags).success
 
 
 def index_of(project):

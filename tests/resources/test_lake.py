@@ -626,3 +626,14 @@ def test_the_catalogue_leaves_damaged_files_out(lake):
     damage_by_truncation(lake.local(lake.point(publish(lake, "table", Recipe("t", 2)), "b")))
     with lake.connect() as connection:
         assert connection.execute("SELECT DISTINCT partition FROM t").fetchall() == [("a",)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_schema_of_a_table_is_read_from_its_file_and_nothing_else_has_one(lake, kind):
+    artifact = publish(lake, kind, Recipe("things", 1))
+    schema = lake.schema(artifact)
+    assert (
+        schema is None
+        if kind != "table"
+        else dict(zip(schema.names, schema.types)) == dict(zip(some_table().schema.names, some_table().schema.types))
+    )

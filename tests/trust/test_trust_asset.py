@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from prism_assets.ops.pipeline import TRUST
+from prism_assets.ops.pipeline import steps_of
 from prism_assets.trust.verdict import CHECKS
 
 OPTIONS = {"candidates": 16, "random_steps": 2, "held_out": 4, "datamodel_subsets": 8, "datamodel_rows": 16}
@@ -39,7 +39,7 @@ def measured(finished, tmp_path_factory):
 
 
 def measure(project):
-    return project.run_steps([TRUST])
+    return project.run_steps(steps_of("trust"))
 
 
 def notes_of(project):

@@ -11,7 +11,7 @@ def _rds(pool: PoolView) -> Ranking:
 
     Ivison et al. 2025 ("Large-Scale Data Selection for Instruction Tuning", arXiv 2503.01807): similarity is the cosine
     of position-weighted means of last hidden states, over all tokens of prompt and completion
-    (`features/hidden_states.py`). One departure: in their code the turn of a target whose best row is taken already
+    (`gradients/hidden_states.py`). One departure: in their code the turn of a target whose best row is taken already
     passes; here it takes its next one. Targets of pairs are read with the wanted completion.
     """
     similarities = pool.similarities()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from conftest import Project, make_rows, write_lines
 from prism_assets.errors import PipelineError, SettingsError, UserMistake
-from prism_assets.ops.pipeline import STEPS
+from prism_assets.ops.pipeline import steps_of
 
 GRADIENT_STRATEGIES = ("prism", "uniform", "less")
 DUPLICATE = {"prompt": "copy: twice=", "completion": "twice", "source": "copy"}
@@ -100,7 +100,7 @@ def everything_made(lake, table):
 
 def test_every_asset_and_partition_is_materialised(finished):
     graph = finished.definitions.resolve_asset_graph()
-    keys = [dg.AssetKey(name) for step in STEPS for name in step.assets]
+    keys = [dg.AssetKey(name) for step in steps_of("run") for name in step.assets]
     assert len(keys) == 14
     for key in keys:
         if key == dg.AssetKey("trust"):  # costly: only by hand
@@ -547,7 +547,7 @@ def test_an_arrival_that_changes_no_selected_row_retrains_nothing(copy):
 def test_an_arrival_loads_the_model_once_and_reads_and_rewrites_nothing_old(copy, monkeypatch):
     import prism_assets.resources.model.language_model as language_model
     from benchmarks.incremental import Reads
-    from prism_assets.ops.pipeline import STEPS
+    from prism_assets.ops.pipeline import steps_of
 
     project = copy()
     project.run()  # a new Dagster instance looks at everything once
@@ -564,7 +564,7 @@ def test_an_arrival_loads_the_model_once_and_reads_and_rewrites_nothing_old(copy
 
     monkeypatch.setattr(language_model, "_forget_model", counted)
     # Up to the adapters' evaluation. The report looks for the nearest neighbours of a few rows, in all segments.
-    steps = [step for step in STEPS if "report" not in step.assets]
+    steps = [step for step in steps_of("run") if "report" not in step.assets]
     with Reads().noted() as reads:
         results = project.run_steps(steps)
     computed = {result.step.title: result.computed for result in results}
@@ -782,7 +782,7 @@ def test_a_run_that_fails_outside_of_its_steps_says_why(copy, raised, becomes, s
     store = dg.ResourceDefinition(starts)  # Dagster starts it before the first step
     definitions = build_definitions(project.settings, {"vector_store": store})
     with pytest.raises(becomes, match=said):
-        run_pipeline(Named.of(project.settings), definitions, project.instance, steps=STEPS[:1])
+        run_pipeline(Named.of(project.settings), definitions, project.instance, steps=steps_of("run")[:1])
 
 
 def test_damaged_artefacts_are_rebuilt_by_the_next_run_and_nothing_else_is(copy):

@@ -323,6 +323,18 @@ def test_a_table_and_its_attachment_go_together(lake):
     assert not any((lake.folder / "unpublished").iterdir())
 
 
+def test_what_lies_beside_a_table_goes_with_it_whatever_its_kind(lake):
+    attachments = {suffix: lambda path: path.write_text("x") for suffix in (".csv", ".html")}
+    artifact = lake.publish_table(Recipe("somebodys", 1), pa.table({"x": [1]}), attachments=attachments)
+    strange = lake.folder / "artifacts" / "somebodys" / "notes.txt"  # by hand, and no artefact's
+    strange.write_text("x")
+    for one in plan(lake, min_age=0.0).artifacts:
+        assert one.keys[0] == artifact.key and len(one.keys) == 3
+    lake.local(artifact).unlink()
+    collect(lake, plan(lake, min_age=0.0))
+    assert [path.name for path in strange.parent.iterdir()] == ["notes.txt"]
+
+
 def test_what_a_head_came_to_show_after_the_plan_stays(lake):
     shown, other = table(lake, "selection", 0), table(lake, "selection", 1)
     found = plan(lake, min_age=0.0)

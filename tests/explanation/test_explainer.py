@@ -12,7 +12,7 @@ from prism_assets.explanation.explainer import Explainer
 from prism_assets.explanation.parts import rank_of, target_contributions
 from prism_assets.features.blocks import read_blocks, vectors_of
 from prism_assets.ops.gc import feature_versions
-from prism_assets.ops.pipeline import STEPS
+from prism_assets.ops.pipeline import steps_of
 
 # -- the formulas ------------------------------------------------------------------------------------------------
 
@@ -273,7 +273,7 @@ def test_the_exact_score_holds_for_every_preconditioner(make_project, tmp_path, 
     # Without a sketch what is stored is exact but for half precision.
     features = {"sketch_dim": "exact", "optimizer": optimizer}
     project = make_project(tmp_path / "project", features=features, strategies=["prism"], warmup={"checkpoints": 2})
-    project.run_steps(STEPS[:7])
+    project.run_steps(steps_of("run")[:7])
     with open_explainer(project) as explainer:
         for name in [place.id for place in explainer.places.all if place.excluded is None][::15]:
             found = explainer.explain(name)
@@ -282,8 +282,8 @@ def test_the_exact_score_holds_for_every_preconditioner(make_project, tmp_path, 
 
 def test_in_a_selection_that_was_ranked_again_the_exact_rank_is_shown(make_project, tmp_path):
     project = make_project(tmp_path / "project", strategies=["prism", "random"], selection={"rerank": 2.0})
-    project.run_steps(STEPS[:7])
-    selection = next(step for step in STEPS if "selection" in step.assets)._replace(assets=("selection",))
+    project.run_steps(steps_of("run")[:7])
+    selection = next(step for step in steps_of("run") if "selection" in step.assets)._replace(assets=("selection",))
     project.run_steps([selection])
     rows = {row["id"]: row for row in project.selected("prism")}
     by_sketch = {}

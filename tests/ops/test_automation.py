@@ -29,7 +29,10 @@ def look(project) -> Callable[..., dg.SensorResult | dg.SkipReason]:
         definitions = project.definitions
         sensor = next(one for one in definitions.sensors if one.name == name)
         context = dg.build_sensor_context(
-            instance=project.instance, cursor=cursor, resources={"lake": project.lake}, definitions=definitions
+            instance=project.instance,
+            cursor=cursor,
+            resources={**definitions.resources, "lake": project.lake},
+            definitions=definitions,
         )
         tick = sensor.evaluate_tick(context)  # what the daemon does, with the checks that it makes
         evaluate.cursor = tick.cursor

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from conftest import write_lines
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DONE, FAILED, MUST_CHANGE = 0, 1, 2
 
 

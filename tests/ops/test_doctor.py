@@ -78,9 +78,9 @@ def test_targets_that_changed_are_seen_through_the_direction(project):
     from conftest import make_rows, write_lines
 
     write_lines(project.folder / "plain" / "target.jsonl", make_rows(4, 300, "reverse"))
-    from prism_assets.ops.pipeline import STEPS
+    from prism_assets.ops.pipeline import steps_of
 
-    steps = [step for step in STEPS if step.title in ("Base model", "Candidates", "Targets")]
+    steps = [step for step in steps_of("run") if step.title in ("Base model", "Candidates", "Targets")]
     project.run_steps(steps)
     assert "plain/prism: target_features of plain are those of earlier target files" in found(project)["selection"]
     assert "plain/prism-cover: target_features of plain are those of earlier" in found(project)["selection"]

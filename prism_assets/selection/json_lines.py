@@ -1,0 +1,27 @@
+"""The JSON Lines file beside a selection: the selected rows for other programs."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prism_assets.resources.lake import Artifact
+from prism_assets.stage import Stage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+JSON_LINES = ".jsonl"
+
+
+def write_json_lines(path: Path, table: "pa.Table") -> None:
+    """A line a row of a selection, in order of rank; `messages` as objects, not as text."""
+    columns = ["rank", "score", "id", "shard", "source", "prompt", "completion", "messages"]
+    with open(path, "w", encoding="utf-8") as handle:
+        for row in table.select(columns).to_pylist():
+            row["messages"] = json.loads(row["messages"])
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def json_lines_of(stage: Stage, selection: Artifact) -> Path:
+    """The JSON Lines file beside a selection's Parquet file."""
+    return stage.lake.local(selection, suffix=JSON_LINES)
