@@ -274,7 +274,9 @@ def test_equal_figures_are_called_equal_and_no_winner_is_named():
     (sentence, *_) = verdict_sentences(
         {"strategies": {**names, "random": {"mean_log_prob": {**figure["mean_log_prob"], "mean": -2.0}}}}
     )
-    assert "prism, uniform and less have the same highest mean, −1.500" in sentence and "has the highest" not in sentence
+    assert (
+        "prism, uniform and less have the same highest mean, −1.500" in sentence and "has the highest" not in sentence
+    )
 
 
 def test_sentences_say_what_weakens_a_comparison():
