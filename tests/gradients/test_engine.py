@@ -520,13 +520,21 @@ def test_running_out_of_memory_is_known_by_what_torch_really_says():
     assert not is_out_of_memory(other.value)
 
 
-def test_a_router_is_refused_by_name():
+def test_a_router_and_a_layer_in_groups_are_refused_by_name():
     class Router(torch.nn.Linear):
         def forward(self, inputs):
             return super().forward(inputs), inputs
 
+    class Grouped(torch.nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs.reshape(-1, 7, 32))
+
     model = make_model("llama", targets=["q_proj"])
-    model.get_base_model().model.layers[0].self_attn.q_proj.base_layer = Router(32, 32, bias=False)
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.q_proj.base_layer = Grouped(32, 32, bias=False)
+    with pytest.raises(UnsupportedModelError, match="q_proj: base layer Grouped .* no plain linear layer"):
+        GradientEngine(model)
+    attention.q_proj.base_layer = Router(32, 32, bias=False)
     with pytest.raises(UnsupportedModelError, match="q_proj: base layer Router .* no plain linear layer"):
         GradientEngine(model)
 
