@@ -9,7 +9,7 @@ import copy
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -30,7 +30,7 @@ SHORTLIST = 4  # times the budget
 class _WideTorch:
     """torch with float32 meaning float64."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -38,12 +38,21 @@ class _WideTorch:
 
 @contextmanager
 def float64_throughout(model: PeftModel) -> Iterator[None]:
-    """Modelling code casts to float32 inside (norms, rotary angles), whatever the model's precision; rounding
+    """Modelling code casts to float32 inside (norms, rotary angles, routers), whatever the model's precision; rounding
     there would be all that two float64 computations differ by."""
-    module = sys.modules[type(model.get_base_model()).__module__]
-    with mock.patch.object(module, "torch", _WideTorch()):
-        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-            yield
+    own = type(model.get_base_model()).__module__
+    modules = [
+        module
+        for name, module in list(sys.modules.items())
+        if (name == own or name.startswith("transformers.")) and vars(module).get("torch") is torch
+    ]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "torch", _WideTorch()))
+        stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        yield
 
 
 def autograd_gradient(model: PeftModel, example: TokenizedExample) -> dict[str, Tensor]:
@@ -52,9 +61,9 @@ def autograd_gradient(model: PeftModel, example: TokenizedExample) -> dict[str, 
     parameters = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
     ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
     with torch.enable_grad():
-        log_probs = torch.log_softmax(model(input_ids=ids).logits[0, :-1], dim=-1)
+        log_probs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1], dim=-1)
         chosen = log_probs.gather(1, ids[0, 1:, None])[:, 0][torch.from_numpy(example.loss_mask[1:])]
-        gradients = torch.autograd.grad(chosen.mean(), list(parameters.values()))
+        gradients = torch.autograd.grad(chosen.mean(), list(parameters.values()), materialize_grads=True)
     return dict(zip(parameters, gradients, strict=True))
 
 

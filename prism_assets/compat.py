@@ -124,6 +124,27 @@ def names_of_stacked_experts(model_type: str) -> frozenset[str]:
         raise LibraryChanged("peft", "the tables of peft.utils.transformers_weight_conversion") from error
 
 
+def refused_by_name(model: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT raises for a LoRA layer of this name (its last part) in such a model.
+
+    peft 0.21: Mamba's kernels read the weights of `out_proj` and `conv1d` past their modules, where LoRA has no effect;
+    `all-linear` picks them all the same and then fails. The check of a name is private, and so are its lists.
+    """
+    from peft import LoraConfig, PeftType
+
+    try:
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
+    except ImportError as error:
+        raise LibraryChanged("peft", "peft.tuners.tuners_utils._check_lora_target_modules_mamba") from error
+    config = LoraConfig()
+    config.peft_type = PeftType.LORA
+    try:
+        check(config, model, name)
+    except ValueError:
+        return True
+    return False
+
+
 def harness_yaml_loader() -> Callable[..., dict[str, Any]]:
     """The function that reads a task file of lm-eval: `include` followed, `!function` resolved.
 

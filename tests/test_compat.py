@@ -26,6 +26,7 @@ from prism_assets.compat import (
     instance_without_captured_output,
     interrupts_at_safe_points,
     names_of_stacked_experts,
+    refused_by_name,
     sleeping_while_waiting,
     use_one_device,
 )
@@ -42,6 +43,24 @@ def tiny_model() -> LlamaForCausalLM:
 
 
 # -- peft ---------------------------------------------------------------------------------------------------------
+
+
+def test_peft_refuses_these_names_in_these_models_alone(monkeypatch):
+    from tiny_families import tiny_family
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    mamba, llama = AutoModelForCausalLM.from_config(config), tiny_family("llama")
+    with pytest.raises(ValueError, match="incompatible with Mamba"):
+        get_peft_model(mamba, LoraConfig(target_modules=["out_proj"], task_type="CAUSAL_LM"))
+    assert refused_by_name(mamba, "out_proj") and not refused_by_name(mamba, "in_proj")
+    assert not refused_by_name(llama, "out_proj")
+
+    from peft.tuners import tuners_utils
+
+    monkeypatch.delattr(tuners_utils, "_check_lora_target_modules_mamba")
+    with pytest.raises(LibraryChanged, match="peft .*_check_lora_target_modules_mamba"):
+        refused_by_name(llama, "q_proj")
 
 
 def test_peft_takes_these_names_for_stacked_experts_wherever_they_stand(monkeypatch):

@@ -7,10 +7,12 @@ or sums them. A collector serves one batch.
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from prism_assets.errors import UnsupportedModelError
 from prism_assets.gradients.batching import Batch
 from prism_assets.gradients.lora import AdaptedLinear
 from prism_assets.gradients.preconditioner import Preconditioner
@@ -20,7 +22,7 @@ from prism_assets.gradients.sketch import Projection
 class Collector:
     """Forms a layer's gradients from what the backward pass reports, and passes them to `receive`.
 
-    at_supervised: the layers that see the batch's supervised positions only, as [1, N, features].
+    at_supervised: the layers that see the batch's supervised positions only, as [1, N, features] or flattened.
     """
 
     def __init__(self, batch: Batch, dtype: torch.dtype, at_supervised: Set[AdaptedLinear]) -> None:
@@ -28,14 +30,33 @@ class Collector:
         self.dtype = dtype
         self.at_supervised = at_supervised
         self.inverse_counts = batch.counts.reciprocal().to(dtype)[:, None, None]
+        self.partial: dict[AdaptedLinear, tuple[int, Any, Any]] = {}  # layers used again: uses so far, their sums
+        self.received: set[AdaptedLinear] = set()
 
     def collect(self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor) -> None:
-        """Pass the gradients of the layer's A and B to `receive`; shapes as in `lora.GradientCollector`."""
-        if layer in self.at_supervised:
-            inputs, down, output_gradient, up = map(self._pad, (inputs, down, output_gradient, up))
-        self.receive(layer.name_a, self.outer(up, inputs))
+        """Pass the gradients of the layer's A and B to `receive`; shapes as in `lora.GradientCollector`. Raises
+        UnsupportedModelError where the layer sees other rows, or runs more often, than when the model was tried."""
+        self._check_rows(layer, inputs)
+        inputs, down, output_gradient, up = (
+            self._by_example(layer, values) for values in (inputs, down, output_gradient, up)
+        )
+        gradient_a = self.outer(up, inputs)
         # Formed transposed because a product with few rows is faster than one with few columns.
-        self.receive(layer.name_b, self.outer(down, output_gradient).transpose(1, 2))
+        gradient_b = self.outer(down, output_gradient).transpose(1, 2)
+        if layer.uses == 1:
+            self._receive(layer, gradient_a, gradient_b)
+            return
+        # What becomes of a gradient is not linear (norms, optimizers): uses are added up first.
+        count, sum_a, sum_b = self.partial.pop(layer, (0, 0, 0))
+        self.partial[layer] = (count + 1, sum_a + gradient_a, sum_b + gradient_b)
+        if count + 1 == layer.uses:
+            self._receive(layer, *self.partial.pop(layer)[1:])
+
+    def finish(self) -> None:
+        """After the backward pass: layers some of whose uses did not matter to the log-probabilities."""
+        for layer, (_, gradient_a, gradient_b) in self.partial.items():
+            self._receive(layer, gradient_a, gradient_b)
+        self.partial.clear()
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         """sum_t left_bt right_bt^T: [b, T, p], [b, T, q] -> [b, p, q], accumulated in the engine's dtype."""
@@ -45,12 +66,46 @@ class Collector:
         """Take n·g of one parameter for each example, [b, *shape]: the gradients of sums over n supervised tokens."""
         raise NotImplementedError
 
-    def _pad(self, values: Tensor) -> Tensor:
-        """[1, N, d] at the supervised positions -> [b, most, d], an example a row, zeros after its last."""
+    def _receive(self, layer: AdaptedLinear, gradient_a: Tensor, gradient_b: Tensor) -> None:
+        if layer in self.received:
+            raise UnsupportedModelError(
+                f"{layer.name} runs more often than {layer.uses} times, as when the model was tried on a few tokens: "
+                "leave it out of target_modules",
+                module=layer.name,
+            )
+        self.received.add(layer)
+        self.receive(layer.name_a, gradient_a)
+        self.receive(layer.name_b, gradient_b)
+
+    def _check_rows(self, layer: AdaptedLinear, inputs: Tensor) -> None:
+        """Raises UnsupportedModelError where a layer sees other rows than in the probe: chosen by a router, say."""
+        batch, order = self.batch, layer.row_order
+        supervised = layer in self.at_supervised
+        tokens = len(batch.source) if supervised else batch.input_ids.numel()
+        if not layer.uses:
+            expected = False
+        elif order.first_axis and not supervised:
+            expected = inputs.shape[0] == len(batch.positions)
+        else:
+            expected = inputs.numel() == tokens * (order.rows_per_token or 0) * inputs.shape[-1]
+        if not expected:
+            raise UnsupportedModelError(
+                f"{layer.name} gets inputs of shape {tuple(inputs.shape)} from {tokens} tokens, other than when the "
+                "model was tried on a few (routed experts do): leave it out of target_modules",
+                module=layer.name,
+            )
+
+    def _by_example(self, layer: AdaptedLinear, values: Tensor) -> Tensor:
+        """Rows as the layer sees them, [..., d], as [b, rows of an example, d]."""
         batch = self.batch
-        padded = values.new_zeros(len(batch.positions), batch.most_supervised, values.shape[-1])
-        padded[batch.rows, batch.columns] = values[0]
-        return padded
+        size = len(batch.positions)
+        if layer not in self.at_supervised:
+            return values.reshape(size, -1, values.shape[-1])
+        # Those of the N supervised positions: an example a row, zeros after its last.
+        values = values.reshape(len(batch.source), -1, values.shape[-1])
+        padded = values.new_zeros(size, batch.most_supervised, *values.shape[1:])
+        padded[batch.rows, batch.columns] = values
+        return padded.flatten(1, 2)
 
 
 class SketchingCollector(Collector):
@@ -82,7 +137,8 @@ class SketchingCollector(Collector):
 
 
 class StackingCollector(Collector):
-    """Keeps every parameter's gradients, divided by the examples' token counts."""
+    """Keeps every parameter's gradients, divided by the examples' token counts. Parameters that the log-probabilities
+    do not depend on are not among them."""
 
     def __init__(self, batch: Batch, dtype: torch.dtype, at_supervised: Set[AdaptedLinear]) -> None:
         super().__init__(batch, dtype, at_supervised)

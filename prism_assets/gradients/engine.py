@@ -106,7 +106,7 @@ class GradientEngine:
         self._runner = BatchRunner(MemoryLimit(self.device, memory), token_budget, recompute, self._measured)
         with self._prepared():
             self._transform = probe(model, self.layers, self._head)
-            self._last_layer = find_last_layer(model, self._head)
+            self._last_layer = find_last_layer(model, self.layers, self._head)
         per_token = self._last_layer.per_token if self._last_layer else set()
         self._at_supervised = {layer for layer in self.layers if layer is self._head.layer or layer.module in per_token}
 
@@ -178,7 +178,12 @@ class GradientEngine:
         def run_batch(batch: Batch) -> dict[str, Tensor]:
             collector = StackingCollector(batch, self.dtype, self._at_supervised)
             self._backward(batch, collector)
-            return {name: collector.gradients[name] for name in self.parameter_names}
+            return {
+                name: collector.gradients[name]
+                if name in collector.gradients
+                else torch.zeros(len(batch.positions), *shape, dtype=self.dtype, device=self.device)
+                for name, shape in self.parameter_shapes.items()
+            }
 
         for batch, gradients in self._run(examples, run_batch):
             yield batch.positions, gradients
@@ -274,6 +279,7 @@ class GradientEngine:
         values = log_probs.detach()
         upstream = torch.ones_like(values) if weights is None else weights[batch.rows].to(values.dtype)
         torch.autograd.backward(log_probs, upstream)
+        collector.finish()
         return _sum_by_example(values, batch)
 
     def _token_log_probs(self, batch: Batch) -> Tensor:

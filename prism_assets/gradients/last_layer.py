@@ -29,7 +29,8 @@ class LastLayer:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer  # a module whose parts are accessed by name
-        self.per_token = {self.layer.self_attn.o_proj, *self.layer.mlp.modules()}
+        after = (self.layer.self_attn.o_proj, self.layer.post_attention_layernorm, self.layer.mlp)
+        self.per_token = {module for part in after for module in part.modules()}
 
     @classmethod
     def find(cls, layers: nn.Module | None) -> LastLayer | None:
@@ -43,14 +44,20 @@ class LastLayer:
 
     def agrees(self, run_model: Callable[[], Any]) -> bool:
         """Whether the layer, at some positions, adds to them what it does when the model runs."""
-        calls = []
-        hook = self.layer.register_forward_hook(
-            lambda _, args, settings, outputs: calls.append((args, settings, outputs)), with_kwargs=True
-        )
+        calls, projected = [], []
+        hooks = [
+            self.layer.register_forward_hook(
+                lambda _, args, settings, outputs: calls.append((args, settings, outputs)), with_kwargs=True
+            ),
+            self.layer.self_attn.o_proj.register_forward_hook(lambda *call: projected.append(call)),
+        ]
         try:
             run_model()
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+        if len(calls) != 1 or len(projected) != 1:
+            return False  # shared with other layers, which need all positions
         try:
             (hidden, *args), settings, outputs = calls[0]
             source = torch.arange(1, hidden.shape[0] * hidden.shape[1], 2, device=hidden.device)

@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prism_assets.errors import UnsupportedModelError
+from prism_assets.gradients.row_order import RowOrder
 
 
 class GradientCollector(Protocol):
     """Receives one layer's quantities during the backward pass, in the order in which layers are left."""
 
     def collect(self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor) -> None:
-        """inputs [b, T, in]; down = s X A^T [b, T, r]; output_gradient [b, T, out]; up = s dY B [b, T, r]."""
+        """inputs [..., in]; down = s X A^T [..., r]; output_gradient [..., out]; up = s dY B [..., r], with the same
+        leading axes, whose rows lie as `layer.row_order` says. Called once for every use of the layer."""
 
 
 class AdaptedLinear:
@@ -49,6 +51,8 @@ class AdaptedLinear:
         self.dropout: nn.Module = module.lora_dropout[adapter]  # in front of A; nothing where it has none
         self.base: Any = module.get_base_layer()  # a linear layer or GPT-2's Conv1D
         self.collector: GradientCollector | None = None  # where the next backward pass reports to
+        self.uses = 1  # calls in a forward pass over text; this and the next are what the probe has found
+        self.row_order = RowOrder()
 
     @property
     def weight(self) -> Tensor:
@@ -102,7 +106,7 @@ class _TappedLinear(torch.autograd.Function):
         outputs, down = layer.forward(inputs, noise)
         ctx.layer, ctx.collector = layer, layer.collector
         ctx.save_for_backward(inputs, down, noise)
-        return outputs
+        return outputs.data  # no view of anything: models may change it in place
 
     @staticmethod
     def backward(ctx, output_gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -178,7 +182,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 3, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     with torch.no_grad():
-        expected, found = F.linear(inputs, weight, module.bias), module(inputs)
+        expected = F.linear(inputs, weight, module.bias)
+        try:
+            found = module(inputs)
+        except (RuntimeError, TypeError, ValueError):
+            return False  # takes inputs of another shape, as one that works in groups
     tolerance = 64 * torch.finfo(weight.dtype).eps * max(1.0, expected.abs().max().item())
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return False  # a router, say, that gives more than the product

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -12,11 +12,21 @@ from prism_assets.errors import UnsupportedModelError
 from prism_assets.gradients.head import LogitTransform, ramp_logits
 from prism_assets.gradients.last_layer import LastLayer, replaced_forward
 from prism_assets.gradients.lora import AdaptedLinear, is_plain_linear
+from prism_assets.gradients.row_order import (
+    LARGER,
+    SMALL,
+    RowOrder,
+    Runs,
+    changes,
+    common_order,
+    order_of,
+    ordinary_ids,
+    recorded,
+    tolerance,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PROBE_SHAPE = (2, 3)  # examples, tokens
 
 
 class OutputEmbeddings:
@@ -42,73 +52,112 @@ class OutputEmbeddings:
 
 @torch.no_grad()
 def probe(model: PeftModel, layers: list[AdaptedLinear], head: OutputEmbeddings) -> LogitTransform | None:
-    """Runs the model once on 2 x 3 tokens; what it does to its logits, None where only its own code can say.
+    """Runs the model on batches of 2 x 3 tokens; what it does to its logits, None where only its own code can say.
 
-    Raises UnsupportedModelError for models whose adapted layers do not see each token of each example once (routed
-    or shared layers), and for models in which a token sees later ones.
+    Notes in each layer how often it is used and how its rows lie. Raises UnsupportedModelError for models in which a
+    token sees later ones or those of other examples, and for adapted layers whose rows do not go by example.
     """
-    calls: dict[str, int] = dict.fromkeys((layer.name for layer in layers), 0)
-    hooks = [layer.module.register_forward_pre_hook(_recorder(layer, calls)) for layer in layers]
-    at_head: list[Tensor] = []
     weight = head.weight
-    ramp = ramp_logits(weight.shape[0], weight.device, weight.dtype)
-
-    def show_ramp(hidden: Tensor) -> Tensor:
-        at_head.append(hidden)
-        if tuple(hidden.shape[:2]) != PROBE_SHAPE:
-            raise UnsupportedModelError(f"the output embeddings get inputs of shape {tuple(hidden.shape)}")
-        return ramp
-
-    try:
-        with replaced_forward(head.module, show_ramp):
-            ids = torch.zeros(PROBE_SHAPE, dtype=torch.int64, device=weight.device)
-            ids[1, -1] = 1  # two examples that differ in their last token only
-            transformed = model(input_ids=ids, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if len(at_head) != 1:
-        raise UnsupportedModelError(
-            f"the model uses its output embeddings {len(at_head)} times in a forward pass, not once"
-        )
-    first, second = at_head[0][:, :-1].double()
-    if (second - first).norm() > max(1e-4, 4 * torch.finfo(at_head[0].dtype).eps) * first.norm():
-        raise UnsupportedModelError(
-            f"{type(model.get_base_model()).__name__} lets tokens see later ones: only causal language "
-            "models are supported"
-        )
-    for name, count in calls.items():
-        if count != 1:
-            raise UnsupportedModelError(
-                f"{name} runs {count} times in a forward pass, not once: shared layers and routed "
-                "experts are not supported; leave them out of target_modules",
-                module=name,
-            )
+    ids = ordinary_ids(model.config.to_dict(), model.get_input_embeddings().num_embeddings)
+    small = _observe(model, layers, head, Runs.of(SMALL, ids, weight.device))
+    _check_causal(model, small)
+    flattened = [layer for layer in layers if not small.goes_by_example(layer)]
+    larger = _observe(model, flattened, head, Runs.of(LARGER, ids, weight.device)) if flattened else None
+    for layer in layers:
+        layer.uses = small.uses(layer)
+        if not layer.uses:  # a vision tower, say: no log-probability of text has a gradient by it
+            continue
+        layer.row_order = small.row_order(layer)
+        if larger is not None and layer in flattened and larger.row_order(layer) != layer.row_order:
+            raise larger.refusal(layer)
+    ramp, transformed = small.ramp, small.transformed
     if head.layer is not None or not is_plain_linear(head.module) or transformed.shape != ramp.shape:
         return None
     return LogitTransform.identify(ramp, transformed, model.config.get_text_config())
 
 
-@torch.no_grad()
-def find_last_layer(model: PeftModel, head: OutputEmbeddings) -> LastLayer | None:
-    """The last decoder layer if it can run at supervised positions only; tried on 2 x 3 tokens."""
-    decoder = cast("PreTrainedModel", model.get_base_model()).get_decoder()
-    layer = LastLayer.find(getattr(decoder, "layers", None))
-    ids = torch.arange(6, device=head.weight.device).view(PROBE_SHAPE) % head.weight.shape[0]
-    if layer is None or not layer.agrees(lambda: model(input_ids=ids, use_cache=False)):
-        return None
-    return layer
+class _Observed(NamedTuple):
+    """What runs of the model have shown: inputs of the adapted layers and of the output embeddings."""
+
+    runs: Runs
+    calls: list[dict[str, list[Tensor]]]  # of each run, by layer: the inputs of every call
+    at_head: list[Tensor]  # [b, T, H] of each run
+    ramp: Tensor  # what the output embeddings were made to give, [1, 1, V]
+    transformed: Tensor  # what the model made of it
+
+    def uses(self, layer: AdaptedLinear) -> int:
+        return len(self.calls[0][layer.name])
+
+    def goes_by_example(self, layer: AdaptedLinear) -> bool:
+        """Whether all that the layer sees is [b, T, ...]."""
+        return all(inputs.shape[:2] == self.runs.shape for run in self.calls for inputs in run[layer.name])
+
+    def row_order(self, layer: AdaptedLinear) -> RowOrder:
+        """How the layer's rows lie, at every use. Raises UnsupportedModelError where they do not go by example."""
+        if any(len(run[layer.name]) != self.uses(layer) for run in self.calls):
+            raise self.refusal(layer)
+        orders = {order_of(seen, self.runs) for seen in zip(*(run[layer.name] for run in self.calls), strict=True)}
+        known = {order for order in orders if order is not None}
+        found = common_order(known) if known == orders else None
+        if found is None:
+            raise self.refusal(layer)
+        return found
+
+    def refusal(self, layer: AdaptedLinear) -> UnsupportedModelError:
+        shapes = {tuple(inputs.shape) for run in self.calls for inputs in run[layer.name]}
+        examples, tokens = self.runs.shape
+        return UnsupportedModelError(
+            f"{layer.name} gets inputs of shape {' and '.join(map(str, sorted(shapes)))} from {examples} examples of "
+            f"{tokens} tokens, and their rows do not go by example: routed experts, and layers that mix a batch's "
+            "tokens, are not supported; leave them out of target_modules",
+            module=layer.name,
+        )
 
 
-def _recorder(layer: AdaptedLinear, calls: dict[str, int]):
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        calls[layer.name] += 1
-        if tuple(inputs[0].shape[:-1]) != PROBE_SHAPE:
+def _observe(model: PeftModel, layers: list[AdaptedLinear], head: OutputEmbeddings, runs: Runs) -> _Observed:
+    ramp = ramp_logits(head.weight.shape[0], head.weight.device, head.weight.dtype)
+    at_head: list[Tensor] = []
+
+    def show_ramp(hidden: Tensor) -> Tensor:
+        at_head.append(hidden.clone())
+        if tuple(hidden.shape[:2]) != runs.shape:
+            raise UnsupportedModelError(f"the output embeddings get inputs of shape {tuple(hidden.shape)}")
+        return ramp
+
+    calls = []
+    transformed = ramp
+    for number, ids in enumerate(runs.ids):
+        with replaced_forward(head.module, show_ramp), recorded({layer.name: layer.module for layer in layers}) as seen:
+            logits = model(input_ids=ids, use_cache=False).logits
+        calls.append(seen)
+        transformed = transformed if number else logits
+        if len(at_head) != number + 1:
             raise UnsupportedModelError(
-                f"{layer.name} gets inputs of shape {tuple(inputs[0].shape)}, not [batch, tokens, features]: "
-                "routed experts, and layers that see a batch's tokens as one list, are not supported; leave "
-                "them out of target_modules",
-                module=layer.name,
+                f"the model uses its output embeddings {len(at_head) - number} times in a forward pass, not once"
             )
+    return _Observed(runs, calls, at_head, ramp, transformed)
 
-    return record
+
+def _check_causal(model: PeftModel, observed: _Observed) -> None:
+    """Raises UnsupportedModelError where a token's hidden state changes with later tokens or other examples."""
+    difference = changes(observed.at_head).cpu().view(-1, *observed.runs.shape)
+    still = difference <= tolerance(observed.at_head[0].dtype)
+    if not bool((still | observed.runs.expected()).all()):
+        raise UnsupportedModelError(
+            f"{type(model.get_base_model()).__name__} lets tokens see later ones, or those of other examples: only "
+            "causal language models are supported"
+        )
+
+
+@torch.no_grad()
+def find_last_layer(model: PeftModel, layers: list[AdaptedLinear], head: OutputEmbeddings) -> LastLayer | None:
+    """The last decoder layer if it can run at supervised positions only; tried on 2 x 3 tokens after `probe`."""
+    decoder = cast("PreTrainedModel", model.get_base_model()).get_decoder()
+    last = LastLayer.find(getattr(decoder, "layers", None))
+    ids = torch.arange(6, device=head.weight.device).view(SMALL) % head.weight.shape[0]
+    if last is None or not last.agrees(lambda: model(input_ids=ids, use_cache=False)):
+        return None
+    per_token = [layer for layer in layers if layer.module in last.per_token]
+    if any(layer.uses > 1 or not layer.row_order.by_token for layer in per_token):
+        return None  # its rows, of all uses together, are no longer those of the supervised positions
+    return last

@@ -1,14 +1,15 @@
 """Which modules of a model get LoRA: what the settings say, read against the model that is there.
 
 `all-linear` means every linear layer of the text decoder but the output embeddings, and in a mixture of experts but the
-routed experts and their routers: experts are stacked parameters, or layers that see a batch's tokens in parts.
+routed experts and their routers: experts are stacked parameters, or layers that see a batch's tokens in parts. Left
+out too are layers on which LoRA cannot be put: Mamba's output projections, and those that compute no plain product.
 """
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from prism_assets.compat import names_of_stacked_experts
+from prism_assets.compat import names_of_stacked_experts, refused_by_name
 from prism_assets.errors import ModelError
 
 if TYPE_CHECKING:
@@ -40,13 +41,15 @@ def lora_targets(
     decoder = _text_decoder(base)
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     experts = _experts(base) if everything else set()
+    unfit = _unfit(base) - experts if everything else set()
     left_out = [f"everything outside of {decoder}"] if decoder else []
     left_out += ["routed experts and their routers"] if experts else []
-    if not (decoder or experts or exclude_modules or layers is not None):
+    left_out += [f"{', '.join(sorted({end_of_name(name) for name in unfit}))} (no place for LoRA)"] if unfit else []
+    if not (decoder or experts or unfit or exclude_modules or layers is not None):
         return LoraTargets(target_modules if isinstance(target_modules, str) else list(target_modules), "")
     names = [name for name, _ in base.named_modules() if name and (not decoder or name.startswith(f"{decoder}."))]
     if everything:
-        linear = set(_linear_layers(base)) - experts
+        linear = set(_linear_layers(base)) - experts - unfit
         chosen = [name for name in names if name in linear]
     else:
         chosen = [name for name in names if _named(name, target_modules)]
@@ -97,6 +100,36 @@ def _linear_layers(base: "PreTrainedModel") -> Iterator[str]:
     for name, module in base.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
             yield name
+
+
+def _unfit(base: "PreTrainedModel") -> set[str]:
+    """Linear layers that PEFT refuses by their name, and those whose output is not [..., out] of inputs [..., in]."""
+    refused = {name.rpartition(".")[2] for name in _linear_layers(base)}
+    refused = {name for name in refused if refused_by_name(base, name)}
+    return {
+        name
+        for name in _linear_layers(base)
+        if name.rpartition(".")[2] in refused or not _gives_rows(base.get_submodule(name))
+    }
+
+
+def _gives_rows(module: "nn.Module") -> bool:
+    """Whether a linear layer, be it of a class of its own, makes [1, 3, out] of [1, 3, in] (one in groups does not)."""
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    weight = cast("torch.Tensor", module.weight)
+    if type(module) in (nn.Linear, Conv1D) or not weight.is_floating_point():
+        return True
+    size, out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
+    inputs = torch.zeros(1, 3, size, dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            found = module(inputs)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 3, out)
 
 
 def _experts(base: "PreTrainedModel") -> set[str]:

@@ -126,8 +126,8 @@ def test_a_host_that_gives_no_more_memory_is_met_by_halving_and_recomputing():
     for allowed in (keeps.needed(2, 1000, False), keeps.needed(1, 1000, True) + 2**27):
         resource.setrlimit(resource.RLIMIT_AS, (mapped + int(allowed), resource.RLIM_INFINITY))
         found = engine.weighted_gradient(examples, np.ones(4))
-        worst = max(float((found.gradient[n] - g).norm() / g.norm()) for n, g in expected.gradient.items() if
-        g.norm() > 0) print(worst < 1e-4, engine._runner._fits_tokens, engine._runner._fits_kept)
+        errors = [(found.gradient[n] - g).norm() / g.norm() for n, g in expected.gradient.items() if g.norm() > 0]
+        print(bool(max(errors) < 1e-4), engine._runner._fits_tokens, engine._runner._fits_kept)
     """
     code = textwrap.dedent(code).format(folder=str(__import__("pathlib").Path(__file__).parent))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import torch
 from tiny_families import tiny_family
 from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from prism_assets.errors import ModelError
 from prism_assets.resources.model.lora_targets import lora_targets
@@ -88,3 +90,25 @@ def test_layers_are_those_of_the_decoder(family):
 def test_settings_that_name_nothing_are_refused(options, message):
     with pytest.raises(ModelError, match=message):
         lora_targets(tiny_family("llama"), **{"target_modules": "all-linear", **options})
+
+
+def test_all_linear_leaves_out_what_has_no_place_for_lora():
+    """Mamba's kernels read the weights of its output projection past the module; a layer in groups is no product."""
+    torch.manual_seed(0)
+    mamba = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+    found = lora_targets(mamba, "all-linear")
+    assert ends(found.modules) == {"in_proj", "x_proj", "dt_proj"} and len(found.modules) == 6
+    assert found.left_out == "mixer.out_proj (no place for LoRA)"
+    assert lora_targets(mamba, ("out_proj",)).modules == ["out_proj"]  # asked for by name it is PEFT's to refuse
+
+    class Grouped(nn.Linear):
+        def forward(self, input):
+            return super().forward(input.reshape(*input.shape[:-1], 2, -1))
+
+    llama = tiny_family("llama")
+    llama.model.layers[0].self_attn.o_proj = Grouped(16, 32, bias=False)
+    found = lora_targets(llama, "all-linear")
+    assert "model.layers.0.self_attn.o_proj" not in found.modules and "model.layers.1.self_attn.o_proj" in found.modules
+    assert found.left_out == "self_attn.o_proj (no place for LoRA)"
