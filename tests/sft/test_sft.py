@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prism_assets.errors import StageError
 from prism_assets.gradients.engine import GradientEngine
@@ -23,6 +25,12 @@ VOCABULARY = 23
 class Tokens(NamedTuple):
     input_ids: np.ndarray
     loss_mask: np.ndarray
+
+
+def number_tokenizer():
+    """A tokenizer of numbers: one word a token, 0 for padding."""
+    tokenizer = Tokenizer(WordLevel({str(number): number for number in range(VOCABULARY)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0", eos_token="1")
 
 
 def make_base() -> LlamaForCausalLM:
