@@ -46,6 +46,7 @@ def test_feature_rows(family, checkpointing):
     with simulated() as waits:
         engine = GradientEngine(model.to(SIM), **settings)
         assert engine.device == SIM
+        engine.weighted_gradient(EXAMPLES[:1], [1.0])  # what a pass keeps is measured, once
         waits.clear()
         found = engine.feature_rows(EXAMPLES, sketch=sketch)
     # The rows and the figures are read (a GPU's host does that a batch late, by an event).
@@ -63,6 +64,7 @@ def test_more_layers_are_no_more_waits(config_class):
         model = make_model(llama_like(config_class, num_hidden_layers=layers))
         with simulated() as waits:
             engine = GradientEngine(model.to(SIM), token_budget=BUDGET)
+            engine.weighted_gradient(EXAMPLES[:1], [1.0])  # what a pass keeps is measured, once
             waits.clear()
             engine.feature_rows(EXAMPLES, sketch=Sketch(64, 0))
         counts.append(Counter(waits))
@@ -82,6 +84,7 @@ def test_preconditioned_rows(kind):
     expected = engine.feature_rows(EXAMPLES, sketch=sketch, preconditioner=preconditioner)
     with simulated() as waits:
         engine = GradientEngine(model.to(SIM), token_budget=BUDGET)
+        engine.weighted_gradient(EXAMPLES[:1], [1.0])  # what a pass keeps is measured, once
         waits.clear()
         found = engine.feature_rows(EXAMPLES, sketch=sketch, preconditioner=preconditioner)
     assert per_batch(waits) == {LOOK: 1, COPY: 2}
@@ -95,6 +98,7 @@ def test_weighted_gradient_and_directional_derivatives():
     derivatives = engine.directional_derivatives(EXAMPLES, expected.gradient)
     with simulated() as waits:
         engine = GradientEngine(model.to(SIM), token_budget=BUDGET)
+        engine.weighted_gradient(EXAMPLES[:1], [1.0])  # what a pass keeps is measured, once
         waits.clear()
         found = engine.weighted_gradient(EXAMPLES, weights)
         assert per_batch(waits) == {LOOK: 1, COPY: 1}
