@@ -61,8 +61,7 @@ class _TinyModel(LanguageModel):
     def base(self) -> Any:
         if self.name not in _built:
             model = tiny_model(self.name).double()
-            if model._can_set_experts_implementation():
-                model.set_experts_implementation("eager")  # the one that knows float64
+            model.set_experts_implementation("eager")  # the one that knows float64
             _built[self.name] = model.requires_grad_(False)
         return _built[self.name]
 
