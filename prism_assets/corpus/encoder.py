@@ -118,6 +118,26 @@ class Encoder:
 
     # --- Length -------------------------------------------------------------------------------------------
 
+    def least_length(self, messages: Sequence[Message], rejected: str | None = None) -> int:
+        """The smallest ``max_length`` under which `encode`, or with ``rejected`` `encode_pair`, takes a conversation:
+        room for its last exchange's completions and one token of its prompt. Raises `Untokenizable` where none does.
+        """
+        turns = [tuple(messages)]
+        if rejected is not None:
+            turns.append((*messages[:-1], Message("assistant", rejected)))
+        self._require_no_special_tokens([*messages, *(one[-1] for one in turns[1:])])
+        last_turns, beside = [], []
+        for one in turns:
+            while (shorter := _without_earliest_exchange(one)) is not None:
+                one = shorter
+            supervised = self._tokens(one).supervised
+            if supervised[0]:
+                raise Untokenizable("the prompt tokenises to nothing", "prompt")
+            last_turns.append(last_run(supervised))
+            # Of a pair, both prompts are cut by what the longer last turn leaves.
+            beside.append(len(supervised) - supervised.index(True) - last_turns[-1])
+        return max(beside) + max(last_turns) + 1
+
     def _encode(self, messages: Sequence[Message], limit: int) -> TokenizedExample:
         messages = tuple(messages)
         if not messages or messages[-1].role != "assistant":

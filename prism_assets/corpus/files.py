@@ -30,6 +30,7 @@ DATA_EXTENSIONS = (
     *PARQUET_EXTENSIONS,
 )
 PARQUET_BATCH_ROWS = 1024
+DUPLICATE_OF = "duplicate of line "  # what the reason of a record begins with that is there already
 
 
 def data_extension(name: str) -> str | None:
@@ -221,6 +222,6 @@ def _drop_duplicates(examples: list[Example]) -> tuple[list[Example], list[Rejec
     for example in examples:
         kept = first.setdefault(example.id, example)
         if kept is not example:
-            reason = f"duplicate of line {kept.line}"
+            reason = f"{DUPLICATE_OF}{kept.line}"
             duplicates.append(Reject(example.line, "", reason, excerpt_of(example.prompt_text)))
     return list(first.values()), duplicates

@@ -1,10 +1,13 @@
 """The asset `targets`: target examples and held-out records, tokenised the same way."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import RecordFile, encode_file
+from prism_assets.corpus.encoding import RecordFile, encode_file, encoder_of
+from prism_assets.corpus.target_fit import TargetFit, given_records, target_fit
 from prism_assets.errors import UnusableTargets
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
@@ -28,6 +31,7 @@ def build(project: Project) -> dg.AssetsDefinition:
 
 def _read_target(stage: Stage, name: str) -> Outcome:
     target = stage.settings.targets[name]
+    # Before training and gradients, which would all be for less than was asked for.
     examples, computed, rejected = _read_file(stage, name, "target", target.examples)
     _require_fitting_score(stage, examples, name)
     held_out, made, more = _read_file(stage, name, "eval", target.eval)
@@ -66,7 +70,23 @@ def _read_file(stage: Stage, name: str, kind: Any, path: Any) -> tuple[Artifact,
     if not rows.notes["rows"]:
         why = f" The first was rejected because: {rejected[0]['reason']}." if rejected else ""
         raise UnusableTargets(f"targets.{name}: {path} holds no usable row.{why}")
+    given = given_records(rows.notes["rows"], rejected)
+    if given - rows.notes["rows"] > stage.settings.targets[name].max_rejected * given:
+        fit = target_fit(path, kind, encoder_of(stage.settings, stage.model))
+        raise UnusableTargets(too_few_records(stage, name, path, fit))
     return rows, computed, [{"file": path.name, **one} for one in rejected]
+
+
+def too_few_records(stage: Stage, name: str, path: Path, fit: TargetFit) -> str:
+    """What is wrong with a file of which too much is rejected, and what to do."""
+    advice = fit.advice(stage.settings.tokenization.max_length, stage.model_identity.context_length)
+    allowed = stage.settings.targets[name].max_rejected
+    return (
+        f"targets.{name}: of the {fit.given} records in {path} {fit.used} can be used: more are rejected than "
+        f"targets.{name}.max_rejected ({allowed:g}) allows. The first is {fit.first}. "
+        f"{advice + '. ' if advice else ''}Repair or shorten the records, or allow it with "
+        f"max_rejected: {math.ceil(100 * fit.rejected / fit.given) / 100:g}."
+    )
 
 
 def _require_fitting_score(stage: Stage, targets: Artifact, name: str) -> None:

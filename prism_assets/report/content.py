@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from prism_assets.corpus.target_fit import given_records
 from prism_assets.errors import CannotExplain
 from prism_assets.evaluation.benchmark_scores import benchmarks_of, shown_scores
 from prism_assets.identity import base_key, join_key, seed_partition
@@ -35,10 +36,13 @@ def target_content(stage: Stage, name: str) -> ReportPart:
     measured = _trust_in(stage, weights, name)
     shown = [weights, pool, base, *(one for part in strategies.values() for one in part.shown)]
     shown += [measured] if measured is not None else []
+    files = {table: _records_of(stage, table, name) for table in ("targets", "eval_examples")}
+    shown += [one.rejects for one in files.values() if one.rejects is not None]
     data = {
         "kind": notes["kind"],
         "number_of_targets": notes["number_of_targets"],
         "number_of_eval": stage.shown("eval_examples", name).notes["rows"],
+        "records": {table: {"given": one.given, "used": one.used} for table, one in files.items()},
         "pool": {
             "rows": sum(stage.lake.read_table(pool, ["rows"])["rows"].to_pylist()),
             "canonical": pool.notes["canonical_rows"],
@@ -62,6 +66,22 @@ def target_content(stage: Stage, name: str) -> ReportPart:
         data["benchmarks"] = benchmarks.data
         shown += benchmarks.shown
     return ReportPart(data, shown)
+
+
+class _Records(NamedTuple):
+    """The records of a target's file."""
+
+    given: int
+    used: int
+    rejects: Artifact | None  # where some were rejected
+
+
+def _records_of(stage: Stage, table: str, name: str) -> _Records:
+    used = stage.shown(table, name).notes["rows"]
+    rejects = stage.shown_or_none(f"{table}_rejects", name)
+    if rejects is None or not rejects.notes["rows"]:
+        return _Records(used, used, None)
+    return _Records(given_records(used, stage.lake.read_table(rejects).to_pylist()), used, rejects)
 
 
 def _trust_in(stage: Stage, weights: Artifact, target: str) -> Artifact | None:

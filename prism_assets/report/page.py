@@ -93,13 +93,14 @@ def build_report(data: Mapping[str, Any]) -> str:
 
 def _target_view(anchor: str, name: str, target: Mapping[str, Any]) -> dict[str, Any]:
     pool, direction = target.get("pool") or {}, target.get("direction") or {}
+    records = target.get("records") or {}
     facts = [
         (
             "Target examples",
             count_text(target.get("number_of_targets")),
-            "pairs" if target.get("kind") == "pairs" else "plain",
+            ", ".join(filter(None, ["pairs" if target.get("kind") == "pairs" else "plain", _lost(records, "targets")])),
         ),
-        ("Held-out records", count_text(target.get("number_of_eval")), ""),
+        ("Held-out records", count_text(target.get("number_of_eval")), _lost(records, "eval_examples")),
         ("Pool", count_text(pool.get("rows")), "rows"),
         ("Canonical", count_text(pool.get("canonical")), "rows, each content once"),
     ]
@@ -281,6 +282,14 @@ def _explanation_view(explanation: Mapping[str, Any]) -> dict[str, Any]:
             for one in explanation.get("neighbours") or []
         ],
     }
+
+
+def _lost(records: Mapping[str, Any], table: str) -> str:
+    """How many records of a target's file are used, where that is not all of them."""
+    counts = records.get(table) or {}
+    if counts.get("given") == counts.get("used"):
+        return ""
+    return f"{count_text(counts['given'])} given, {count_text(counts['used'])} used"
 
 
 def _left_out_view(data: Mapping[str, Any]) -> dict[str, Any] | None:

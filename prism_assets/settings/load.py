@@ -152,7 +152,7 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
             ),
             "candidates": settings.candidates.model_copy(update={"inbox": at(settings.candidates.inbox)}),
             "targets": {
-                name: TargetSettings(examples=at(target.examples), eval=at(target.eval))
+                name: target.model_copy(update={"examples": at(target.examples), "eval": at(target.eval)})
                 for name, target in settings.targets.items()
             },
             "evaluation": settings.evaluation.model_copy(

@@ -225,6 +225,13 @@ class TargetSettings(Section):
 
     examples: Path = Field(description="The file of target examples, plain or pairs.")
     eval: Path = Field(description="The file of held-out records that adapters are evaluated on.")
+    max_rejected: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="The share of the records of either file that may be rejected, duplicates not counted; more stops "
+        "the run before any training.",
+    )
 
 
 class PreferenceSettings(Section):

@@ -519,3 +519,24 @@ def test_any_conversation_survives_tokenisation(turns):
         f"<|im_start|>user\n{prompt}</s>\n<|im_start|>assistant\n{completion}</s>\n" for prompt, completion in turns
     )
     assert text(BYTES, CHAT_BYTES.encode(messages).input_ids) == rendered[:-1]
+
+
+def _takes(tokenizer, template: str, length: int, messages, rejected: str | None) -> bool:
+    encoder = Encoder(tokenizer, max_length=length, template=template)
+    try:
+        encoder.encode(messages) if rejected is None else encoder.encode_pair(messages, rejected)
+    except Untokenizable:
+        return False
+    return True
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=2), st.none() | words, st.sampled_from(["plain", "chat"]))
+def test_the_least_length_is_the_first_one_that_is_taken(turns, rejected, template):
+    messages = tuple(
+        Message(role, content) for turn in turns for role, content in zip(("user", "assistant"), turn, strict=True)
+    )
+    tokenizer = PLAIN_BYTES.tokenizer if template == "plain" else CHAT_BYTES.tokenizer
+    least = Encoder(tokenizer, max_length=8, template=template).least_length(messages, rejected)
+    assert _takes(tokenizer, template, least, messages, rejected)
+    assert least == 2 or not _takes(tokenizer, template, least - 1, messages, rejected)
