@@ -17,12 +17,12 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        _wait_for_gpu()
+        wait_for_gpu()
         self._processor, self._clock = _counted()
 
     def cost(self) -> dict[str, float | None]:
         """`cpu_seconds` of all threads of this process; `gpu_seconds` from idle GPU to idle GPU, None without one."""
-        gpu = _wait_for_gpu()
+        gpu = wait_for_gpu()
         processor, clock = _counted()
         return {
             "cpu_seconds": processor - self._processor,
@@ -39,12 +39,12 @@ def uncounted() -> Iterator[None]:
     """Work that no stopwatch counts: loading a model, which would fall on its first user, or what has a stopwatch of
     its own."""
     global _uncounted
-    _wait_for_gpu()
+    wait_for_gpu()
     before = _counted()
     try:
         yield
     finally:
-        _wait_for_gpu()
+        wait_for_gpu()
         after = _counted()
         _uncounted = _uncounted[0] + after[0] - before[0], _uncounted[1] + after[1] - before[1]
 
@@ -54,7 +54,7 @@ def _counted() -> tuple[float, float]:
     return time.process_time() - _uncounted[0], time.perf_counter() - _uncounted[1]
 
 
-def _wait_for_gpu() -> bool:
+def wait_for_gpu() -> bool:
     """Whether this process uses a GPU; if so, it is idle now."""
     torch = sys.modules.get("torch")  # a process that has not imported it has no work on a GPU
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():

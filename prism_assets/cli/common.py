@@ -17,6 +17,7 @@ from prism_assets.text import one_line
 if TYPE_CHECKING:
     import dagster as dg
 
+    from prism_assets.ops.estimate import Estimate
     from prism_assets.ops.pipeline import Step, StepResult
     from prism_assets.project import Project
     from prism_assets.settings import Settings
@@ -124,7 +125,11 @@ def run_steps(
     def on_wait(holders: str) -> None:
         console.print(f"[yellow]waiting for the model: {escape(holders)}[/]", highlight=False)
 
-    listener = Listener() if quiet else Listener(on_step, on_result, on_wait)
+    def on_estimate(found: "Estimate") -> None:
+        console.print(f"[dim]{escape(found.line())}[/]", highlight=False, soft_wrap=True)
+
+    whole = steps is None  # the estimate is of a whole run
+    listener = Listener() if quiet else Listener(on_step, on_result, on_wait, on_estimate if whole else None)
     shown = nullcontext() if quiet or console.is_terminal else heartbeat
     with shown, interrupts_at_safe_points(), instance_of(settings) as instance:
         results = run_pipeline(

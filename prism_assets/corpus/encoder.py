@@ -118,6 +118,11 @@ class Encoder:
 
     # --- Length -------------------------------------------------------------------------------------------
 
+    def length(self, messages: Sequence[Message]) -> int:
+        """Tokens of a conversation before anything of it is cut. Raises `Untokenizable`."""
+        self._require_no_special_tokens(messages)
+        return len(self._tokens(messages).ids)
+
     def least_length(self, messages: Sequence[Message], rejected: str | None = None) -> int:
         """The smallest ``max_length`` under which `encode`, or with ``rejected`` `encode_pair`, takes a conversation:
         room for its last exchange's completions and one token of its prompt. Raises `Untokenizable` where none does.

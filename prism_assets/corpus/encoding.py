@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism_assets.errors import ModelError, StageError
-from prism_assets.resources.lake import Artifact, Rows, hash_file
+from prism_assets.resources.lake import Artifact, Recipe, Rows, hash_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,10 +62,7 @@ def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
 
     Raises StageError where the file changes while it is read.
     """
-    settings = stage.settings.tokenization.model_dump()
-    inputs = {"file": source.sha256, "tokenizer": stage.model_identity.tokenizer}
-    recipe = stage.recipe(source.table, settings, inputs, partition=source.partition)
-    rejects_recipe = stage.recipe(source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition)
+    recipe, rejects_recipe = encoded_recipes(stage, source)
     read = cache(lambda: _read(stage, source))
     # The rejects first: where the rows are published, their rejects are too.
     rejects, rejects_made = stage.make(rejects_recipe, lambda: read()[1])
@@ -73,6 +70,16 @@ def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
     stage.show(rows, source.partition)
     stage.show(rejects, source.partition)
     return Encoded(rows, rejects, max(rejects_made, rows_made))
+
+
+def encoded_recipes(stage: "Stage", source: RecordFile) -> tuple[Recipe, Recipe]:
+    """What the rows and the rejects of a file are made from."""
+    settings = stage.settings.tokenization.model_dump()
+    inputs = {"file": source.sha256, "tokenizer": stage.model_identity.tokenizer}
+    return (
+        stage.recipe(source.table, settings, inputs, partition=source.partition),
+        stage.recipe(source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition),
+    )
 
 
 def _read(stage: "Stage", source: RecordFile) -> tuple[Rows, Rows]:

@@ -71,13 +71,14 @@ _Record = tuple[int, "dict | BadRecord", Any]
 
 
 def _records(path: Path) -> Iterator[_Record]:
-    extension = _checked_extension(path)
+    extension = checked_extension(path)
     if extension in PARQUET_EXTENSIONS:
         return _parquet_records(path)
     return _json_records(path, COMPRESSIONS.get(Path(extension).suffix))
 
 
-def _checked_extension(path: Path) -> str:
+def checked_extension(path: Path) -> str:
+    """The accepted extension of a file with something in it. Raises UnreadableFile."""
     if path.is_dir():
         raise UnreadableFile(path, "is a directory; name a file in it")
     if not path.is_file():
@@ -96,7 +97,7 @@ def _checked_extension(path: Path) -> str:
 def _json_records(path: Path, compression: str | None) -> Iterator[_Record]:
     for line, raw in _numbered_lines(path, compression):
         try:
-            record: dict | BadRecord = _json_object(raw)
+            record: dict | BadRecord = json_object(raw)
         except BadRecord as bad:
             record = bad
         yield line, record, lambda raw=raw: _json_excerpt(raw)
@@ -112,7 +113,7 @@ def _numbered_lines(path: Path, compression: str | None) -> Iterator[tuple[int, 
     Split at line feeds alone: JSON strings may hold other line separators, such as U+2028.
     """
     try:
-        with _open_bytes(path, compression) as stream:
+        with _open(path, compression) as stream:
             for line, raw in enumerate(stream, start=1):
                 if line == 1:
                     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -129,15 +130,23 @@ def _numbered_lines(path: Path, compression: str | None) -> Iterator[tuple[int, 
         raise UnreadableFile(path, advice) from error
 
 
-def _open_bytes(path: Path, compression: str | None) -> io.BufferedIOBase:
-    if compression is None:
-        return path.open("rb")
+def open_bytes(file: Any, compression: str) -> io.BufferedReader:
+    """What an Arrow file holds, decompressed."""
     import pyarrow as pa  # here, so that listing an inbox needs no pyarrow
 
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), compression), 1 << 16)
+    return io.BufferedReader(pa.CompressedInputStream(file, compression), 1 << 16)
 
 
-def _json_object(raw: bytes) -> dict:
+def _open(path: Path, compression: str | None) -> io.BufferedIOBase:
+    if compression is None:
+        return path.open("rb")
+    import pyarrow as pa
+
+    return open_bytes(pa.OSFile(str(path)), compression)
+
+
+def json_object(raw: bytes) -> dict:
+    """The record of a line. Raises BadRecord."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -178,7 +187,7 @@ def _parquet_records(path: Path) -> Iterator[_Record]:
             columns = [name for name in names if name in KNOWN_FIELDS]
             row = 0
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-                for record in _batch_records(batch):
+                for record in batch_records(batch):
                     row += 1
                     if isinstance(record, dict):
                         record = {**dict.fromkeys(names), **record}
@@ -188,7 +197,8 @@ def _parquet_records(path: Path) -> Iterator[_Record]:
         raise UnreadableFile(path, advice) from error
 
 
-def _batch_records(batch: Any) -> Iterator[dict | BadRecord]:
+def batch_records(batch: Any) -> Iterator[dict | BadRecord]:
+    """The rows of an Arrow batch as records."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # Arrow does not validate strings: find the rows that are not UTF-8

@@ -116,6 +116,11 @@ def messages_to_json(messages: Sequence[Message]) -> str:
     return json.dumps([message._asdict() for message in messages], ensure_ascii=False)
 
 
+def messages_from_json(text: str) -> tuple[Message, ...]:
+    """The inverse of `messages_to_json`."""
+    return tuple(Message(turn["role"], turn["content"]) for turn in json.loads(text))
+
+
 def excerpt_of(text: str) -> str:
     """The first `EXCERPT_CHARACTERS` of a text, safe to store as UTF-8."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -38,9 +38,18 @@ class TargetFit(NamedTuple):
         """Whether more than this share is rejected."""
         return self.rejected > max_rejected * self.given
 
+    def lost(self, max_length: int, context: int | None = None) -> str:
+        """How many records are not used, why, and what `max_length` keeps them; empty where all are used."""
+        if not self.rejected:
+            return ""
+        words = f"{self.given} given, {self.used} used; the first that is not: {self.first}"
+        advice = self.advice(max_length, context)
+        return f"{words}. {advice}" if advice else words
+
     def advice(self, max_length: int, context: int | None = None) -> str:
         """What `max_length` keeps more records; empty where none does. `context`: tokens that the model can read."""
-        lengths = {self.keeps_all: "every record that is too long", self.keeps_most: f"{MOST:.0%} of the records"}
+        # Where one length is both, it keeps all.
+        lengths = {self.keeps_most: f"{MOST:.0%} of the records", self.keeps_all: "every record that is too long"}
         found = [(length, what) for length, what in lengths.items() if length is not None and length > max_length]
         if not found:
             return ""

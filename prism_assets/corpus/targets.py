@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -15,8 +15,14 @@ from prism_assets.resources.lake import Artifact, hash_file
 from prism_assets.stage import Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
+if TYPE_CHECKING:
+    from prism_assets.corpus.records import Kind
+
 ROWS_ACCEPTED = Check("target_rows_accepted", "No target or held-out record was rejected.")
 DISJOINT = Check("eval_disjoint", "No held-out record is a target example.")
+
+# The table of each kind of file.
+TABLES: "dict[Kind, str]" = {"target": "targets", "eval": "eval_examples"}
 
 
 def build(project: Project) -> dg.AssetsDefinition:
@@ -54,27 +60,31 @@ def _read_target(stage: Stage, name: str) -> Outcome:
     )
 
 
-def _read_file(stage: Stage, name: str, kind: Any, path: Any) -> tuple[Artifact, int, list[dict[str, Any]]]:
+def _read_file(stage: Stage, name: str, kind: "Kind", path: Path) -> tuple[Artifact, int, list[dict[str, Any]]]:
     """The rows of a target's file, how many artefacts were made, and its rejects. Raises UnusableTargets."""
-    from prism_assets.corpus.files import read_examples
-    from prism_assets.corpus.token_tables import TARGET_SCHEMA
-
     if not path.is_file():
         raise UnusableTargets(f"targets.{name}: there is no file {path}")
-    table = {"target": "targets", "eval": "eval_examples"}[kind]
-    source = RecordFile(
-        path, hash_file(path), table, f"{table}_rejects", name, TARGET_SCHEMA, lambda file: read_examples(file, kind)
-    )
-    rows, rejects, computed = encode_file(stage, source)
+    rows, rejects, computed = encode_file(stage, target_file(name, kind, path))
     rejected = stage.lake.read_table(rejects).to_pylist()
     if not rows.notes["rows"]:
         why = f" The first was rejected because: {rejected[0]['reason']}." if rejected else ""
         raise UnusableTargets(f"targets.{name}: {path} holds no usable row.{why}")
     given = given_records(rows.notes["rows"], rejected)
     if given - rows.notes["rows"] > stage.settings.targets[name].max_rejected * given:
-        fit = target_fit(path, kind, encoder_of(stage.settings, stage.model))
+        fit = target_fit(path, kind, encoder_of(stage))
         raise UnusableTargets(too_few_records(stage, name, path, fit))
     return rows, computed, [{"file": path.name, **one} for one in rejected]
+
+
+def target_file(name: str, kind: "Kind", path: Path) -> RecordFile:
+    """A target's file of target examples or of held-out records, to be read into its tables."""
+    from prism_assets.corpus.files import read_examples
+    from prism_assets.corpus.token_tables import TARGET_SCHEMA
+
+    table = TABLES[kind]
+    return RecordFile(
+        path, hash_file(path), table, f"{table}_rejects", name, TARGET_SCHEMA, lambda file: read_examples(file, kind)
+    )
 
 
 def too_few_records(stage: Stage, name: str, path: Path, fit: TargetFit) -> str:

@@ -6,7 +6,7 @@ from prism_assets.corpus.encoding import encoder_of
 from prism_assets.corpus.target_set import target_set
 from prism_assets.identity import base_key, split_key
 from prism_assets.reference.engine import gradient_engine
-from prism_assets.resources.lake import Artifact, Rows
+from prism_assets.resources.lake import Artifact, Recipe, Rows
 from prism_assets.stage import Made, Stage
 from prism_assets.training.adapter import adapter_state
 
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 def make_scores(stage: Stage, records: Artifact, adapter: Artifact | None, key: str) -> Made:
     """One row per held-out record under one adapter (None: where fine-tuning starts), and the means in the notes."""
-    recipe = stage.recipe(
+    recipe = scores_recipe(stage, records, adapter, key)
+    return stage.make(recipe, lambda: _score(stage, stage.lake.read_table(records), adapter))
+
+
+def scores_recipe(stage: Stage, records: Artifact, adapter: Artifact | None, key: str) -> Recipe:
+    """What the scores of these records are made from."""
+    return stage.recipe(
         "evaluations",
         {
             "max_new_tokens": stage.settings.evaluation.max_new_tokens,
@@ -27,7 +33,6 @@ def make_scores(stage: Stage, records: Artifact, adapter: Artifact | None, key: 
         {"model": stage.model_identity.fingerprint, "records": records, "adapter": adapter or "none"},
         partition=key if adapter else base_key(split_key(key)[0]),
     )
-    return stage.make(recipe, lambda: _score(stage, stage.lake.read_table(records), adapter))
 
 
 def seed_note(adapter: Artifact | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from prism_assets.features.gradient_pass import GradientPass, gradient_pass
 from prism_assets.metadata import preview
 from prism_assets.progress import Progress
 from prism_assets.project import Check, Project
-from prism_assets.resources.lake import Artifact, Rows, hash_table
+from prism_assets.resources.lake import Artifact, Recipe, Rows, hash_table
 from prism_assets.stage import Made, Stage
 from prism_assets.tables import schema_of
 from prism_assets.work import Outcome, each_partition, stage_of
@@ -19,6 +19,7 @@ from prism_assets.work import Outcome, each_partition, stage_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_TOKENS = ["id", "input_ids", "loss_mask"]
 GRADIENTS_USABLE = Check("gradients_usable", "No row was refused for its gradient.")
 
 
@@ -61,7 +62,7 @@ def _shard(work: GradientPass, shard: str) -> Outcome:
     made: list[Made] = []
     found = blocks_of(stage.lake, features) if features is not None else []
     if features is None or None in found:
-        rows = stage.lake.read_table(candidates, ["id", "input_ids", "loss_mask"])
+        rows = stage.lake.read_table(candidates, _TOKENS)
         with stage.progress(f"gradients of {shard}", rows.num_rows * len(work.checkpoints)) as progress:
             # A shard without rows has one empty block, which says how wide its features are.
             firsts = range(0, max(rows.num_rows, 1), blocks.BLOCK_ROWS)
@@ -77,12 +78,21 @@ def _shard(work: GradientPass, shard: str) -> Outcome:
 
 def _block(work: GradientPass, rows: "pa.Table", progress: Progress) -> Made:
     stage, before = work.stage, progress.done
-    inputs = {"rows": hash_table(rows), "warmup": stage.warmup}
-    made = stage.make(
-        stage.recipe("feature_blocks", stage.feature_identity, inputs), lambda: _gradients(work, rows, progress)
-    )
+    made = stage.make(_block_recipe(stage, rows), lambda: _gradients(work, rows, progress))
     progress.update(before + rows.num_rows * len(work.checkpoints))
     return made
+
+
+def _block_recipe(stage: Stage, rows: "pa.Table") -> Recipe:
+    inputs = {"rows": hash_table(rows), "warmup": stage.warmup}
+    return stage.recipe("feature_blocks", stage.feature_identity, inputs)
+
+
+def missing_blocks(stage: Stage, shard: str) -> "list[pa.Table]":
+    """The tokens of an ingested shard's rows whose blocks are not in the lake, a table for each block."""
+    rows = stage.lake.read_table(stage.shown("candidates", shard), _TOKENS)
+    blocks_of_rows = [rows.slice(first, blocks.BLOCK_ROWS) for first in range(0, rows.num_rows, blocks.BLOCK_ROWS)]
+    return [one for one in blocks_of_rows if stage.lake.find(_block_recipe(stage, one)) is None]
 
 
 def _gradients(work: GradientPass, rows: "pa.Table", progress: Progress) -> Rows:

@@ -12,8 +12,8 @@ from prism_assets.metadata import preview
 from prism_assets.progress import Progress
 from prism_assets.project import Check, Project
 from prism_assets.reference.checkpoints import WarmupCheckpoint
-from prism_assets.resources.lake import Artifact, Rows
-from prism_assets.stage import Made
+from prism_assets.resources.lake import Artifact, Recipe, Rows
+from prism_assets.stage import Made, Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:
@@ -62,14 +62,18 @@ def _target(work: GradientPass, name: str) -> Outcome:
 def make_target_features(work: GradientPass, targets: Artifact, name: str) -> Made:
     """The gradients of these targets. Raises StageError where none of them is usable."""
     stage = work.stage
-    recipe = stage.recipe(
-        "target_features", stage.feature_identity, {"targets": targets, "warmup": stage.warmup}, partition=name
-    )
+    recipe = target_features_recipe(stage, targets, name)
     made = stage.make(recipe, lambda: _gradients(work, stage.lake.read_table(targets)))
     if made.artifact.notes["refused"] == made.artifact.notes["rows"]:
         first = stage.lake.read_table(made.artifact, ["refused"])["refused"][0].as_py()
         raise StageError(f"No target example of {name} has a usable gradient; the first: {first}")
     return made
+
+
+def target_features_recipe(stage: Stage, targets: Artifact, name: str) -> Recipe:
+    """What the gradients of these targets are made from."""
+    inputs = {"targets": targets, "warmup": stage.warmup}
+    return stage.recipe("target_features", stage.feature_identity, inputs, partition=name)
 
 
 def _gradients(work: GradientPass, targets: "pa.Table") -> Rows:

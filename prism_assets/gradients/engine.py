@@ -42,7 +42,7 @@ from prism_assets.gradients.lora import find_adapted_layers, tapped
 from prism_assets.gradients.memory import Activations, MemoryLimit, measure_activations, recomputed
 from prism_assets.gradients.preconditioner import Preconditioner
 from prism_assets.gradients.probe import OutputEmbeddings, find_last_layer, probe
-from prism_assets.gradients.runner import BatchRunner
+from prism_assets.gradients.runner import BatchRunner, Need
 from prism_assets.gradients.sketch import Projection
 from prism_assets.gradients.transfer import HostCopy, Result, a_batch_late, to_device
 from prism_assets.gradients.vectors import norm
@@ -258,6 +258,10 @@ class GradientEngine:
             with torch.no_grad():
                 for name, value in saved.items():
                     self.parameters[name].copy_(value)
+
+    def memory_need(self, lengths: Sequence[int]) -> Need:
+        """What gradient passes over examples of these lengths (`batching.context_length`) take, in bytes."""
+        return self._runner.need(lengths)
 
     # One batch
 

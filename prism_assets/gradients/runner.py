@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from prism_assets.errors import TooLittleMemory
 from prism_assets.gradients.batching import Example, context_length, default_token_budget, plan_batches
@@ -12,6 +12,13 @@ from prism_assets.gradients.memory import Activations, MemoryLimit, halves, is_o
 
 Result = TypeVar("Result")
 Run = Callable[[list[int], bool], Result]  # (positions of a batch's examples, whether to recompute activations)
+
+
+class Need(NamedTuple):
+    """Bytes that gradient passes take beside model and results."""
+
+    planned: float  # of the largest batch, run as it is planned
+    least: float  # of the longest example alone, with everything recomputed that may be
 
 
 class BatchRunner:
@@ -66,6 +73,14 @@ class BatchRunner:
                 pending.append(positions)
             else:
                 raise self._too_long(positions[0], width)
+
+    def need(self, lengths: Sequence[int]) -> Need:
+        """What gradient passes over examples of these lengths (`context_length`) take. Between the two figures batches
+        are halved and activations recomputed as memory asks for it."""
+        batches = [(len(batch), lengths[batch[0]]) for batch in plan_batches(lengths, self.token_budget)]
+        planned = (self._activations.needed(count, width, bool(self.recompute)) for count, width in batches)
+        least = self._activations.needed(1, max(lengths, default=1), self.recompute is not False)
+        return Need(max(planned, default=least), least)
 
     @cached_property
     def _activations(self) -> Activations:

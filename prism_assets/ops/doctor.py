@@ -1,19 +1,15 @@
 """`prism doctor`: what an installation has, and which results are stale."""
 
-import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from prism_assets.errors import LakeError, ModelError, PrismError, SettingsError
-from prism_assets.identity import join_key
-from prism_assets.resources.lake import Artifact, Recipe
+from prism_assets.errors import ModelError, PrismError
+from prism_assets.ops.stale import why_outdated
 from prism_assets.resources.model.language_model import LanguageModel
 from prism_assets.stage import Stage
 
-if TYPE_CHECKING:
-    from prism_assets.selection.strategies import Strategy
-
+_MEASURED_SECONDS = 0.25  # of each kind of pass
 PACKAGES = ("dagster", "torch", "transformers", "peft", "faiss", "duckdb", "pyarrow")
 
 
@@ -26,7 +22,8 @@ class Finding(NamedTuple):
 
 
 def examine(stage: Stage) -> list[Finding]:
-    """Versions, device, model, adapter, inbox, target files, and stages that do not show today's inputs."""
+    """Versions, device, model, adapter, inbox, target files, stages that do not show today's inputs, and what a run
+    will take."""
     return [
         *_versions(),
         *_device(stage.model),
@@ -34,6 +31,7 @@ def examine(stage: Stage) -> list[Finding]:
         *_adapter(stage),
         *_files(stage),
         *_stale(stage),
+        *_estimate(stage),
     ]
 
 
@@ -129,6 +127,40 @@ def _files(stage: Stage) -> list[Finding]:
     return findings
 
 
+def _estimate(stage: Stage) -> list[Finding]:
+    """Records of targets that are lost, and what a run will take."""
+    from prism_assets.ops.estimate import estimate, size_text
+    from prism_assets.ops.figures import target_figures
+
+    try:
+        targets = target_figures(stage, list(stage.settings.targets))
+    except PrismError:
+        return []  # there is no model, or no tokenizer: said above
+    findings = []
+    for file in (file for both in targets.values() for file in both if file.path.is_file()):
+        what = f"targets.{file.name}.{'examples' if file.kind == 'target' else 'eval'}"
+        if file.problem:
+            findings.append(Finding("problem", what, file.problem))
+        elif file.fit is not None:
+            lost = file.fit.lost(stage.settings.tokenization.max_length, stage.model_identity.context_length)
+            findings.append(Finding("note" if lost else "ok", what, lost or f"{file.fit.used} records"))
+    try:
+        found = estimate(stage, targets=targets, seconds=_MEASURED_SECONDS)
+    except (PrismError, MemoryError) as error:
+        return [*findings, Finding("note", "estimate", f"there is none: {error}")]
+    findings.append(Finding("ok", "pool", found.pool_text()))
+    if found.measured is None:
+        return [*findings, Finding("ok", "run", "everything is up to date")]
+    memory, disk = found.measured.memory, found.disk
+    state = "problem" if memory.smallest > memory.allowed else "ok"
+    sizes = f"{size_text(memory.expected)} at the peak of {size_text(memory.allowed)} that may be held"
+    findings.append(Finding("ok", "run", f"{found.time_text()}; `prism estimate` says more"))
+    findings.append(Finding(state, "memory", sizes))
+    state = "problem" if disk.total > disk.free else "ok"
+    findings.append(Finding(state, "disk", f"{size_text(disk.total)} to be written, {size_text(disk.free)} are free"))
+    return findings
+
+
 def _stale(stage: Stage) -> list[Finding]:
     """What of today's inputs and settings the lake does not show yet."""
     from prism_assets.corpus.candidates import inbox_files
@@ -155,69 +187,13 @@ def _stale(stage: Stage) -> list[Finding]:
     old = {}
     for target in settings.targets:
         for strategy in settings.strategies:
-            why = _outdated(stage, target, STRATEGIES[strategy])
+            why = why_outdated(stage, target, STRATEGIES[strategy])
             if why:
                 old[f"{target}/{strategy}"] = why
     total = len(settings.targets) * len(settings.strategies)
     named = ", ".join(f"{name}: {why}" for name, why in list(old.items())[:5])
     findings.append(_share("selection", len(old), total, f"are not what today's inputs and settings give ({named})"))
     return findings
-
-
-def _outdated(stage: Stage, target: str, strategy: "Strategy") -> str | None:
-    """Why the selection that the lake shows is not the one of today's inputs and settings; None where it is."""
-    from prism_assets.selection.direction_artifacts import expected_direction
-    from prism_assets.selection.selection import selection_inputs, selection_recipe
-    from prism_assets.selection.strategies import STRATEGIES
-
-    key = join_key(target, strategy.name)
-    shown = stage.shown_or_none("selection", key)
-    if shown is None:
-        return "not made yet"
-    try:
-        if strategy.needs_direction or "direction" in strategy.reads:
-            weighed = strategy if strategy.needs_direction else STRATEGIES["prism"]
-            direction = stage.shown_or_none("target_directions", target, weighed.name)
-            why = direction and _difference(direction, expected_direction(stage, target, weighed))
-            if why:
-                return f"its direction: {why}"
-        inputs = selection_inputs(stage, target, strategy)
-        return _difference(shown, selection_recipe(stage, strategy, inputs, key))
-    except (LakeError, SettingsError) as error:  # something that it is made from is not there yet, or never will be
-        return str(error)
-
-
-# What the names in an artefact's header are called in prism.yaml.
-_SETTINGS = {
-    "weights": "preference.temperature or preference.score",
-    "fisher_damping": "preference.fisher_damping",
-    "budget": "selection.budget",
-    "seed": "selection.seed",
-    "rerank": "selection.rerank",
-    "temperature": "preference.temperature",
-    "score": "preference.score",
-}
-
-
-def _difference(shown: Artifact, expected: Recipe) -> str | None:
-    """What an artefact was made from or by, and would not be today; None where it would be the same."""
-    if shown.fingerprint == expected.fingerprint:
-        return None
-    made_from, before = shown.header["inputs"], shown.header["settings"]
-    # As the header holds them: what was a tuple is a list there.
-    today = json.loads(json.dumps(dict(expected.settings)))
-    settings = [key for key in sorted({*before, *today}) if before.get(key) != today.get(key)]
-    inputs = [
-        role
-        for role, one in expected.inputs.items()
-        if isinstance(one, Artifact) and made_from.get(role, {}).get("content_hash") != one.content_hash
-    ]
-    if settings:
-        inputs = [role for role in inputs if role in made_from]  # the others came with a setting
-    if inputs:
-        settings = [key for key in settings if key != "weights"]  # they follow from targets and their gradients
-    changed = [*(_SETTINGS.get(key, key) for key in settings), *inputs]
-    return f"other {', '.join(changed)}" if changed else "an older version of this code"
 
 
 def _rejected(stage: Stage, keys: list[str]) -> list[Finding]:

@@ -1,5 +1,6 @@
 """`prism run`: the whole graph in its order, run by run, on the Dagster instance that the UI shows."""
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 
     import dagster as dg
 
+    from prism_assets.ops.estimate import Estimate
     from prism_assets.stage import Stage
 
 
+_log = logging.getLogger(__name__)
+_MEASURED_SECONDS = 0.5  # of each kind of pass, before the first step
 _INTERRUPTS = ("KeyboardInterrupt", "DagsterExecutionInterruptedError")
 
 
@@ -66,6 +70,8 @@ class Listener(NamedTuple):
     on_result: Callable[[StepResult], None] = _nothing
     # Called, once for each step that must wait, with the runs of other processes that work with the model.
     on_wait: Callable[[str], None] = _nothing
+    # Called before the first step with what all of them will take, where there is something to do; None: nobody asks.
+    on_estimate: "Callable[[Estimate], None] | None" = None
 
 
 def run_pipeline(
@@ -112,6 +118,7 @@ class Pipeline:
         if warms_up and self._stage().shown_or_none("warmup_checkpoints") is None:
             wait_for_slots(self.instance, {MODEL_POOL}, self.listener.on_wait)  # two models rarely fit
             _require_usable_adapter(self._stage())
+        self._announce(targets)
         everything = list(self.project.settings.targets)
         results = []
         for step in steps:
@@ -129,6 +136,24 @@ class Pipeline:
             self.listener.on_result(results[-1])
         sql.refresh(self._stage().lake)
         return results
+
+    def _announce(self, targets: Sequence[str] | None) -> None:
+        """Say what the run will take. What is wrong is for the steps to say: an estimate fails no run."""
+        if self.listener.on_estimate is None:
+            return
+        from prism_assets.ops.estimate import estimate
+        from prism_assets.ops.runs import wait_for_slots
+
+        def free() -> None:
+            wait_for_slots(self.instance, {MODEL_POOL}, self.listener.on_wait)  # two models rarely fit
+
+        try:
+            found = estimate(self._stage(), targets, seconds=_MEASURED_SECONDS, before_model=free)
+        except Exception as error:
+            _log.debug("no estimate: %s", error)
+            return
+        if found.measured is not None:
+            self.listener.on_estimate(found)
 
     def _stage(self) -> "Stage":
         from prism_assets.work import stage_without_run

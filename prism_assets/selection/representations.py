@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from peft import PeftModel
 
+_Part = tuple[Artifact, int, Recipe]  # a table, the first row of a block of it, the block's recipe
+
 
 class Representations:
     """Tables of examples as unit vectors of the starting model, in blocks of at most 4,096 rows in the lake.
@@ -28,17 +30,10 @@ class Representations:
     def of(self, tables: Sequence[Artifact]) -> list[list[Artifact]]:
         """The blocks of each table of tokenised examples, in the order of its rows."""
         stage = self.stage
-        identity = hidden_state_identity(stage.model_identity, stage.dtype)
-        parts = [
-            (table, first, self._recipe(table, first, identity))
-            # Two files of equal content have one table.
-            for table in {one.fingerprint: one for one in tables}.values()
-            for first in range(0, table.notes["rows"], BLOCK_ROWS)
-        ]
-        found = {recipe.fingerprint: stage.lake.find(recipe) for *_, recipe in parts}
+        parts, found = self._parts(tables)
         missing = [part for part in parts if found[part[2].fingerprint] is None]
         if missing:
-            rows = sum(min(BLOCK_ROWS, table.notes["rows"] - first) for table, first, _ in missing)
+            rows = sum(map(_rows_of, missing))
             # A block has its own cost: it is not the selection's that happens to ask first.
             with (
                 uncounted(),
@@ -57,6 +52,22 @@ class Representations:
         self.used += blocks.values()
         return [by_table.get(table.fingerprint, []) for table in tables]
 
+    def missing_rows(self, tables: Sequence[Artifact]) -> int:
+        """Rows of these tables whose blocks are not in the lake."""
+        parts, found = self._parts(tables)
+        return sum(_rows_of(part) for part in parts if found[part[2].fingerprint] is None)
+
+    def _parts(self, tables: Sequence[Artifact]) -> tuple[list[_Part], dict[str, Artifact | None]]:
+        """Every block of the tables, and what the lake has of them by the fingerprint of its recipe."""
+        identity = hidden_state_identity(self.stage.model_identity, self.stage.dtype)
+        parts = [
+            (table, first, self._recipe(table, first, identity))
+            # Two files of equal content have one table.
+            for table in {one.fingerprint: one for one in tables}.values()
+            for first in range(0, table.notes["rows"], BLOCK_ROWS)
+        ]
+        return parts, {recipe.fingerprint: self.stage.lake.find(recipe) for *_, recipe in parts}
+
     def read(self, block: Artifact) -> "np.ndarray":
         """The unit vectors of a block, float32 [n, H]."""
         import numpy as np
@@ -66,6 +77,11 @@ class Representations:
     def _recipe(self, table: Artifact, first: int, identity: dict) -> Recipe:
         settings = {**identity, "first_row": first}
         return self.stage.recipe("hidden_states", settings, {"examples": table}, partition=table.partition)
+
+
+def _rows_of(part: _Part) -> int:
+    table, first, _ = part
+    return min(BLOCK_ROWS, table.notes["rows"] - first)
 
 
 def _hidden_states(stage: Stage, peft_model: "PeftModel", table: Artifact, first: int, progress: Progress) -> Rows:

@@ -8,7 +8,7 @@ from prism_assets.corpus.target_set import target_set
 from prism_assets.features.gradient_pass import GradientPass, gradient_pass
 from prism_assets.metadata import column_lineage, picture, preview
 from prism_assets.project import Check, Project
-from prism_assets.resources.lake import Artifact, Rows
+from prism_assets.resources.lake import Artifact, Recipe, Rows
 from prism_assets.selection.direction_artifacts import (
     COMPARED,
     DirectionInputs,
@@ -87,17 +87,24 @@ def _make_weights(work: GradientPass, inputs: DirectionInputs, directions: dict[
     stage = work.stage
     table = stage.lake.read_table(inputs.targets)
     scores, usable = scores_of(stage.settings, stage.lake.read_table(inputs.features), table)
+    recipe = weights_recipe(stage, inputs, directions, scores.temperature)
+    return stage.make(recipe, lambda: _weigh(work, inputs, directions, table, scores, usable))
+
+
+def weights_recipe(
+    stage: Stage, inputs: DirectionInputs, directions: dict[str, Artifact], temperature: float
+) -> Recipe:
+    """What the weights of a target, and what is measured of its directions, are made from."""
     preference = stage.settings.preference
-    recipe = stage.recipe(
+    return stage.recipe(
         "target_weights",
         {
-            **{"temperature": scores.temperature, "probe_step": preference.probe_step},
+            **{"temperature": temperature, "probe_step": preference.probe_step},
             **({"score": "sum"} if preference.score == "sum" else {}),
         },
         {**directions, "features": inputs.features, "eval_examples": inputs.eval_examples},
         partition=inputs.name,
     )
-    return stage.make(recipe, lambda: _weigh(work, inputs, directions, table, scores, usable))
 
 
 def _weigh(

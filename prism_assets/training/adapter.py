@@ -10,7 +10,7 @@ from prism_assets.identity import seed_partition, split_key
 from prism_assets.metadata import picture
 from prism_assets.project import Check, Project
 from prism_assets.reference.engine import gradient_engine
-from prism_assets.resources.lake import Artifact, Folder, Lake, hash_table
+from prism_assets.resources.lake import Artifact, Folder, Lake, Recipe, hash_table
 from prism_assets.stage import Made, Stage
 from prism_assets.stats.losses import quarter_means
 from prism_assets.work import Outcome, each_partition, stage_of
@@ -54,8 +54,19 @@ def _train_all(stage: Stage, key: str) -> Outcome:
 
 def make_adapter(stage: Stage, key: str, selection: Artifact, seed: int) -> Made:
     """The adapter fine-tuned with a seed on the rows of a selection; `key` names it."""
+    recipe = adapter_recipe(stage, key, selection, seed)
+    return stage.make(
+        recipe,
+        lambda: Folder(
+            lambda folder: _train(stage, key, trained_tokens(stage.lake.read_table(selection)), seed, folder)
+        ),
+    )
+
+
+def adapter_recipe(stage: Stage, key: str, selection: Artifact, seed: int) -> Recipe:
+    """What an adapter is made from."""
     tokens = trained_tokens(stage.lake.read_table(selection))
-    recipe = stage.recipe(
+    return stage.recipe(
         "adapters",
         {
             "training": stage.settings.training.model_dump(),
@@ -67,7 +78,6 @@ def make_adapter(stage: Stage, key: str, selection: Artifact, seed: int) -> Made
         lineage={"selection": selection},
         partition=key,
     )
-    return stage.make(recipe, lambda: Folder(lambda folder: _train(stage, key, tokens, seed, folder)))
 
 
 def trained_tokens(rows: "pa.Table") -> "pa.Table":

@@ -60,7 +60,9 @@ def finished(make_project, tmp_path_factory):
 # -- light -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["query", "--help"], ["trust", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["estimate", "--help"], ["run", "--help"], ["query", "--help"], ["trust", "--help"]]
+)
 def test_help_is_light(arguments):
     script = (
         "import sys\n"
@@ -78,7 +80,7 @@ def test_help_is_light(arguments):
 
 def test_every_promised_command_is_there():
     output = prism("--help").output
-    for command in ("init", "demo", "run", "experiment", "query", "trust", "ui", "doctor", "export"):
+    for command in ("init", "estimate", "demo", "run", "experiment", "query", "trust", "ui", "doctor", "export"):
         assert f" {command} " in output
 
 

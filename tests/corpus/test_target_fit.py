@@ -8,7 +8,7 @@ from prism_assets.corpus.files import read_examples
 from prism_assets.corpus.target_fit import given_records, target_fit
 from prism_assets.corpus.token_tables import encode_all
 from prism_assets.errors import PipelineError, RunRefused
-from prism_assets.ops.pipeline import STEPS
+from prism_assets.ops.pipeline import steps_of
 
 # Completions of 41 to 60 characters and an EOS token, under a max_length of 48.
 LONG = [{"prompt": "copy: ab=", "completion": "a" * length} for length in range(41, 61)]
@@ -25,14 +25,14 @@ def used_at(project, length: int) -> int:
     """Records that the encoder takes at another max_length."""
     stage = project.stage
     examples, _ = read_examples(project.target, "target")
-    encoder = encoder_of(stage.settings, stage.model)
+    encoder = encoder_of(stage)
     encoder.max_length = length
     return sum(one is not None for one in encode_all(examples, encoder)[0])
 
 
 def fit_of(project):
     stage = project.stage
-    return target_fit(project.target, "target", encoder_of(stage.settings, stage.model))
+    return target_fit(project.target, "target", encoder_of(stage))
 
 
 def test_the_lengths_that_are_offered_keep_what_they_promise_and_no_smaller_ones_do(project):
@@ -77,10 +77,10 @@ def test_a_setting_allows_it_and_the_report_says_how_many_are_used(project):
 
 def test_exactly_half_is_still_allowed(project):
     write_lines(project.target, [*LONG[:6], *LONG[-6:]])
-    project.run_steps([step for step in STEPS if step.title in ("Base model", "Targets")])
+    project.run_steps([step for step in steps_of("run") if step.title in ("Base model", "Targets")])
     rejects = project.stage.shown("targets_rejects", "plain")
     assert given_records(6, project.lake.read_table(rejects).to_pylist()) == 12
     with pytest.raises(PipelineError, match="12 records"):
         (target,) = project.content["targets"].values()
         project.configure(targets={"plain": {**target, "max_rejected": 0.4}})
-        project.run_steps([step for step in STEPS if step.title in ("Base model", "Targets")])
+        project.run_steps([step for step in steps_of("run") if step.title in ("Base model", "Targets")])

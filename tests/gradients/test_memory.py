@@ -166,3 +166,15 @@ def test_attention_weights_that_are_kept_grow_with_the_square():
     square = Activations(per_token=10.0, per_pair=1.0, per_layer_input=1.0, layers=2)
     fixed = memory.FIXED_BYTES
     assert square.needed(1, 100, False) - fixed == pytest.approx(11 * (flat.needed(1, 100, False) - fixed))
+
+
+@pytest.mark.parametrize(("recompute", "budget"), [(None, 200), (True, 64), (False, 64)])
+def test_the_need_of_a_plan_is_that_of_its_largest_batch_and_at_least_that_of_the_longest_example(recompute, budget):
+    engine = GradientEngine(make_model("llama"), token_budget=budget, recompute=recompute)
+    lengths = [90, 33, 33, 30, 12, 5]
+    keeps = engine._runner._activations
+    batches = [(2, 90), (4, 33)] if budget == 200 else [(1, 90), (1, 33), (1, 33), (2, 30), (1, 5)]
+    need = engine.memory_need(lengths)
+    assert need.planned == max(keeps.needed(count, width, bool(recompute)) for count, width in batches)
+    assert need.least == keeps.needed(1, 90, recompute is not False)
+    assert need.least <= need.planned
