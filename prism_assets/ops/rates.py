@@ -149,18 +149,19 @@ def _spread(count: int) -> list[int]:
 
 def _rate(run: Callable[[Any], Any], batches: "list[list[TokenizedExample]]", seconds: float) -> Rate:
     """Seconds a token, over batches until so many seconds are gone. A batch that would take longer is cut."""
-    one = batches[0][:1]
-    run(one)  # the first pass allocates
-    a_row = _timed(lambda: run(one)).seconds
+    short = [min((example for batch in batches for example in batch), key=lambda one: len(one.input_ids))]
+    run(short)  # the first pass allocates
+    a_token = _timed(lambda: run(short)).seconds / len(short[0].input_ids)
     total, tokens = Rate(0.0, 0.0), 0
     for batch in batches:
         if tokens and total.seconds >= seconds:
             break
-        part = batch[: max(1, int((seconds - total.seconds) / max(a_row, 1e-9)))]
+        rows = (seconds - total.seconds) / (a_token * len(batch[0].input_ids))
+        part = batch[: max(1, int(rows))]
         took = _timed(lambda part=part: run(part))
-        a_row = took.seconds / len(part)
         total = Rate(total.seconds + took.seconds, total.cpu_seconds + took.cpu_seconds)
         tokens += sum(len(example.input_ids) for example in part)
+        a_token = total.seconds / tokens
     return Rate(total.seconds / tokens, total.cpu_seconds / tokens)
 
 
