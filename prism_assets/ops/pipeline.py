@@ -138,7 +138,7 @@ class Pipeline:
         return results
 
     def _announce(self, targets: Sequence[str] | None) -> None:
-        """Say what the run will take. What is wrong is for the steps to say: an estimate fails no run."""
+        """Say what the run will take. What the user must mend is for the steps to say: an estimate fails no run."""
         if self.listener.on_estimate is None:
             return
         from prism_assets.ops.estimate import estimate
@@ -149,8 +149,10 @@ class Pipeline:
 
         try:
             found = estimate(self._stage(), targets, seconds=_MEASURED_SECONDS, before_model=free)
-        except Exception as error:
-            _log.debug("no estimate: %s", error)
+        except UserMistake:
+            return
+        except Exception as error:  # a fault of the estimate alone
+            _log.warning("No estimate of what the run takes: %s: %s", type(error).__name__, error)
             return
         if found.measured is not None:
             self.listener.on_estimate(found)
