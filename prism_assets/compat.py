@@ -269,20 +269,74 @@ def sleeping_while_waiting() -> Iterator[None]:
         InstanceConcurrencyContext.interval_to_next_pending_claim_check = original  # type: ignore[method-assign]
 
 
-# Inside of these an interrupt would leave a connection half-used, and its clean-up would print a traceback.
-_UNSAFE = ("sqlalchemy", "sqlite3", "alembic", "dagster._core.storage", "dagster._core.instance")
+# Inside of these an interrupt would leave a connection half-used, and its clean-up would print a traceback; or a module
+# half-imported, which whoever asks for it next takes for a broken one.
+_UNSAFE = (
+    *("sqlalchemy", "sqlite3", "alembic", "dagster._core.storage", "dagster._core.instance"),
+    *("importlib", "_frozen_importlib"),
+)
 _ASK_AGAIN_SECONDS = 0.02
 
 
+class Interrupts:
+    """The Ctrl-C of one command: whether one arrived."""
+
+    def __init__(self) -> None:
+        self.pending = False
+        self._active = True
+
+    def raise_pending(self) -> None:
+        """Raise KeyboardInterrupt where a Ctrl-C arrived, whatever became of it.
+
+        Outside of a step's own code Dagster's handler only notes a Ctrl-C, and its note is dropped where the run ends
+        before somebody looks at it (`dagster._utils.interrupts.capture_interrupts`). Inside, a library may take what
+        is raised for a fault of its own.
+        """
+        if self.pending:
+            self.pending = False
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Send no signal again that waits for a safe point: its handler is gone."""
+        self._active = False
+
+    def at_a_safe_point(self, handler: Any) -> Any:
+        """A signal handler that calls `handler` where that is safe, and else has the signal sent again a little
+        later."""
+        if not callable(handler) or getattr(handler, "waits_for_a_safe_point", False):
+            return handler
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.pending = True
+            at = frame
+            while at is not None:
+                if str(at.f_globals.get("__name__", "")).startswith(_UNSAFE):
+                    again = threading.Timer(_ASK_AGAIN_SECONDS, self._send, (number,))
+                    again.daemon = True
+                    again.start()
+                    return
+                at = at.f_back
+            handler(number, frame)
+
+        handle.waits_for_a_safe_point = True  # type: ignore[attr-defined]
+        return handle
+
+    def _send(self, number: int) -> None:
+        if self._active and self.pending:
+            os.kill(os.getpid(), number)
+
+
 @contextmanager
-def interrupts_at_safe_points() -> Iterator[None]:
-    """Within the context Ctrl-C waits until the main thread is outside of Dagster's storage and its database driver.
+def interrupts_at_safe_points() -> Iterator[Interrupts]:
+    """Within the context Ctrl-C waits until the main thread is outside of Dagster's storage, its database driver and
+    any import; `raise_pending` of what is yielded is to be called after each run.
 
     dagster 1.13 puts handlers of its own in place while a run executes (`dagster._utils.interrupts`), which raise
     wherever the program is, in the clean-up of a database connection too; there is no public way to say when.
     """
+    found = Interrupts()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield found
         return
     try:
         from dagster._utils import interrupts
@@ -292,30 +346,11 @@ def interrupts_at_safe_points() -> Iterator[None]:
         raise LibraryChanged("dagster", "dagster._utils.interrupts._replace_interrupt_signal")
     replace = interrupts._replace_interrupt_signal
     before = signal.getsignal(signal.SIGINT)
-    interrupts._replace_interrupt_signal = lambda handler: replace(at_a_safe_point(handler))
-    signal.signal(signal.SIGINT, at_a_safe_point(before))
+    interrupts._replace_interrupt_signal = lambda handler: replace(found.at_a_safe_point(handler))
+    signal.signal(signal.SIGINT, found.at_a_safe_point(before))
     try:
-        yield
+        yield found
     finally:
+        found.close()
         interrupts._replace_interrupt_signal = replace
         signal.signal(signal.SIGINT, before)
-
-
-def at_a_safe_point(handler: Any) -> Any:
-    """A signal handler that calls `handler` where that is safe, and else has the signal sent again a little later."""
-    if not callable(handler) or getattr(handler, "waits_for_a_safe_point", False):
-        return handler
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        at = frame
-        while at is not None:
-            if str(at.f_globals.get("__name__", "")).startswith(_UNSAFE):
-                again = threading.Timer(_ASK_AGAIN_SECONDS, os.kill, (os.getpid(), number))
-                again.daemon = True
-                again.start()
-                return
-            at = at.f_back
-        handler(number, frame)
-
-    handle.waits_for_a_safe_point = True  # type: ignore[attr-defined]
-    return handle

@@ -334,6 +334,36 @@ def test_an_interrupt_inside_the_database_driver_waits_until_it_is_left():
     assert done == ["whole"]
 
 
+def test_an_interrupt_inside_an_import_waits_until_the_module_is_whole(tmp_path, monkeypatch):
+    (tmp_path / "imported_during_an_interrupt.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.05)\nWHOLE = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interrupts_at_safe_points(), pytest.raises(KeyboardInterrupt):
+            importlib.import_module("imported_during_an_interrupt")
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert sys.modules["imported_during_an_interrupt"].WHOLE
+
+
+def test_an_interrupt_that_dagster_notes_and_drops_is_raised_after_the_run():
+    from dagster._utils import interrupts
+
+    with interrupts_at_safe_points() as found:
+        found.raise_pending()  # nothing arrived
+        with interrupts.capture_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        assert not interrupts.check_captured_interrupt()  # else dagster keeps it by itself now
+        with pytest.raises(KeyboardInterrupt):
+            found.raise_pending()
+        found.raise_pending()
+
+
 def test_dagsters_own_handler_waits_for_a_safe_point_too():
     from dagster._utils import interrupts
 

@@ -131,14 +131,14 @@ def run_steps(
     whole = steps is None  # the estimate is of a whole run
     listener = Listener() if quiet else Listener(on_step, on_result, on_wait, on_estimate if whole else None)
     shown = nullcontext() if quiet or console.is_terminal else heartbeat
-    with shown, interrupts_at_safe_points(), instance_of(settings) as instance:
+    with shown, interrupts_at_safe_points() as interrupts, instance_of(settings) as instance:
         results = run_pipeline(
             loaded.project,
             loaded.definitions,
             instance,
             targets=targets,
             steps=steps,
-            listener=listener,
+            listener=listener._replace(on_run=interrupts.raise_pending),
         )
     return loaded, results
 

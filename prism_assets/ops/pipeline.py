@@ -59,7 +59,7 @@ class StepResult(NamedTuple):
     failed_checks: list[str]  # "asset.check: facts"
 
 
-def _nothing(_: Any) -> None:
+def _nothing(*_: Any) -> None:
     pass
 
 
@@ -72,6 +72,8 @@ class Listener(NamedTuple):
     on_wait: Callable[[str], None] = _nothing
     # Called before the first step with what all of them will take, where there is something to do; None: nobody asks.
     on_estimate: "Callable[[Estimate], None] | None" = None
+    # Called after every run, which may have swallowed a Ctrl-C: raises KeyboardInterrupt where one did.
+    on_run: Callable[[], None] = _nothing
 
 
 def run_pipeline(
@@ -224,6 +226,7 @@ class Pipeline:
             tags={**tags, "prism/step": step.title},
             raise_on_error=False,
         )
+        self.listener.on_run()
         if not result.success:
             if any(error.cls_name in _INTERRUPTS for error in _errors(result)):
                 raise KeyboardInterrupt  # Dagster turned Ctrl-C into a failed step, or between steps into a failed run
