@@ -65,7 +65,9 @@ def build_definitions(
 
 def _asset(project: Project, entry: Asset) -> dg.AssetsDefinition:
     """An asset with its automation condition, and with the settings that it reads in its code version."""
-    dumped = project.settings.model_dump(mode="json")
+    # Where a target's files are is no setting of what is made of them.
+    paths = {"targets": {"__all__": {"examples", "eval"}}}
+    dumped = project.settings.model_dump(mode="json", exclude=paths)
     sections = {section: dumped[section] for section in entry.reads}
     condition = condition_of(project, entry)
 

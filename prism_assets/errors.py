@@ -76,7 +76,8 @@ class MixedTargets(UserMistake, ValueError):
     def __init__(self, path: Path | str, plain_line: int, pair_line: int):
         super().__init__(
             f"{path}: line {plain_line} is a plain record and line {pair_line} a pair (it has an unwanted "
-            "completion); a file holds plain records or pairs, not both: split it into two targets"
+            "completion); a file holds plain records or pairs, not both: split it into two targets, or, for target "
+            "examples, let targets.<name>.anchors (choices, generated, shuffled) give the plain ones an unwanted one"
         )
         self.path, self.plain_line, self.pair_line = Path(path), plain_line, pair_line
 

@@ -74,9 +74,9 @@ ASSETS: list[Asset] = [
         "targets",
         "prism_assets.corpus.targets",
         (
-            Table("targets", 1, "corpus", on_cards=True),
+            Table("targets", 2, "corpus", on_cards=True),
             Table("targets_rejects", 1, "corpus", _REJECTS),
-            Table("eval_examples", 1, "corpus"),
+            Table("eval_examples", 2, "corpus"),
             Table("eval_examples_rejects", 1, "corpus", _REJECTS),
         ),
         partitions="target",
@@ -184,6 +184,16 @@ ASSETS: list[Asset] = [
         commands=_SHARED,
     ),
     Asset(
+        "target_anchors",
+        "prism_assets.features.target_anchors",
+        (Table("target_anchors", 1, "warmup", on_cards=True),),
+        partitions="target",
+        condition="follow",
+        reads=("targets", "tokenization", "evaluation", "model"),
+        job="refresh_targets",
+        step="Target directions",
+    ),
+    Asset(
         "target_features",
         "prism_assets.features.target_features",
         (Table("target_features", 1, "features", on_cards=True),),
@@ -197,10 +207,10 @@ ASSETS: list[Asset] = [
         "target_direction",
         "prism_assets.selection.target_direction",
         (
-            Table("target_directions", 1, "features", on_cards=True),
+            Table("target_directions", 2, "features", on_cards=True),
             Table(
                 "target_weights",
-                1,
+                2,
                 "features",
                 {
                     **{"id": _TEXT, "group": _TEXT, "prompt": _TEXT, "completion": _TEXT, "score": _NUMBER},

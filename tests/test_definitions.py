@@ -1,6 +1,7 @@
 """The code location: which assets there are, how they hang together, and how light it is to load."""
 
 import ast
+import contextlib
 import os
 import subprocess
 import sys
@@ -22,13 +23,14 @@ EDGES = {
     "warmup_checkpoints": {"base_model", "warmup_sample"},
     "candidate_features": {"candidates", "warmup_checkpoints"},
     "candidate_index": {"live_pool", "candidate_features"},
-    "target_features": {"targets", "warmup_checkpoints"},
-    "target_direction": {"target_features", "targets", "warmup_checkpoints"},
+    "target_anchors": {"targets", "warmup_checkpoints"},
+    "target_features": {"target_anchors", "warmup_checkpoints"},
+    "target_direction": {"target_features", "target_anchors", "targets", "warmup_checkpoints"},
     "selection": {"target_direction", "candidate_index", "live_pool"},
     "adapter": {"selection", "base_model"},
     "evaluation": {"adapter", "targets"},
     "report": {"evaluation", "selection", "target_direction", "live_pool"},
-    "trust": {"target_direction", "candidate_index", "targets", "warmup_checkpoints"},
+    "trust": {"target_direction", "candidate_index", "targets", "target_anchors", "warmup_checkpoints"},
     "experiment_trials": {"targets", "candidate_index", "live_pool", "warmup_checkpoints"},
     "experiment": {"experiment_trials"},
 }
@@ -38,7 +40,7 @@ ON_DEMAND = {"trust", *BY_HAND}
 GROUPS = {
     "corpus": {"candidates", "targets", "live_pool"},
     "reference": {"base_model", "warmup_sample", "warmup_checkpoints"},
-    "features": {"candidate_features", "candidate_index", "target_features"},
+    "features": {"candidate_features", "candidate_index", "target_anchors", "target_features"},
     "selection": {"target_direction", "selection"},
     "training": {"adapter"},
     "evaluation": {"evaluation", "report"},
@@ -47,7 +49,10 @@ GROUPS = {
 }
 PARTITIONS = {
     "shard": {"candidates", "candidate_features"},
-    "target": {"targets", "target_features", "target_direction", "report", "trust", "experiment_trials", "experiment"},
+    "target": {
+        *("targets", "target_anchors", "target_features", "target_direction", "report", "trust"),
+        *("experiment_trials", "experiment"),
+    },
     "target and strategy": {"selection", "adapter", "evaluation"},
 }
 
@@ -132,6 +137,7 @@ def test_every_stage_has_its_checks(project, graph):
         ("candidate_features", "gradients_usable"),
         ("candidate_index", "index_complete"),
         ("candidate_index", "warmup_drift"),
+        ("target_anchors", "all_targets_anchored"),
         ("target_features", "target_gradients_usable"),
         ("target_direction", "enough_effective_targets"),
         ("target_direction", "first_order_holds"),
@@ -179,20 +185,24 @@ def test_the_report_alone_is_to_be_fresh_and_the_weekly_refresh_is_often_enough(
 def test_every_step_that_loads_a_model_takes_the_pool_and_no_other(make_project, tmp_path, monkeypatch):
     from prism_assets.resources.model.language_model import LanguageModel
 
-    # A selection loads the model only where it is re-ranked or looks at hidden states.
-    project = make_project(tmp_path / "project", strategies=["prism"], seeds=[0], selection={"rerank": 2})
+    # A selection loads the model only where it is re-ranked or looks at hidden states, anchors where it writes them.
+    plain = {"examples": "plain/target.jsonl", "eval": "plain/eval.jsonl", "anchors": "generated"}
+    project = make_project(
+        tmp_path / "project", strategies=["prism"], seeds=[0], selection={"rerank": 2}, targets={"plain": plain}
+    )
     base = LanguageModel.base
     loading = set()
 
     def watched(model):
-        loading.add(dg.AssetExecutionContext.get().asset_key.path[-1])
+        with contextlib.suppress(dg.DagsterInvariantViolationError):  # the rehearsal before all steps
+            loading.add(dg.AssetExecutionContext.get().asset_key.path[-1])
         return base(model)
 
     monkeypatch.setattr(LanguageModel, "base", watched)
     project.run()
     pooled = {asset.key.path[-1] for asset in project.definitions.assets if asset.op.pool == "model"}
     assert loading | {"trust", "experiment_trials"} == pooled
-    assert len(pooled) == 10 and {"candidate_features", "adapter", "evaluation"} <= pooled
+    assert len(pooled) == 11 and {"candidate_features", "adapter", "evaluation"} <= pooled
     assert {asset.op.pool for asset in project.definitions.assets} == {"model", None}
 
 
@@ -258,7 +268,7 @@ def loaded_modules(code, project, *unwanted):
 def test_the_definitions_load_without_torch_and_transformers(project):
     assert loaded_modules(
         "from prism_assets.definitions import build_definitions; from prism_assets import load_settings; "
-        "assert len(build_definitions(load_settings()).resolve_asset_graph().get_all_asset_keys()) == 17",
+        "assert len(build_definitions(load_settings()).resolve_asset_graph().get_all_asset_keys()) == 18",
         project,
         "torch", "transformers", "peft", "faiss", "matplotlib", "duckdb", "pyarrow",
     ) == "[]"  # fmt: skip

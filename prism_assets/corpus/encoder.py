@@ -104,17 +104,25 @@ class Encoder:
         Too long a prompt is cut for both by what the longer completion needs: else the margin between them
         would compare answers to different prompts.
         """
-        other = (*messages[:-1], Message("assistant", rejected))
-        self._require_no_special_tokens([*messages, other[-1]])
-        lengths = [last_run(self._tokens(turns).supervised) for turns in (messages, other)]
-        room = self.max_length - max(lengths)
-        if room < 1:
-            longer = ("completion", "rejected")[lengths[1] > lengths[0]]
-            raise Untokenizable(self._too_long(max(lengths), self.max_length), longer)
-        chosen, second = (
-            self._encode(turns, room + length) for turns, length in zip((messages, other), lengths, strict=True)
-        )
+        chosen, second = self.encode_options(messages, [rejected], "rejected")
         return TokenizedPair(*chosen, second)
+
+    def encode_options(
+        self, messages: Sequence[Message], others: Sequence[str], field: str = "choices"
+    ) -> list[TokenizedExample]:
+        """A conversation, and the same one with each of `others` as its completion, all under one and the same prompt.
+
+        Too long a prompt is cut for all by what the longest completion needs. Raises `Untokenizable`, for one of
+        `others` naming `field`.
+        """
+        versions = [tuple(messages), *((*messages[:-1], Message("assistant", other)) for other in others)]
+        self._require_no_special_tokens([*messages, *(turns[-1] for turns in versions[1:])])
+        lengths = [last_run(self._tokens(turns).supervised) for turns in versions]
+        longest = lengths.index(max(lengths))
+        room = self.max_length - lengths[longest]
+        if room < 1:
+            raise Untokenizable(self._too_long(lengths[longest], self.max_length), field if longest else "completion")
+        return [self._encode(turns, room + length) for turns, length in zip(versions, lengths, strict=True)]
 
     # --- Length -------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,12 @@ def data_extension(name: str) -> str | None:
     return next((extension for extension in DATA_EXTENSIONS if lowered.endswith(extension)), None)
 
 
-def read_examples(path: Path | str, kind: Kind) -> tuple[list[Example], list[Reject]]:
+def read_examples(path: Path | str, kind: Kind, *, mixed: bool = False) -> tuple[list[Example], list[Reject]]:
     """Reads one file; returns its examples in file order and a reject for each record that is none.
 
     Of records with equal content the first is kept. Raises `UnreadableFile` where the file as a whole cannot
     be read (so a damaged file never yields half of its records), and `MixedTargets` where a target or eval
-    file holds plain records and pairs.
+    file holds plain records and pairs, unless it may be `mixed`.
     """
     path = Path(path)
     examples: list[Example] = []
@@ -60,8 +60,8 @@ def read_examples(path: Path | str, kind: Kind) -> tuple[list[Example], list[Rej
             rejects.append(Reject(line, bad.field, bad.reason, excerpt()))
     if not records:
         raise UnreadableFile(path, "holds no records; write one record a line, or remove the file")
-    if kind != "candidate":
-        _check_one_kind(path, examples)
+    if kind != "candidate" and not mixed:
+        require_one_kind(path, [(example.line, example.rejected is not None) for example in examples])
     examples, duplicates = _drop_duplicates(examples)
     return examples, sorted(rejects + duplicates)
 
@@ -219,9 +219,10 @@ def _parquet_excerpt(record: dict | BadRecord) -> str:
 # --- Whole files -----------------------------------------------------------------------------------------
 
 
-def _check_one_kind(path: Path, examples: list[Example]) -> None:
-    plain = next((example.line for example in examples if example.rejected is None), None)
-    pair = next((example.line for example in examples if example.rejected is not None), None)
+def require_one_kind(path: Path, records: Sequence[tuple[int, bool]]) -> None:
+    """Raise MixedTargets where some of the records, each its line and whether it is a pair, are pairs and some not."""
+    plain = next((line for line, pair in records if not pair), None)
+    pair = next((line for line, pair in records if pair), None)
     if plain is not None and pair is not None:
         raise MixedTargets(path, plain, pair)
 

@@ -6,10 +6,13 @@ A record has one of these layouts (a null field counts as absent; other fields a
 - ``messages``: objects with ``role`` (system, user, assistant) and ``content``; the assistant has the last;
 - ``conversations``: the ShareGPT form of the same, ``from`` (system, human, gpt) and ``value``;
 - ``instruction``, ``output``, optionally ``input`` (Alpaca; a blank line joins instruction and input);
-- ``prompt``, ``safe``, ``unsafe`` (targets and held-out records only): the wanted and the unwanted completion.
+- ``prompt``, ``safe``, ``unsafe`` (targets and held-out records only): the wanted and the unwanted completion;
+- ``chosen``, ``rejected`` (targets and held-out records only), as TRL has them: strings beside a ``prompt``, or arrays
+  of turns, with the prompt's turns in ``prompt`` or at the start of both.
 
 Optional: ``id`` and ``source``; for targets and held-out records also ``rejected`` (the unwanted completion,
-which makes the record a pair), ``group`` (a subtask), ``answer`` or ``answers`` (accepted answers).
+which makes the record a pair), ``group`` (a subtask), ``answer`` or ``answers`` (accepted answers), ``choices`` (an
+array of the completions to choose from, the record's own among them).
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in
 UNSUPPORTED_TURN_FIELDS = ("tool_calls", "function_call", "reasoning_content", "thinking")
 LAYOUTS = (("prompt", "completion"), ("messages",), ("conversations",), ("instruction", "output"))
 PAIR_LAYOUT = ("prompt", "safe", "unsafe")
-OPTIONAL_FIELDS = ("input", "id", "source", "rejected", "group", "answer", "answers")
-KNOWN_FIELDS = frozenset(field for layout in (*LAYOUTS, PAIR_LAYOUT, OPTIONAL_FIELDS) for field in layout)
+PREFERENCE_LAYOUT = ("chosen", "rejected")
+PAIR_LAYOUTS = (PAIR_LAYOUT, PREFERENCE_LAYOUT)
+OPTIONAL_FIELDS = ("input", "id", "source", "rejected", "group", "answer", "answers", "choices")
+KNOWN_FIELDS = frozenset(field for layout in (*LAYOUTS, *PAIR_LAYOUTS, OPTIONAL_FIELDS) for field in layout)
 EXCERPT_CHARACTERS = 160
 JSON_TYPE_NAMES = {
     type(None): "null",
@@ -76,6 +81,7 @@ class Example:
     rejected: str | None = None
     group: str | None = None
     answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @classmethod
     def create(cls, messages: Sequence[Message], rejected: str | None = None, **fields: Any) -> Example:
@@ -152,7 +158,10 @@ def example_of(record: dict, line: int, kind: Kind) -> Example:
         name: None for name, value in record.items() if value is None and name not in KNOWN_FIELDS
     }
     layout = _layout(record, kind)
-    if layout in (("messages",), ("conversations",)):
+    unwanted = None
+    if layout == PREFERENCE_LAYOUT:
+        messages, unwanted = _preference(record)
+    elif layout in (("messages",), ("conversations",)):
         messages = _conversation(record[layout[0]], layout[0])
     else:
         messages = _single_turn(record, layout)
@@ -161,15 +170,16 @@ def example_of(record: dict, line: int, kind: Kind) -> Example:
         return Example.create(messages, **fields)
     return Example.create(
         messages,
-        _rejected(record, layout, messages[-1].content),
+        _rejected(record, layout, messages[-1].content) if unwanted is None else unwanted,
         group=_label(record, "group"),
         answers=_answers(record),
+        choices=_choices(record, messages[-1].content),
         **fields,
     )
 
 
 def _layout(record: dict, kind: Kind) -> tuple[str, ...]:
-    layouts = LAYOUTS if kind == "candidate" else (*LAYOUTS, PAIR_LAYOUT)
+    layouts = LAYOUTS if kind == "candidate" else (*LAYOUTS, *PAIR_LAYOUTS)
     complete = next((layout for layout in layouts if all(field in record for field in layout)), None)
     if complete:
         return complete
@@ -222,13 +232,51 @@ def _conversation(turns: Any, field: str) -> tuple[Message, ...]:
         raise BadRecord(field, f"{type_name(turns)}, not an array of turns")
     if not turns:
         raise BadRecord(field, "an empty conversation")
-    messages = tuple(_turn(turn, f"{field}[{index}]", field) for index, turn in enumerate(turns))
+    return _checked([_turn(turn, f"{field}[{index}]", field) for index, turn in enumerate(turns)], field)
+
+
+def _checked(turns: Sequence[Message], field: str) -> tuple[Message, ...]:
+    """The turns, as far as they are a prompt and a completion."""
+    messages = tuple(turns)
     roles = [message.role for message in messages]
     if roles[-1] != "assistant":
         raise BadRecord(field, f"ends in a {roles[-1]} turn; it must end in an assistant's, the completion")
     if "user" not in roles[: roles.index("assistant")]:
         raise BadRecord(field, "has no user turn before the first assistant turn, so there is no prompt")
     return messages
+
+
+def _preference(record: dict) -> tuple[tuple[Message, ...], str]:
+    """The conversation that ends in what was chosen, and the completion that was rejected, as TRL writes both."""
+    sides = {field: record[field] for field in PREFERENCE_LAYOUT}
+    for field, value in sides.items():
+        if isinstance(value, list) != isinstance(sides["chosen"], list):
+            raise BadRecord(
+                field, f"{type_name(value)}, and 'chosen' is {type_name(sides['chosen'])}: write both alike"
+            )
+    given = record.get("prompt")
+    if isinstance(given, list):
+        prompt = [_turn(turn, f"prompt[{index}]", "messages") for index, turn in enumerate(given)]
+    elif given is not None:
+        prompt = [Message("user", _not_empty(_text(given, "prompt"), "prompt"))]
+    elif isinstance(sides["chosen"], list):
+        prompt = []
+    else:
+        raise BadRecord("prompt", "missing; a record with 'chosen' and 'rejected' as strings needs it")
+    chosen, rejected = (_checked([*prompt, *_completion_turns(value, field)], field) for field, value in sides.items())
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRecord("rejected", "differs from 'chosen' before its last turn; both must answer the same prompt")
+    if chosen[-1] == rejected[-1]:
+        raise BadRecord("rejected", "equals the completion, so the pair prefers nothing")
+    return chosen, rejected[-1].content
+
+
+def _completion_turns(value: Any, field: str) -> list[Message]:
+    if not isinstance(value, list):
+        return [Message("assistant", _not_empty(_text(value, field), field))]
+    if not value:
+        raise BadRecord(field, "an empty conversation")
+    return [_turn(turn, f"{field}[{index}]", "messages") for index, turn in enumerate(value)]
 
 
 def _turn(turn: Any, where: str, field: str) -> Message:
@@ -273,6 +321,25 @@ def _answers(record: dict) -> tuple[str, ...]:
         values = value if isinstance(value, (list, tuple)) else [value]
         answers += [_not_empty(_text_or_number(item, field), field) for item in values]
     return tuple(dict.fromkeys(answers))
+
+
+def _choices(record: dict, completion: str) -> tuple[str, ...]:
+    if "choices" not in record:
+        return ()
+    value = record["choices"]
+    if not isinstance(value, (list, tuple)):
+        raise BadRecord("choices", f"{type_name(value)}, not an array of strings")
+    choices = tuple(_not_empty(_text_or_number(item, "choices"), "choices") for item in value)
+    repeated = next((one for one in choices if choices.count(one) > 1), None)
+    if repeated is not None:
+        raise BadRecord("choices", f"holds {excerpt_of(repeated)!r} twice")
+    if completion not in choices:
+        raise BadRecord(
+            "choices", f"lacks the completion {excerpt_of(completion)!r}; write the options as it is written"
+        )
+    if len(choices) < 2:
+        raise BadRecord("choices", "holds the completion alone; without another option leave it out")
+    return choices
 
 
 def _label(record: dict, field: str) -> str | None:

@@ -59,9 +59,9 @@ class TargetFit(NamedTuple):
         return f"tokenization.max_length {words}{limit}"
 
 
-def target_fit(path: Path, kind: "Kind", encoder: "Encoder") -> TargetFit:
-    """Read and tokenise a file. Raises UnreadableFile and MixedTargets."""
-    examples, rejects = read_examples(path, kind)
+def target_fit(path: Path, kind: "Kind", encoder: "Encoder", *, mixed: bool = False) -> TargetFit:
+    """Read and tokenise a file. Raises UnreadableFile and, unless it may be `mixed`, MixedTargets."""
+    examples, rejects = read_examples(path, kind, mixed=mixed)
     needed: list[int] = []
     lost = [(one.line, one.reason) for one in rejects if not _is_duplicate(one.reason)]
     for example in examples:

@@ -12,6 +12,7 @@ from prism_assets.errors import UnusableTargets
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
 from prism_assets.resources.lake import Artifact, hash_file
+from prism_assets.settings import TargetSettings
 from prism_assets.stage import Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
@@ -64,27 +65,41 @@ def _read_file(stage: Stage, name: str, kind: "Kind", path: Path) -> tuple[Artif
     """The rows of a target's file, how many artefacts were made, and its rejects. Raises UnusableTargets."""
     if not path.is_file():
         raise UnusableTargets(f"targets.{name}: there is no file {path}")
-    rows, rejects, computed = encode_file(stage, target_file(name, kind, path))
+    rows, rejects, computed = encode_file(stage, target_file(stage, name, kind))
     rejected = stage.lake.read_table(rejects).to_pylist()
     if not rows.notes["rows"]:
         why = f" The first was rejected because: {rejected[0]['reason']}." if rejected else ""
         raise UnusableTargets(f"targets.{name}: {path} holds no usable row.{why}")
     given = given_records(rows.notes["rows"], rejected)
     if given - rows.notes["rows"] > stage.settings.targets[name].max_rejected * given:
-        fit = target_fit(path, kind, encoder_of(stage))
+        fit = target_fit(path, kind, encoder_of(stage), mixed=may_be_mixed(stage.settings.targets[name], kind))
         raise UnusableTargets(too_few_records(stage, name, path, fit))
     return rows, computed, [{"file": path.name, **one} for one in rejected]
 
 
-def target_file(name: str, kind: "Kind", path: Path) -> RecordFile:
+def target_file(stage: Stage, name: str, kind: "Kind") -> RecordFile:
     """A target's file of target examples or of held-out records, to be read into its tables."""
     from prism_assets.corpus.files import read_examples
     from prism_assets.corpus.token_tables import TARGET_SCHEMA
 
-    table = TABLES[kind]
+    table, target = TABLES[kind], stage.settings.targets[name]
+    path = target.examples if kind == "target" else target.eval
+    mixed = may_be_mixed(target, kind)
     return RecordFile(
-        path, hash_file(path), table, f"{table}_rejects", name, TARGET_SCHEMA, lambda file: read_examples(file, kind)
+        path,
+        hash_file(path),
+        table,
+        f"{table}_rejects",
+        name,
+        TARGET_SCHEMA,
+        lambda file: read_examples(file, kind, mixed=mixed),
     )
+
+
+def may_be_mixed(target: TargetSettings, kind: "Kind") -> bool:
+    """Whether plain records and pairs may stand in one file: where the plain ones get an unwanted completion, or the
+    pairs lose theirs."""
+    return kind == "target" and target.anchors not in (None, "given")
 
 
 def too_few_records(stage: Stage, name: str, path: Path, fit: TargetFit) -> str:
@@ -103,7 +118,9 @@ def _require_fitting_score(stage: Stage, targets: Artifact, name: str) -> None:
     """Raise UnusableTargets for summed scores of pairs: better now than after the gradients of the whole pool."""
     if stage.settings.preference.score != "sum":
         return
-    if any(stage.lake.read_table(targets, ["rejected"])["rejected"].is_valid().to_pylist()):
+    anchors = stage.settings.targets[name].anchors
+    given = any(stage.lake.read_table(targets, ["rejected"])["rejected"].is_valid().to_pylist())
+    if anchors in ("choices", "generated", "shuffled") or (given and anchors != "none"):
         raise UnusableTargets(
             f"targets.{name}: preference.score: sum is for plain targets, and these are pairs, whose sides have no "
             "common number of tokens. Use mean."

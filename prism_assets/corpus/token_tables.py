@@ -67,14 +67,25 @@ def to_table(
 ) -> pa.Table:
     """A row for each example that was tokenised (None is left out: it is among the rejects).
 
-    schema: `TARGET_SCHEMA` where there are pairs, else `CANDIDATE_SCHEMA`, unless given.
+    schema: `TARGET_SCHEMA` where there are pairs, else `CANDIDATE_SCHEMA`, unless given. Where an example has choices
+    there is a column `choices` too.
     """
     rows = zip(examples, tokenized, strict=True)
     kept = [(example, tokens) for example, tokens in rows if tokens is not None]
     if schema is None:
         has_pairs = any(isinstance(tokens, TokenizedPair) for _, tokens in kept)
         schema = TARGET_SCHEMA if has_pairs else CANDIDATE_SCHEMA
-    return pa.Table.from_pylist([_row(example, tokens) for example, tokens in kept], schema=schema)
+    table = pa.Table.from_pylist([_row(example, tokens) for example, tokens in kept], schema=schema)
+    choices = [example.choices or None for example, _ in kept]
+    # Not in the schema: tables of records without them are what they were.
+    return table.append_column("choices", pa.array(choices, pa.list_(pa.string()))) if any(choices) else table
+
+
+def choices_of(table: pa.Table) -> list[list[str]]:
+    """The options of each row [n]; empty where a record has none."""
+    if "choices" not in table.column_names:
+        return [[] for _ in range(table.num_rows)]
+    return [one or [] for one in table["choices"].to_pylist()]
 
 
 def _row(example: Example, tokens: TokenizedExample | TokenizedPair) -> dict[str, Any]:

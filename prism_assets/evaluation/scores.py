@@ -60,8 +60,8 @@ def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> t
 
     from prism_assets.corpus.token_tables import prompt_tokens
     from prism_assets.evaluation.answers import exact_match
-    from prism_assets.evaluation.generation import generate, pad_token_id
     from prism_assets.evaluation.metrics import held_out
+    from prism_assets.sft.generation import generate, pad_token_id
 
     settings, tokenizer = stage.settings, stage.model.tokenizer()
     records = target_set(table)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from prism_assets.errors import UnusableTargets
 from prism_assets.experiment.summary import COMPARED_WITH
 from prism_assets.features.gradient_pass import gradient_pass
+from prism_assets.features.target_anchors import make_anchors
 from prism_assets.features.target_features import make_target_features
 from prism_assets.identity import split_name, trial_partition
 from prism_assets.resources.lake import Artifact, Rows
@@ -48,7 +49,7 @@ class Split(NamedTuple):
 
     name: str
     number: int
-    targets: Artifact
+    targets: Artifact  # with their anchors
     held_out: Artifact
     features: Artifact
     directions: Mapping[str, Artifact]  # of the strategies that have one
@@ -56,7 +57,7 @@ class Split(NamedTuple):
     def of_target(self) -> OfTarget:
         """The argument `of_target` of `selection_inputs` that gives this split's own artefacts."""
         known: dict[tuple[str, str | None], Artifact] = {
-            ("targets", None): self.targets,
+            ("target_anchors", None): self.targets,
             ("target_features", None): self.features,
         }
         known |= {("target_directions", name): one for name, one in self.directions.items()}
@@ -84,11 +85,12 @@ def prepare_splits(stage: Stage, target: str) -> PreparedSplits:
         curvature = sample_features(work)
         for number in range(stage.settings.experiment.splits):
             name = split_name(target, number)
-            targets, held_out = _redrawn(stage, target, number, *given)
+            drawn, held_out = _redrawn(stage, target, number, *given)
+            targets = make_anchors(work, drawn.artifact, name)
             features = make_target_features(work, targets.artifact, name)
             inputs = DirectionInputs(name, features.artifact, targets.artifact, held_out.artifact, curvature)
             directions, made = make_directions(work, inputs, with_direction.values())
-            computed += targets.computed + held_out.computed + features.computed + made
+            computed += drawn.computed + targets.computed + held_out.computed + features.computed + made
             splits.append(Split(name, number, targets.artifact, held_out.artifact, features.artifact, directions))
     return PreparedSplits(splits, computed)
 

@@ -20,6 +20,8 @@ from prism_assets.selection.pool import Pool, indexed_pool
 from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from prism_assets.explanation.parts import Contributions, Earlier, Explanation, Neighbour, StrategyRank
     from prism_assets.selection.exact_scores import ExactScorer
 
@@ -70,8 +72,8 @@ class Explainer:
             )
         position = self.pool.position(place.shard, place.row)
         assert position is not None, place  # it counts, is indexed and was not refused
-        parts = self._contributions(stored)
-        score = float(self.pool.scores(self.side.query, remember=False)[position])
+        parts = self._contributions(stored, self.pool.row_factors(self.stage.settings.selection.row_scale)[position])
+        score = float(self.pool.influence(self.side.query, remember=False)[position])
         exact, why_not = self._exact_score(place)
         record = self._record(place.shard, place.row)
         total = float(parts.values.sum())
@@ -148,16 +150,17 @@ class Explainer:
         """What the candidate's file says."""
         return self.pool.candidates(shard, ["line", "source", "prompt", "completion"]).slice(row, 1).to_pylist()[0]
 
-    def _contributions(self, stored: dict[str, Any]) -> "Contributions":
+    def _contributions(self, stored: dict[str, Any], factors: "np.ndarray") -> "Contributions":
+        """`factors` [C]: what the candidate's unit rows are multiplied with."""
         from prism_assets.explanation.parts import target_contributions
 
-        row, side = stored["vector"], self.side
+        row, side = stored["vector"] * factors[:, None], self.side
         column = side.targets["sketch"].combine_chunks()
         sketches = column.flatten().to_numpy(zero_copy_only=False).reshape(len(side.targets), *row.shape)
         return target_contributions(sketches, side.weights, row, list(side.norms), side.rates)
 
     def _exact_score(self, place: Place) -> tuple[float | None, str]:
-        """Σ_k η̄_k <t_k, Γ_ik> / (‖t_k‖ ‖Γ_ik‖), or None and why not."""
+        """Σ_k η̄_k <t_k, Γ_ik> / (‖t_k‖ ‖Γ_ik‖), scaled as the score is, or None and why not."""
         if self.exact is False:
             return None, "it was not asked for"
         if self._no_model:
@@ -278,6 +281,6 @@ def _rank(pool: Pool, direction: Artifact, position: int) -> tuple[int, int, flo
 
     from prism_assets.explanation.parts import rank_of
 
-    scores = pool.scores(load_direction(pool.lake, direction)[0], remember=False)
+    scores = pool.influence(load_direction(pool.lake, direction).query, remember=False)
     rank = rank_of(scores[position], pool.ids[position], scores, np.array(pool.ids, dtype=object))
     return rank, pool.size, float(scores[position])

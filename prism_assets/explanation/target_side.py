@@ -7,7 +7,7 @@ from prism_assets.identity import within
 from prism_assets.reference.checkpoints import learning_rates
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.direction_artifacts import load_direction
-from prism_assets.selection.target_scores import as_made, scores_of, tokens_counted
+from prism_assets.selection.target_scores import usable_targets
 from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class TargetSide(NamedTuple):
     vectors: list[dict[str, Any]]  # t_k of each checkpoint
     norms: "np.ndarray"  # [C], ‖t_k‖
     targets: "pa.Table"  # the usable targets with their sketches [m rows]
-    weights: "np.ndarray"  # [C, m]
+    weights: "np.ndarray"  # [C, m] of their raw gradients
     rates: list[float]  # [C] learning rates
 
 
@@ -32,8 +32,7 @@ def target_side(stage: Stage, target: str, strategy: str, version: str) -> Targe
     fit."""
     from prism_assets.selection.strategies import STRATEGIES
 
-    weigh = STRATEGIES[strategy].weigh if strategy in STRATEGIES else None
-    if weigh is None:
+    if strategy not in STRATEGIES or not STRATEGIES[strategy].needs_direction:
         known = ", ".join(name for name, one in STRATEGIES.items() if one.needs_direction)
         raise CannotExplain(f"{strategy} gives no scores to explain; these do: {known}.")
     direction = direction_of(stage, target, strategy, version)
@@ -42,21 +41,23 @@ def target_side(stage: Stage, target: str, strategy: str, version: str) -> Targe
             f"The lake has no {strategy} direction of {target} in version {version}: name {strategy} "
             "under `strategies` in prism.yaml and run `prism run`."
         )
-    targets = stage.lake.read_table(_input(stage, direction, "targets"))
+    stored = load_direction(stage.lake, direction)
+    if stored.weights is None:
+        raise LakeError(
+            f"The {strategy} direction of {target} was made by an earlier version of this code, which did not store "
+            "what it is made of: run `prism run`."
+        )
+    targets = stage.lake.read_table(_input(stage, direction, "targets"), ["prompt", "completion"])
     table = stage.lake.read_table(_input(stage, direction, "features"))
-    for name in ("prompt", "completion"):
+    for name in targets.column_names:
         table = table.append_column(name, targets[name])
-    settings = as_made(stage.settings, _weights(stage, target, strategy, version, direction))  # whatever they say today
-    scores, usable = scores_of(settings, table, targets)
-    counted = tokens_counted(settings, targets.take(usable), scores.kind == "pairs")
-    query, vectors = load_direction(stage.lake, direction)
     return TargetSide(
         direction,
-        query,
-        vectors,
-        stage.lake.read_tensors(direction)["norms"].numpy(),
-        table.take(usable),
-        weigh(scores) * counted,
+        stored.query,
+        stored.vectors,
+        stored.norms,
+        table.take(usable_targets(table)),
+        stored.weights,
         learning_rates(stage.lake.local(_input(stage, direction, "warmup"))),
     )
 
@@ -64,14 +65,6 @@ def target_side(stage: Stage, target: str, strategy: str, version: str) -> Targe
 def direction_of(stage: Stage, target: str, strategy: str, version: str) -> Artifact | None:
     """The direction of a strategy in a feature version; None where there is none."""
     return stage.lake.head("target_directions", target, within(version, strategy))
-
-
-def _weights(stage: Stage, target: str, strategy: str, version: str, direction: Artifact) -> Artifact:
-    """The target weights that were published with the direction: they know the temperature."""
-    found = stage.lake.require("target_weights", target, version)
-    if found.header["inputs"].get(strategy, {}).get("content_hash") != direction.content_hash:
-        raise LakeError(f"The weights of {target} belong to another direction: run `prism run`.")
-    return found
 
 
 def _input(stage: Stage, direction: Artifact, role: str) -> Artifact:

@@ -29,7 +29,7 @@ def build(project: Project) -> dg.AssetsDefinition:
         "target_features",
         group="features",
         kinds={"pytorch", "parquet"},
-        deps=["targets", "warmup_checkpoints"],
+        deps=["target_anchors", "warmup_checkpoints"],
         checks=[GRADIENTS_USABLE],
         loads_model=True,
     )
@@ -47,7 +47,7 @@ def build(project: Project) -> dg.AssetsDefinition:
 
 def _target(work: GradientPass, name: str) -> Outcome:
     stage = work.stage
-    features, computed = make_target_features(work, stage.shown("targets", name), name)
+    features, computed = make_target_features(work, stage.shown("target_anchors", name), name)
     stage.show(features, name)
     rows = stage.lake.read_table(features, ["id", "score", "norm", "refused"]).slice(0, 8)
     refused = features.notes["refused"]

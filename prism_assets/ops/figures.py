@@ -225,7 +225,7 @@ def _file(stage: Stage, name: str, kind: "Kind") -> TargetFile:
     from prism_assets.corpus.encoding import encoded_recipes, encoder_of
     from prism_assets.corpus.files import read_examples
     from prism_assets.corpus.target_set import target_set
-    from prism_assets.corpus.targets import target_file, too_few_records
+    from prism_assets.corpus.targets import may_be_mixed, target_file, too_few_records
     from prism_assets.corpus.token_tables import TARGET_SCHEMA, encode_all, prompt_tokens, to_table
 
     settings = stage.settings.targets[name]
@@ -236,8 +236,9 @@ def _file(stage: Stage, name: str, kind: "Kind") -> TargetFile:
         return found
     encoder = encoder_of(stage)
     try:
-        found.fit = target_fit(path, kind, encoder)
-        examples, _ = read_examples(path, kind)
+        mixed = may_be_mixed(settings, kind)
+        found.fit = target_fit(path, kind, encoder, mixed=mixed)
+        examples, _ = read_examples(path, kind, mixed=mixed)
     except (UnreadableFile, MixedTargets) as error:
         found.problem = str(error)
         return found
@@ -253,5 +254,5 @@ def _file(stage: Stage, name: str, kind: "Kind") -> TargetFile:
     answers = table["answers"].to_pylist()
     if kind == "eval":
         found.prompts = [prompt_tokens(records.examples[row]) for row, one in enumerate(answers) if one]
-    found.artifact = stage.lake.find(encoded_recipes(stage, target_file(name, kind, path))[0])
+    found.artifact = stage.lake.find(encoded_recipes(stage, target_file(stage, name, kind))[0])
     return found

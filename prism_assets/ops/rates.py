@@ -169,7 +169,7 @@ def _generation(stage: Stage, engine: "GradientEngine", prompts: "Sequence[np.nd
     """Of a new token: what more tokens cost beside one, for a batch of short prompts."""
     if not len(prompts):
         return Rate(0.0, 0.0)
-    from prism_assets.evaluation.generation import generate, pad_token_id
+    from prism_assets.sft.generation import generate, pad_token_id
 
     batch = [prompt[-_PROMPT_TOKENS:] for prompt in prompts[: stage.settings.evaluation.batch_size]]
     padding = pad_token_id(stage.model.tokenizer())

@@ -60,7 +60,7 @@ class Remaining:
     def __iter__(self) -> Iterator[Work]:
         """The stages that have something to do, in their order."""
         makers = (
-            *(self._candidates, self._warmup, self._candidate_features, self._target_features),
+            *(self._candidates, self._warmup, self._candidate_features, self._anchors, self._target_features),
             *(self._directions, self._selections, self._adapters, self._evaluations),
         )
         return (work for make in makers if (work := make()))
@@ -135,26 +135,54 @@ class Remaining:
 
     # -- targets -----------------------------------------------------------------------------------------------
 
-    def _feature_artifact(self, name: str) -> Artifact | None:
-        from prism_assets.features.target_features import target_features_recipe
+    def _anchored(self, name: str) -> Artifact | None:
+        from prism_assets.features.target_anchors import anchors_recipe
 
         examples = self.targets[name].examples.artifact
         if not self._warmed_up or examples is None:
             return None
-        return self.stage.lake.find(target_features_recipe(self.stage, examples, name))
+        return self.stage.lake.find(anchors_recipe(self.stage, examples, name))
+
+    def _feature_artifact(self, name: str) -> Artifact | None:
+        from prism_assets.features.target_features import target_features_recipe
+
+        anchored = self._anchored(name)
+        return None if anchored is None else self.stage.lake.find(target_features_recipe(self.stage, anchored, name))
+
+    def _is_made_pairs(self, name: str) -> bool:
+        """Whether the target's plain examples get an anchor."""
+        from prism_assets.features.target_anchors import MADE
+
+        return self.stage.settings.targets[name].anchors in MADE and not self.targets[name].examples.pairs
+
+    def _target_tokens(self, name: str) -> float:
+        """Tokens of the target examples as directions use them; an anchor that is not made yet counts as long as the
+        wanted answer."""
+        examples = self.targets[name].examples
+        return examples.tokens * (2 if self._is_made_pairs(name) else 1)
+
+    def _anchors(self) -> Work:
+        generated = [
+            self.targets[name].examples
+            for name in self.targets
+            if self.stage.settings.targets[name].anchors == "generated" and self._anchored(name) is None
+        ]
+        answers = sum(int(one.loss_mask.sum()) for file in generated for one in file.examples)
+        prompts = sum(file.tokens for file in generated) - answers
+        return Work("target_anchors", sum(file.size for file in generated), forward=prompts, generated=answers)
 
     def _target_features(self) -> Work:
         pending = [name for name in self.targets if self._feature_artifact(name) is None]
-        files = [self.targets[name].examples for name in pending]
-        plain = sum(one.tokens for one in files if not one.pairs) * self._checkpoints
-        pairs = sum(one.tokens for one in files if one.pairs) * self._checkpoints
+        pairs = {name for name in pending if self._is_made_pairs(name) or self.targets[name].examples.pairs}
+        tokens = {name: self._target_tokens(name) for name in pending}
+        size = sum(self.targets[name].examples.size for name in pending)
         return Work(
             "target_features",
-            sum(one.size for one in files),
-            gradient=plain,
-            training=pairs,  # a pair's gradient is a weighted one
-            forward=sum(one.tokens for one in files),
-            blocks=2 * sum(one.size for one in files),  # float32
+            size,
+            gradient=sum(tokens[name] for name in pending if name not in pairs) * self._checkpoints,
+            training=sum(tokens[name] for name in pairs) * self._checkpoints,  # a pair's gradient is a weighted one
+            forward=sum(tokens.values()),
+            blocks=2 * size,  # float32
         )
 
     @cached_property
@@ -205,7 +233,7 @@ class Remaining:
         training = forward = 0.0
         for name, strategies in missing.items():
             count = len(strategies)
-            m, held_out = self.targets[name].examples.tokens, self.targets[name].held_out.wanted_tokens
+            m, held_out = self._target_tokens(name), self.targets[name].held_out.wanted_tokens
             # The probe: ∇J once, scores before the steps and after each of two.
             training += m * (count * checkpoints + 1) + (tokens * count * checkpoints if corrected else 0)
             forward += 3 * (m + held_out)

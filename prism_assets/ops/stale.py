@@ -42,6 +42,8 @@ _SETTINGS = {
     "budget": "selection.budget",
     "seed": "selection.seed",
     "rerank": "selection.rerank",
+    "row_scale": "selection.row_scale",
+    "groups": "preference.groups",
     "temperature": "preference.temperature",
     "score": "preference.score",
 }

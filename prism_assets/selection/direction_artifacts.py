@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.corpus.target_set import target_set
-from prism_assets.errors import SettingsError
+from prism_assets.errors import SettingsError, StageError
 from prism_assets.features.blocks import feature_table, vectors_of
 from prism_assets.features.gradient_pass import GradientPass
 from prism_assets.resources.lake import Artifact, Lake, Recipe, Rows, Tensors, digest
@@ -13,6 +13,7 @@ from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
     from prism_assets.selection.strategies import Strategy
 
@@ -32,7 +33,7 @@ class DirectionInputs(NamedTuple):
 
 def shown_inputs(stage: Stage, name: str) -> DirectionInputs:
     """What the lake shows of a target now. Raises LakeError where something is missing or does not fit the rest."""
-    features, targets = stage.shown("target_features", name), stage.shown("targets", name)
+    features, targets = stage.shown("target_features", name), stage.shown("target_anchors", name)
     require_made_of(features, targets)
     corrected = stage.settings.preference.fisher_damping is not None
     curvature = stage.shown("warmup_sample_features") if corrected else None
@@ -50,8 +51,8 @@ def make_directions(work: GradientPass, inputs: DirectionInputs, strategies: "It
     """The direction of each strategy: t per checkpoint (unsketched, fp32), its sketch and norm, and the query."""
     directions, computed = {}, 0
     for strategy in strategies:
-        recipe, weights, usable = _recipe(work.stage, inputs, strategy)
-        made = work.stage.make(recipe, lambda s=strategy, w=weights, u=usable: _direction(work, inputs, s, w, u))
+        recipe, weighted = _recipe(work.stage, inputs, strategy)
+        made = work.stage.make(recipe, lambda s=strategy, w=weighted: _direction(work, inputs, s, w))
         directions[strategy.name] = made.artifact
         computed += made.computed
     return MadeDirections(directions, computed)
@@ -65,61 +66,125 @@ def expected_direction(stage: Stage, name: str, strategy: "Strategy") -> Recipe:
     return _recipe(stage, shown_inputs(stage, name), strategy)[0]
 
 
-def load_direction(lake: Lake, artifact: Artifact) -> "tuple[np.ndarray, list[dict[str, Any]]]":
-    """The query [C·K] and t per checkpoint (parameter name -> tensor) of a direction."""
+class Direction(NamedTuple):
+    """What is stored of a direction, for C checkpoints."""
+
+    query: "np.ndarray"  # float32 [C·K]
+    vectors: list[dict[str, Any]]  # t_k of each checkpoint, parameter name -> tensor
+    norms: "np.ndarray"  # float64 [C], ‖t_k‖
+    # float64 [C, m'], what the raw gradients of the usable target examples were multiplied with; None of a direction
+    # that was made before they were stored.
+    weights: "np.ndarray | None"
+
+
+def load_direction(lake: Lake, artifact: Artifact) -> Direction:
+    """Read a direction."""
     tensors = lake.read_tensors(artifact)
     vectors: list[dict[str, Any]] = [{} for _ in range(len(tensors["norms"]))]
     for name, tensor in tensors.items():
         if name.startswith("t/"):
             _, position, parameter = name.split("/", 2)
             vectors[int(position)][parameter] = tensor
-    return tensors["query"].numpy(), vectors
+    weights = tensors["weights"].numpy() if "weights" in tensors else None
+    return Direction(tensors["query"].numpy(), vectors, tensors["norms"].numpy(), weights)
 
 
-def _recipe(stage: Stage, inputs: DirectionInputs, strategy: "Strategy") -> "tuple[Recipe, np.ndarray, np.ndarray]":
-    """What a direction is made from, its weights float64 [C, m'], and where the usable target examples are [m']."""
+class _Weighted(NamedTuple):
+    """The usable target examples and what their raw gradients are multiplied with."""
+
+    targets: "pa.Table"  # m' rows
+    weights: "np.ndarray"  # float64 [C, m']
+    # The positions of each group, whose direction is brought to unit length before they are added; one where they are
+    # pooled.
+    groups: "list[np.ndarray]"
+
+
+def _recipe(stage: Stage, inputs: DirectionInputs, strategy: "Strategy") -> tuple[Recipe, _Weighted]:
+    """What a direction is made from."""
     table = stage.lake.read_table(inputs.targets)
     scores, usable = scores_of(stage.settings, stage.lake.read_table(inputs.features), table)
+    chosen = table.take(usable)
     # Coefficients of the gradients of mean log-probabilities, which is what a gradient pass gives.
     assert strategy.weigh is not None
-    weights = strategy.weigh(scores) * tokens_counted(stage.settings, table.take(usable), scores.kind == "pairs")
-    damping = stage.settings.preference.fisher_damping
+    weights = strategy.weigh(scores) * tokens_counted(stage.settings, chosen, scores.kind == "pairs")
+    preference = stage.settings.preference
+    groups = _groups(chosen, preference.groups == "separate")
     recipe = stage.recipe(
         "target_directions",
-        {"weights": digest(weights.tolist()), **({"fisher_damping": damping} if damping else {})},
+        {
+            "weights": digest(weights.tolist()),
+            **({"fisher_damping": preference.fisher_damping} if preference.fisher_damping else {}),
+            **({"groups": "separate"} if len(groups) > 1 else {}),
+        },
         {
             **{"targets": inputs.targets, "features": inputs.features, "warmup": stage.warmup},
             **({"curvature": inputs.curvature} if inputs.curvature else {}),
         },
         partition=inputs.name,
     )
-    return recipe, weights, usable
+    return recipe, _Weighted(chosen, weights, groups)
 
 
-def _direction(
-    work: GradientPass, inputs: DirectionInputs, strategy: "Strategy", weights: "np.ndarray", usable: "np.ndarray"
-) -> Tensors:
+def _groups(targets: "pa.Table", separate: bool) -> "list[np.ndarray]":
+    """Positions of the examples of each group, in order of their names; those without one are a group too."""
+    import numpy as np
+
+    names = np.array([one or "" for one in targets["group"].to_pylist()])
+    return [np.flatnonzero(names == name) for name in np.unique(names)] if separate else [np.arange(len(names))]
+
+
+def _direction(work: GradientPass, inputs: DirectionInputs, strategy: "Strategy", weighted: _Weighted) -> Tensors:
+    """t per checkpoint: Σ_j w_j g_j, or with groups G the sum of their unit directions Σ_G t_G/‖t_G‖.
+
+    `weights` [C, m'] among the tensors are the coefficients of the raw gradients, a group's length included.
+    """
     import torch
 
     from prism_assets.gradients.vectors import norm
-    from prism_assets.selection.direction import query_vector, target_vector
+    from prism_assets.selection.direction import query_vector
 
-    # Refused target examples are left out, not weighted with zero: zero times NaN is NaN.
-    chosen = target_set(work.stage.lake.read_table(inputs.targets).take(usable))
     tensors: dict[str, torch.Tensor] = {}
     sketches, norms = [], []
+    coefficients = weighted.weights.copy()
     for position, checkpoint in enumerate(work.checkpoints):
-        engine = work.at(checkpoint)
-        vector = target_vector(engine, chosen, weights[position])
-        if inputs.curvature is not None:
-            vector = _corrected(work, position, vector, inputs.curvature)
+        vector: dict[str, Any] = {}
+        for group in weighted.groups:
+            part = _weighted_sum(work, position, weighted, group)
+            if inputs.curvature is not None:
+                part = _corrected(work, position, part, inputs.curvature)
+            length = 1.0
+            if len(weighted.groups) > 1:
+                length = norm(part)
+                _require_direction(length, weighted.targets["group"][group[0]].as_py(), position)
+            coefficients[position, group] /= length
+            vector = {name: tensor / length + vector.get(name, 0) for name, tensor in part.items()}
         norms.append(norm(vector))
-        sketches.append(work.projection(engine).sketch_vector(vector).cpu().numpy())
+        sketches.append(work.projection(work.at(checkpoint)).sketch_vector(vector).cpu().numpy())
         tensors |= {f"t/{position}/{name}": tensor.float() for name, tensor in vector.items()}
     rates = [checkpoint.mean_learning_rate for checkpoint in work.checkpoints]
     tensors["query"] = torch.from_numpy(query_vector(sketches, norms, rates))
     tensors["norms"] = torch.tensor(norms, dtype=torch.float64)
-    return Tensors(tensors, {"strategy": strategy.name})
+    tensors["weights"] = torch.from_numpy(coefficients)
+    return Tensors(tensors, {"strategy": strategy.name, "groups": len(weighted.groups)})
+
+
+def _weighted_sum(work: GradientPass, position: int, weighted: _Weighted, rows: "np.ndarray") -> "dict[str, Any]":
+    """Σ_j w_j g_j over some of the target examples, at one checkpoint."""
+    from prism_assets.selection.direction import target_vector
+
+    # Refused target examples are left out, not weighted with zero: zero times NaN is NaN.
+    chosen = target_set(weighted.targets.take(rows))
+    return target_vector(work.at(work.checkpoints[position]), chosen, weighted.weights[position, rows])
+
+
+def _require_direction(length: float, group: str | None, checkpoint: int) -> None:
+    import math
+
+    if not math.isfinite(length) or length <= 0:
+        raise StageError(
+            f"The target examples of group {group or '(none)'} have no direction at checkpoint {checkpoint}: the norm "
+            f"of their weighted sum is {length}. Leave them out, or set preference.groups to pooled."
+        )
 
 
 # -- curvature ----------------------------------------------------------------------------------------------------

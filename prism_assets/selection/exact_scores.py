@@ -2,6 +2,8 @@
 
     score_i = Σ_k (η̄_k / Σ_l η̄_l) ⟨t_k, Γ_ik⟩ / (‖t_k‖ ‖Γ_ik‖)        nothing sketched
 
+With `selection.row_scale` mean it is not divided by ‖Γ_ik‖, with sum it is multiplied with the supervised tokens too.
+
 One gradient pass a checkpoint over the shortlist, each gradient multiplied with the direction while it is there. Last
 bits depend on which rows share a batch, so batches must not depend on what else is in the pool: the rows of a shard are
 cut into tiers by their sketched scores, a tier is always worked on as a whole, and what it gave is remembered by
@@ -37,18 +39,18 @@ def exact_scores(pool: Pool, direction: Artifact, positions: "np.ndarray") -> "n
     wanted: dict[str, list[int]] = {}
     for shard, row in places:
         wanted.setdefault(shard, []).append(row)
-    found = {shard: _remembered(lake, direction, shards[shard]) for shard in wanted}
+    found = {shard: _remembered(pool, direction, shards[shard]) for shard in wanted}
     unknown = {shard: {row for row in rows if np.isnan(found[shard][row])} for shard, rows in wanted.items()}
     if any(unknown.values()):
-        query, vectors = load_direction(lake, direction)
-        sketched = pool.shard_scores(query)
+        stored = load_direction(lake, direction)
+        sketched = pool.shard_scores(stored.query)
         pending = {
             shard: [tier for tier in _tiers(lake, shards[shard], sketched[shard]) if rows & set(tier.tolist())]
             for shard, rows in unknown.items()
             if rows
         }
         with gradient_pass(pool.stage) as work:
-            exact = ExactScorer(work, vectors)
+            exact = ExactScorer(work, stored.vectors)
             with pool.stage.progress(
                 "exact scores", sum(len(t) for tiers in pending.values() for t in tiers)
             ) as progress:
@@ -56,7 +58,7 @@ def exact_scores(pool: Pool, direction: Artifact, positions: "np.ndarray") -> "n
                     for rows in tiers:
                         found[shard][rows] = _tier_scores(pool, exact, shard, rows)
                         progress.advance(len(rows))
-                    lake.remember(_name(direction, shards[shard]), found[shard].tobytes())
+                    lake.remember(_name(pool, direction, shards[shard]), found[shard].tobytes())
     return np.array([found[shard][row] for shard, row in places], dtype=np.float32)
 
 
@@ -74,6 +76,7 @@ class ExactScorer:
         self._preconditioners = [work.preconditioner(one) for one in work.checkpoints]
         self._lengths = [norm(vector) for vector in vectors]
         self._rates = relative_rates([one.mean_learning_rate for one in work.checkpoints])
+        self._scale = work.stage.settings.selection.row_scale
 
     def of(self, examples: "Sequence[Example]") -> "np.ndarray":
         """Scores float64 [n]; not finite where a gradient is unusable."""
@@ -86,7 +89,10 @@ class ExactScorer:
             engine = self.work.at(checkpoint)
             result = engine.feature_rows(examples, sketch=product, preconditioner=preconditioner)
             with np.errstate(invalid="ignore", divide="ignore"):
-                scores += rate * result.rows[:, 0].astype(np.float64) / (result.norms * length)
+                cosines = result.rows[:, 0].astype(np.float64) / (result.norms * length)
+            scores += rate * (cosines if self._scale == "unit" else cosines * result.norms)
+        if self._scale == "sum":
+            scores *= [np.count_nonzero(example.loss_mask) for example in examples]
         return scores
 
 
@@ -99,15 +105,16 @@ def _tier_scores(pool: Pool, exact: ExactScorer, shard: str, rows: "np.ndarray")
     return np.where(np.isfinite(scores), scores, -np.inf)
 
 
-def _name(direction: Artifact, shard: IndexedShard) -> str:
-    return f"scores/exact-{direction.content_hash[:32]}/{shard.features}"
+def _name(pool: Pool, direction: Artifact, shard: IndexedShard) -> str:
+    scale = pool.stage.settings.selection.row_scale
+    return f"scores/exact{'' if scale == 'unit' else f'-{scale}'}-{direction.content_hash[:32]}/{shard.features}"
 
 
-def _remembered(lake: Lake, direction: Artifact, shard: IndexedShard) -> "np.ndarray":
+def _remembered(pool: Pool, direction: Artifact, shard: IndexedShard) -> "np.ndarray":
     """What is known of a shard's rows, float32 [n]; NaN where nothing is."""
     import numpy as np
 
-    data = lake.recall(_name(direction, shard))
+    data = pool.lake.recall(_name(pool, direction, shard))
     if data is None or len(data) != 4 * shard.rows:
         return np.full(shard.rows, np.nan, np.float32)
     return np.frombuffer(data, np.float32).copy()

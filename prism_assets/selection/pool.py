@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from prism_assets.resources.index import SegmentedIndex
     from prism_assets.resources.lake import Lake
+    from prism_assets.settings import RowScale
     from prism_assets.stage import Stage
 
 # Columns of a selection that are those of its candidates.
@@ -156,6 +157,39 @@ class Pool:
         else:
             found = dict(zip(self.shards, self.opened.scores(query), strict=True))
         return np.concatenate([found[one.shard][mask] for one, mask in zip(self.segments, self.allowed, strict=True)])
+
+    def influence(self, query: "np.ndarray", remember: bool = True) -> "np.ndarray":
+        """The influence of every row along a query, float32 [n]: inner products with stored unit rows, each multiplied
+        with what `selection.row_scale` makes of its length. No row is computed again."""
+        import numpy as np
+
+        scale = self.stage.settings.selection.row_scale
+        if scale == "unit":
+            return self.scores(query, remember)
+        factors = self.row_factors(scale)
+        found = np.zeros(self.size)
+        for checkpoint, factor in enumerate(factors.T):
+            block = np.zeros((factors.shape[1], len(query) // factors.shape[1]), np.float32)
+            block[checkpoint] = query.reshape(block.shape)[checkpoint]
+            found += factor * self.scores(block.reshape(-1), remember)
+        return found.astype(np.float32)
+
+    def row_factors(self, scale: "RowScale") -> "np.ndarray":
+        """What each row's unit gradients are multiplied with, float64 [n, C]: of `mean` the norm of the gradient of the
+        mean loss, of `sum` that times the supervised tokens, of `unit` one. From what is stored of the rows."""
+        import numpy as np
+
+        norms = []
+        for one, mask in zip(self.segments, self.allowed, strict=True):
+            features = self.lake.get("candidate_features", one.features)
+            assert features is not None, one  # the pool was opened with it
+            norms.append(np.array(read_blocks(self.lake, features, ["norm"])["norm"].to_pylist())[mask])
+        found = np.concatenate(norms)
+        if scale == "unit":
+            return np.ones_like(found)
+        if scale == "mean":
+            return found
+        return found * self.column("completion_tokens")["completion_tokens"].to_numpy()[:, None]
 
     def shard_scores(self, query: "np.ndarray") -> "Mapping[str, np.ndarray]":
         """Inner products of a query with every row of every indexed shard, float32 [rows of the shard]."""

@@ -1,7 +1,13 @@
 """The model's preference for the target examples, and the weights that follow from it.
 
-With s_j the preference score of target example j (mean log-probability of its completion, or the margin of a pair) the
-objective is J = mean_j φ(s_j), and ∇J = Z Σ_j w_j ∇s_j with w_j = φ′(s_j) / Σ φ′ and Z = mean_j φ′(s_j).
+With s_j the preference score of target example j (mean log-probability of its completion, or the margin m_j of a pair)
+the objective is J = mean_j φ(s_j), and ∇J = Z Σ_j w_j ∇s_j with w_j = φ′(s_j) / Σ φ′ and Z = mean_j φ′(s_j).
+
+Of pairs φ is as published: PRISM (arXiv 2605.21422; with mean log-probabilities as arXiv 2605.29801, section 3.2.2,
+equations 4 to 6, has it) weights the gradient of a margin by π = σ(m), the preference for the wanted completion. That
+is the slope of φ(m) = log(1 + exp m), so pairs that the model already answers well count most. Before the formulas were
+known to us, φ was σ(m) itself, whose slope lets undecided pairs count most: it is kept as `sigmoid`.
+
 Everything is computed in the log domain, so a target whose probability underflows gets weight zero and no NaN.
 """
 
@@ -10,6 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 TargetKind = Literal["plain", "pairs"]
+PairObjective = Literal["softplus", "sigmoid"]
 
 # A normal distribution's standard deviation is 1.4826 times its median absolute deviation.
 _MAD_TO_STD = 1.4826
@@ -19,27 +26,25 @@ class PreferenceWeights(NamedTuple):
     """Weights of m target examples under one checkpoint."""
 
     weights: np.ndarray  # float64 [m], sums to 1
-    preferences: np.ndarray  # float64 [m], φ(s_j) in (0, 1]
+    preferences: np.ndarray  # float64 [m], of pairs π_j = σ(m_j/τ), of plain targets exp(s_j/τ)
     log_z: float  # log of mean_j φ′(s_j)
     objective: float  # J = mean_j φ(s_j)
 
 
-def default_temperature(kind: TargetKind, base_margins: np.ndarray | None = None) -> float:
-    """τ where the settings name none: 1 for plain targets, a robust scale of the base model's margins for pairs.
-
-    The scale is 1.4826 × the median absolute margin [m] (the spread about zero, where the sigmoid turns);
-    1 where all margins vanish.
-    """
-    if kind == "plain" or base_margins is None or not len(base_margins):
-        return 1.0
-    scale = _MAD_TO_STD * float(np.median(np.abs(base_margins)))
+def margin_scale(base_margins: np.ndarray) -> float:
+    """A robust scale of the base model's margins [m]: 1.4826 × the median absolute margin, the spread about zero, where
+    the sigmoid turns; 1 where all vanish. The temperature of `sigmoid` where the settings name none."""
+    scale = _MAD_TO_STD * float(np.median(np.abs(base_margins))) if len(base_margins) else 0.0
     return scale if scale > 0 else 1.0
 
 
-def preference_weights(scores: np.ndarray, kind: TargetKind, temperature: float) -> PreferenceWeights:
+def preference_weights(
+    scores: np.ndarray, kind: TargetKind, temperature: float = 1.0, objective: PairObjective = "softplus"
+) -> PreferenceWeights:
     """Weights of the target examples from their scores [m].
 
-    plain: φ(s) = exp(s/τ), so w = softmax(s/τ). pairs: φ(s) = σ(s/τ), so w ∝ σ(s/τ)·σ(−s/τ).
+    plain: φ(s) = exp(s/τ), so w = softmax(s/τ). pairs: φ(m) = τ log(1 + exp(m/τ)), so w ∝ π = σ(m/τ), as published at
+    τ = 1; with the objective `sigmoid` φ(m) = σ(m/τ), so w ∝ σ(m/τ)·σ(−m/τ).
     Raises ValueError for a score that is not finite or a temperature that is not positive.
     """
     scores = np.asarray(scores, dtype=np.float64)
@@ -49,18 +54,22 @@ def preference_weights(scores: np.ndarray, kind: TargetKind, temperature: float)
         raise ValueError("scores must be a non-empty vector of finite numbers")
     scaled = scores / temperature
     if kind == "plain":
-        log_phi = scaled
+        preferences = values = np.exp(scaled)
         log_slope = scaled - np.log(temperature)
     else:
-        log_phi = -np.logaddexp(0.0, -scaled)
-        log_slope = log_phi - np.logaddexp(0.0, scaled) - np.log(temperature)
+        log_slope = -np.logaddexp(0.0, -scaled)  # log π
+        preferences = values = np.exp(log_slope)
+        if objective == "softplus":
+            values = temperature * np.logaddexp(0.0, scaled)
+        else:
+            log_slope = log_slope - np.logaddexp(0.0, scaled) - np.log(temperature)
     top = log_slope.max()
     slopes = np.exp(log_slope - top)
     return PreferenceWeights(
         weights=slopes / slopes.sum(),
-        preferences=np.exp(log_phi),
+        preferences=preferences,
         log_z=float(top + np.log(slopes.mean())),
-        objective=float(np.exp(log_phi).mean()),
+        objective=float(values.mean()),
     )
 
 

@@ -47,7 +47,7 @@ def top_of_ranking(
     # A share counts every canonical row of the pool, rankable or not: all strategies get the same budget.
     counted = manifest.notes["canonical_rows"]
     if strategy.needs_direction:
-        query, _ = load_direction(stage.lake, inputs["direction"])
+        query = load_direction(stage.lake, inputs["direction"]).query
         exact = (lambda positions: exact_scores(pool, inputs["direction"], positions)) if rerank else None
         table, scored = _top_by_score(pool, query, budget, counted, max(rerank, 1.0), exact, whole)
     else:
@@ -74,7 +74,8 @@ def _top_by_score(
     from prism_assets.selection.histogram import score_histogram
     from prism_assets.selection.ordering import cut, order_by_score
 
-    scores = pool.scores(query) if whole else None
+    # The index knows unit rows alone.
+    scores = pool.influence(query) if whole or pool.stage.settings.selection.row_scale != "unit" else None
     k = min(math.ceil(shortlist * pool.wanted), pool.size)
     while True:
         # All that tie with the k-th: where they are cut, ids decide.

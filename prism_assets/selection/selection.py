@@ -91,8 +91,13 @@ def selection_recipe(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Ar
     if "seed" in strategy.reads:
         identity["seed"] = options.seed
     if "target_features" in strategy.reads:
-        identity["temperature"] = target_scores_of(stage, inputs)[0].temperature
+        scores = target_scores_of(stage, inputs)[0]
+        identity["temperature"] = scores.temperature
+        if scores.kind == "pairs":
+            identity["objective"] = "softplus"  # whose slope the weights are; they were those of sigmoid
         identity["score"] = stage.settings.preference.score
+    if (strategy.needs_direction or "direction" in strategy.reads) and options.row_scale != "unit":
+        identity["row_scale"] = options.row_scale
     if strategy.needs_direction and options.rerank:
         identity["rerank"] = options.rerank
         # What exact scores are computed with beside the direction; its own inputs name it too.
@@ -129,7 +134,7 @@ def selection_inputs(
     if "direction" in strategy.reads:
         inputs["direction"] = of_target("target_directions", "prism")
     if {"text", "target_features", "hidden_states"} & strategy.reads:
-        inputs["targets"] = of_target("targets", None)
+        inputs["targets"] = of_target("target_anchors", None)
     if "target_features" in strategy.reads:
         inputs["target_features"] = of_target("target_features", None)
         require_made_of(inputs["target_features"], inputs["targets"])
@@ -144,7 +149,7 @@ def _shown_of(stage: Stage, target: str, version: str | None) -> OfTarget:
     """What the lake shows of a target, in a feature version (default: today's)."""
 
     def shown(table: str, strategy: str | None) -> Artifact:
-        if version is None or table == "targets":
+        if version is None or table == "target_anchors":
             return stage.shown(table, target, strategy)
         return stage.lake.require(table, target, within(version, strategy))
 

@@ -66,7 +66,7 @@ class StrategyPool(Pool):
 
     def direction_scores(self) -> "np.ndarray":
         """Influence of each ranked row by PRISM's direction, float32 [n]."""
-        return self.scores(load_direction(self.lake, self.inputs["direction"])[0])
+        return self.influence(load_direction(self.lake, self.inputs["direction"]).query)
 
     def vectors(self, positions: "np.ndarray") -> "np.ndarray":
         """Stored gradient features of the rows at these positions, float32 [k, C·K].

@@ -45,7 +45,7 @@ def build(project: Project) -> dg.AssetsDefinition:
         "target_direction",
         group="selection",
         kinds={"pytorch", "safetensors"},
-        deps=["target_features", "targets", "warmup_checkpoints"],
+        deps=["target_features", "target_anchors", "targets", "warmup_checkpoints"],
         checks=[ENOUGH_TARGETS, FIRST_ORDER, HELD_OUT],
         loads_model=True,
     )
@@ -200,7 +200,7 @@ def _first_order(
 
     now = preference(chosen.scores(engine.mean_log_probs(chosen.examples)))
     before = (now.objective, float(np.mean(engine.mean_log_probs(held_out_examples))))
-    vectors = {name: load_direction(lake, directions[name])[1][-1] for name in COMPARED}
+    vectors = {name: load_direction(lake, directions[name]).vectors[-1] for name in COMPARED}
     # ∇J itself: a direction may have been corrected for curvature.
     z = float(np.exp(now.log_z))
     raw = target_vector(engine, chosen, now.weights * tokens)
@@ -244,7 +244,7 @@ def _outcome(project: Project, stage: Stage, artifacts: list[Artifact], computed
             "dagster/row_count": notes["number_of_targets"],
             **column_lineage(
                 project,
-                **{name: ("targets", name) for name in ("id", "group", "prompt", "completion")},
+                **{name: ("target_anchors", name) for name in ("id", "group", "prompt", "completion")},
                 score=("target_features", "score"),
                 gradient_norm=("target_features", "norm"),
             ),

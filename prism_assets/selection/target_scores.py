@@ -34,8 +34,7 @@ def scores_of(settings: Settings, features: "pa.Table", targets: "pa.Table") -> 
     from prism_assets.selection.strategies import TargetScores
 
     pairs = target_set(targets).pairs
-    usable = np.array([reason is None for reason in features["refused"].to_pylist()])
-    positions = np.flatnonzero(usable)
+    positions = usable_targets(features)
     rows = features.take(positions)
     tokens = tokens_counted(settings, targets.take(positions), pairs)
     return (
@@ -43,20 +42,18 @@ def scores_of(settings: Settings, features: "pa.Table", targets: "pa.Table") -> 
             np.array(rows["score"].to_pylist()).T * tokens,
             np.array(rows["norm"].to_pylist()).T * tokens,
             "pairs" if pairs else "plain",
-            _temperature(settings, rows, pairs),
+            settings.preference.temperature,
+            np.array(rows["base_score"].to_pylist()),
         ),
         positions,
     )
 
 
-def _temperature(settings: Settings, features: "pa.Table", pairs: bool) -> float:
+def usable_targets(features: "pa.Table") -> "np.ndarray":
+    """Positions [m'] of the target examples whose gradient was not refused."""
     import numpy as np
 
-    from prism_assets.selection.preference import default_temperature
-
-    if settings.preference.temperature is not None:
-        return settings.preference.temperature
-    return default_temperature("pairs" if pairs else "plain", np.array(features["base_score"].to_pylist()))
+    return np.flatnonzero([reason is None for reason in features["refused"].to_pylist()])
 
 
 def as_made(settings: Settings, weights: Artifact) -> Settings:

@@ -2,6 +2,15 @@
 
 from prism_assets.settings.budget import Budget
 from prism_assets.settings.load import config_path, from_mapping, load_settings
-from prism_assets.settings.schema import STRATEGIES, Settings, TargetSettings
+from prism_assets.settings.schema import STRATEGIES, RowScale, Settings, TargetSettings
 
-__all__ = ["STRATEGIES", "Budget", "Settings", "TargetSettings", "config_path", "from_mapping", "load_settings"]
+__all__ = [
+    "STRATEGIES",
+    "Budget",
+    "RowScale",
+    "Settings",
+    "TargetSettings",
+    "config_path",
+    "from_mapping",
+    "load_settings",
+]

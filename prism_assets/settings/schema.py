@@ -21,7 +21,7 @@ from pydantic import (
 from prism_assets.settings.budget import Budget, parse_budget
 
 STRATEGIES = (
-    *("prism", "uniform", "less", "prism-unit"),  # one direction
+    *("prism", "uniform", "less", "prism-unit", "prism-sigmoid"),  # one direction
     *("prism-cover", "prism-round-robin", "less-max"),  # several
     *("prism-mmr",),  # one direction, and candidates among each other
     *("bm25", "rds"),  # texts or hidden states, no gradients
@@ -232,6 +232,13 @@ class TargetSettings(Section):
         description="The share of the records of either file that may be rejected, duplicates not counted; more stops "
         "the run before any training.",
     )
+    anchors: Literal["given", "choices", "generated", "shuffled", "none"] | None = Field(
+        default=None,
+        description="Where the unwanted answer of a target example without one comes from: choices (each other option "
+        "of its `choices`), generated (the warmed-up model's own answer), shuffled (the answer to another example of "
+        "the file); an answer of its own is kept. given: every example has its own; none: unwanted answers are left "
+        "out. null: given where the file's records have them, else none.",
+    )
 
 
 class PreferenceSettings(Section):
@@ -240,8 +247,8 @@ class PreferenceSettings(Section):
     temperature: float | None = Field(
         default=None,
         gt=0,
-        description="The temperature τ of the weights; null: 1 for plain targets, a robust scale of the margins for "
-        "pairs.",
+        description="The temperature τ of the weights; null: 1, as published (prism-sigmoid: a robust scale of the "
+        "margins of pairs).",
     )
     score: Literal["mean", "sum"] = Field(
         default="mean",
@@ -253,6 +260,11 @@ class PreferenceSettings(Section):
         gt=0,
         description="Corrects directions by the damped inverse of the warm-up sample's second moment, damped by this "
         "share of its trace (0.1, say); null: no correction.",
+    )
+    groups: Literal["separate", "pooled"] = Field(
+        default="separate",
+        description="separate: the target examples of each `group` make a direction of their own, and these are "
+        "brought to unit length and added, so that no group takes the sum; pooled: all make one, whatever their group.",
     )
     probe_step: float = Field(
         default=0.02,
@@ -319,6 +331,9 @@ class StorageSettings(Section):
     report: Path = Field(default=Path("report"), description="The folder of the report over all targets.")
 
 
+RowScale = Literal["unit", "mean", "sum"]
+
+
 class SelectionSettings(Section):
     """How the ranking is cut."""
 
@@ -327,6 +342,12 @@ class SelectionSettings(Section):
         description="How much is selected: 500 (rows), 5% (of canonical live rows) or 200k tokens (of completions).",
     )
     seed: int = Field(default=0, description="The seed of the strategy `random`.")
+    row_scale: RowScale = Field(
+        default="unit",
+        description="How long a candidate's gradient counts in strategies with one direction: unit (its cosine, as "
+        "LESS), mean (as long as the gradient of its mean loss), or sum (of its summed loss, as PRISM is published); "
+        "the last two with features.optimizer sgd or adam.",
+    )
     rerank: float = Field(
         default=0.0,
         ge=0,
@@ -388,6 +409,15 @@ class Settings(Section):
             raise ValueError(
                 f"preference.fisher_damping needs features.optimizer sgd or adam: {self.features.optimizer} is not "
                 "linear in the gradient"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _row_scale_needs_a_diagonal(self) -> "Settings":
+        if self.selection.row_scale != "unit" and self.features.optimizer not in ("sgd", "adam"):
+            raise ValueError(
+                f"selection.row_scale {self.selection.row_scale} needs features.optimizer sgd or adam: "
+                f"{self.features.optimizer} is not linear in the gradient, so its rows have no length to be scaled to"
             )
         return self
 

@@ -33,7 +33,7 @@ def trust_inputs(stage: Stage, name: str) -> TrustInputs:
         name,
         stage.shown("target_weights", name),
         {one: stage.shown("target_directions", name, one) for one in COMPARED},
-        stage.shown("targets", name),
+        stage.shown("target_anchors", name),
         stage.shown("eval_examples", name),
         stage.shown("target_features", name),
     )
@@ -44,7 +44,7 @@ def tried_candidates(stage: Stage, inputs: TrustInputs) -> "tuple[pa.Table, pa.T
     from prism_assets.trust.sample import spread_over_scores
 
     pool = indexed_pool(stage)
-    scores = {name: pool.scores(load_direction(stage.lake, one)[0]) for name, one in inputs.directions.items()}
+    scores = {name: pool.scores(load_direction(stage.lake, one).query) for name, one in inputs.directions.items()}
 
     def sample(number: int) -> "pa.Table":
         chosen = spread_over_scores(scores, number)

@@ -16,7 +16,7 @@ from prism_assets.corpus.token_tables import from_table
 from prism_assets.features.gradient_pass import GradientPass
 from prism_assets.gradients.vectors import norm
 from prism_assets.selection.direction_artifacts import COMPARED, load_direction
-from prism_assets.selection.target_scores import as_made, tokens_counted
+from prism_assets.selection.target_scores import as_made, tokens_counted, usable_targets
 from prism_assets.stats.ranks import rank_correlation
 from prism_assets.trust import measures
 from prism_assets.trust.inputs import TRAINING_SETTINGS, TrustInputs
@@ -71,7 +71,7 @@ def measure(
     probe = _probe(work, inputs, engine)
     # AdamW moves a coordinate by about its learning rate at most.
     training_step = settings.training.learning_rate * engine.num_parameters**0.5
-    vectors = {name: load_direction(lake, one)[1][-1] for name, one in inputs.directions.items()}
+    vectors = {name: load_direction(lake, one).vectors[-1] for name, one in inputs.directions.items()}
     record = Record()
     singles = _single_steps(record, work, probe, vectors, single, training_step)
     lengths = {"training_step": training_step, "warmup": _distance(engine, start)}
@@ -94,8 +94,7 @@ def measure(
 def _probe(work: GradientPass, inputs: TrustInputs, engine: "GradientEngine") -> Probe:
     """The usable targets, and at most `trust.held_out` held-out records, drawn at random."""
     lake, settings = work.stage.lake, work.stage.settings
-    refused = lake.read_table(inputs.features, ["refused"])["refused"].to_pylist()
-    usable = np.flatnonzero([reason is None for reason in refused])
+    usable = usable_targets(lake.read_table(inputs.features, ["refused"]))
     held_out = target_set(lake.read_table(inputs.eval_examples))
     drawn = np.sort(np.random.default_rng(settings.trust.seed).permutation(held_out.size)[: settings.trust.held_out])
     notes = inputs.weights.notes

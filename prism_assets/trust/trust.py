@@ -39,7 +39,7 @@ def build(project: Project) -> dg.AssetsDefinition:
         "trust",
         group="trust",
         kinds={"pytorch", "parquet"},
-        deps=["target_direction", "candidate_index", "targets", "warmup_checkpoints"],
+        deps=["target_direction", "candidate_index", "targets", "target_anchors", "warmup_checkpoints"],
         checks=list(_CHECKS.values()),
         loads_model=True,
     )

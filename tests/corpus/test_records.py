@@ -197,6 +197,82 @@ def test_target_fields_are_validated_for_targets_and_ignored_for_candidates(tmp_
     assert len(read_examples(path, "candidate")[0]) == 2
 
 
+def test_mixed_targets_name_the_first_line_of_each_kind(tmp_path):
+    pair = {"prompt": "q", "completion": "a", "rejected": "b"}
+    path = write(tmp_path / "t.jsonl", {"x": 1}, KEPT | {"rejected": None}, KEPT, pair)
+    with pytest.raises(MixedTargets, match=r"t\.jsonl: line 2 is a plain record and line 4 a pair") as caught:
+        read_examples(path, "target")
+    assert (caught.value.plain_line, caught.value.pair_line) == (2, 4)
+    assert len(read_examples(path, "candidate")[0]) == 2
+    mixed, _ = read_examples(path, "target", mixed=True)
+    assert [example.rejected for example in mixed] == [None, "b"]
+
+
+USER = {"role": "user", "content": "q"}
+GOOD, BAD = ({"role": "assistant", "content": text} for text in "ab")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "q", "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "q", "completion": "a", "rejected": "b"},
+        {"prompt": "q", "safe": "a", "unsafe": "b"},
+    ],
+)
+def test_preferences_in_every_layout_of_trl_are_one_pair(tmp_path, record):
+    (example,), rejects = read_examples(write(tmp_path / "t.jsonl", record), "target")
+    assert not rejects
+    assert example == Example.create([Message("user", "q"), Message("assistant", "a")], "b", line=1)
+
+
+def test_what_is_chosen_may_follow_a_whole_conversation(tmp_path):
+    turns = [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "first"}, USER]
+    record = {"chosen": [*turns, GOOD], "rejected": [*turns, BAD]}
+    (example,), _ = read_examples(write(tmp_path / "t.jsonl", record), "eval")
+    assert [message.role for message in example.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert (example.completion_text, example.rejected) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "reason"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "prompt", "missing"),
+        ({"prompt": "q", "chosen": "a", "rejected": [BAD]}, "rejected", "write both alike"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "rejected", "prefers nothing"),
+        ({"prompt": "q", "chosen": " ", "rejected": "a"}, "chosen", "white space"),
+        ({"prompt": "q", "chosen": [], "rejected": []}, "chosen", "empty conversation"),
+        ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "other"}, BAD]}, "rejected", "before its last turn"),
+        ({"chosen": [USER], "rejected": [USER, BAD]}, "chosen", "ends in a user turn"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "chosen", "no user turn"),
+        ({"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]}, "prompt[0].content", "missing"),
+    ],
+)
+def test_a_preference_that_is_none_names_the_field(tmp_path, record, field, reason):
+    reject = only_reject(write(tmp_path / "t.jsonl", record, KEPT), "target")
+    assert reject.field == field and reason in reject.reason
+
+
+def test_choices_are_kept_with_the_completion_among_them(tmp_path):
+    record = {"prompt": "q", "completion": "7", "choices": [5, "6", "7"]}
+    (example,), rejects = read_examples(write(tmp_path / "t.jsonl", record), "eval")
+    assert not rejects and example.choices == ("5", "6", "7")
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [("abc", "not an array"), (["a", "a", "7"], "twice"), (["5", "6"], "lacks the completion '7'"), (["7"], "alone"),
+     (["7", " "], "white space"), (["7", ["x"]], "not a string")],
+)  # fmt: skip
+def test_choices_that_offer_no_choice_are_refused(tmp_path, choices, reason):
+    record = {"prompt": "q", "completion": "7", "choices": choices}
+    reject = only_reject(write(tmp_path / "t.jsonl", record, KEPT), "target")
+    assert reject.field == "choices" and reason in reject.reason
+
+
 def test_pairs_and_answers(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
@@ -210,15 +286,6 @@ def test_pairs_and_answers(tmp_path):
         assert [e.group for e in examples] == ["3", None]
         assert [e.answers for e in examples] == [("18",), ("y", "x", "0.5")]
         assert examples[0].id != examples[1].id and examples[0].conversation_id == examples[1].conversation_id
-
-
-def test_mixed_targets_name_the_first_line_of_each_kind(tmp_path):
-    pair = {"prompt": "q", "completion": "a", "rejected": "b"}
-    path = write(tmp_path / "t.jsonl", {"x": 1}, KEPT | {"rejected": None}, KEPT, pair)
-    with pytest.raises(MixedTargets, match=r"t\.jsonl: line 2 is a plain record and line 4 a pair") as caught:
-        read_examples(path, "target")
-    assert (caught.value.plain_line, caught.value.pair_line) == (2, 4)
-    assert len(read_examples(path, "candidate")[0]) == 2
 
 
 def test_the_first_of_equal_records_is_kept(tmp_path):

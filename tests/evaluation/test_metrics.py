@@ -5,9 +5,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from prism_assets.evaluation.answers import exact_match, extract_answer
-from prism_assets.evaluation.generation import generate
 from prism_assets.evaluation.metrics import held_out, mean_over_seeds
 from prism_assets.selection.histogram import score_histogram
+from prism_assets.sft.generation import generate
 
 VOCABULARY, PAD, EOS = 40, 0, 1
 

@@ -243,9 +243,8 @@ def numpy_scores(project, target, strategy):
     elif strategy == "less":
         weights = 1 / norms / len(scores)
     elif target == "pairs":
-        temperature = 1.4826 * np.median(np.abs(features["base_score"]))
-        sigmoid = 1 / (1 + np.exp(-scores / temperature))
-        weights = sigmoid * (1 - sigmoid) / (sigmoid * (1 - sigmoid)).sum(axis=0)
+        preference = 1 / (1 + np.exp(-scores))
+        weights = preference / preference.sum(axis=0)
     else:
         weights = np.exp(scores) / np.exp(scores).sum(axis=0)
     direction = load_file(lake.local(lake.require("target_directions", target, f"{version}/{strategy}")))

@@ -78,7 +78,9 @@ def objective(engine, targets, kind, temperature):
     if targets.pairs:
         scores = scores[: targets.size] - scores[targets.size :]
     scaled = scores / temperature
-    return (scaled.exp() if kind == "plain" else scaled.sigmoid()).mean(), scores.detach().numpy()
+    return (
+        scaled.exp() if kind == "plain" else temperature * torch.nn.functional.softplus(scaled)
+    ).mean(), scores.detach().numpy()
 
 
 def make_targets(kind, count=5):
@@ -116,7 +118,7 @@ def test_the_less_direction_is_the_mean_of_unit_gradients(engine):
     targets = make_targets("plain", 4)
     single = [target_vector(engine, targets.target(j), np.ones(1)) for j in range(4)]
     norms = np.array([norm(one) for one in single])
-    weights = STRATEGIES["less"].weigh(TargetScores(np.zeros((1, 4)), norms[None], "plain", 1.0))[0]
+    weights = STRATEGIES["less"].weigh(TargetScores(np.zeros((1, 4)), norms[None], "plain", 1.0, np.zeros(4)))[0]
     found = target_vector(engine, targets, weights)
     expected = {name: sum(one[name] / n for one, n in zip(single, norms, strict=True)) / 4 for name in found}
     assert norm({name: found[name] - expected[name] for name in found}) <= 1e-6 * norm(expected)

@@ -70,7 +70,7 @@ def test_selected_scores_are_exact_and_in_order(project, strategy):
     direction = project.lake.get(
         "target_directions", project.selection(strategy).header["inputs"]["direction"]["fingerprint"]
     )
-    _, vectors = load_direction(project.lake, direction)
+    vectors = load_direction(project.lake, direction).vectors
 
     def exact(name):
         return sum(
@@ -174,7 +174,7 @@ def test_a_corrected_direction_is_the_damped_inverse_of_explicit_gradients(proje
 
     def direction(one):
         inputs = one.selection("prism").header["inputs"]["direction"]
-        return load_direction(one.lake, one.lake.get("target_directions", inputs["fingerprint"]))[1]
+        return load_direction(one.lake, one.lake.get("target_directions", inputs["fingerprint"])).vectors
 
     for found, raw, by_id in zip(direction(copy), direction(plain), rows, strict=True):
         names = sorted(raw)

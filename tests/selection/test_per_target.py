@@ -89,7 +89,7 @@ def test_shares_are_the_lengths_of_the_terms_of_the_direction():
     weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     lengths = np.linalg.norm(weights[..., None] * gradients, axis=2)
     expected = (lengths / lengths.sum(axis=1, keepdims=True)).mean(axis=0)
-    found = shares(TargetScores(scores, np.linalg.norm(gradients, axis=2), "plain", 1.0))
+    found = shares(TargetScores(scores, np.linalg.norm(gradients, axis=2), "plain", 1.0, scores[0]))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 

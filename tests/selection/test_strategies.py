@@ -14,7 +14,9 @@ from prism_assets.settings import STRATEGIES as STRATEGY_NAMES
 @pytest.fixture
 def targets():
     rng = np.random.default_rng(0)
-    return TargetScores(rng.normal(-1, 1, (2, 5)), rng.uniform(0.1, 3, (2, 5)), "plain", 0.7)
+    return TargetScores(
+        rng.normal(-1, 1, (2, 5)), rng.uniform(0.1, 3, (2, 5)), "plain", 0.7, np.array([0.1, -0.2, 0.4])
+    )
 
 
 class FakePool:
@@ -31,7 +33,7 @@ def test_the_settings_know_exactly_the_strategies_there_are():
     for name, strategy in STRATEGIES.items():
         assert strategy.name == name and strategy.description
         assert (strategy.weigh is None) != (strategy.rank is None)
-        assert strategy.needs_direction == (name in ("prism", "uniform", "less", "prism-unit"))
+        assert strategy.needs_direction == (name in ("prism", "prism-sigmoid", "uniform", "less", "prism-unit"))
 
 
 def test_prism_weights_are_a_softmax_per_checkpoint(targets):
@@ -40,11 +42,30 @@ def test_prism_weights_are_a_softmax_per_checkpoint(targets):
     np.testing.assert_allclose(STRATEGIES["prism"].weigh(targets), expected, rtol=1e-12)
 
 
-def test_prism_weights_of_pairs_are_the_slope_of_the_sigmoid(targets):
-    slope = 1 / (1 + np.exp(-targets.scores / 0.7))
-    slope *= 1 - slope
-    found = STRATEGIES["prism"].weigh(targets._replace(kind="pairs"))
+def test_prism_weights_of_pairs_are_the_models_preference_and_those_of_the_sigmoid_its_slope(targets):
+    pairs = targets._replace(kind="pairs")
+    preference = 1 / (1 + np.exp(-targets.scores / 0.7))
+    found = STRATEGIES["prism"].weigh(pairs)
+    np.testing.assert_allclose(found, preference / preference.sum(axis=1, keepdims=True), rtol=1e-10)
+    slope = preference * (1 - preference)
+    found = STRATEGIES["prism-sigmoid"].weigh(pairs)
     np.testing.assert_allclose(found, slope / slope.sum(axis=1, keepdims=True), rtol=1e-10)
+    unit = STRATEGIES["prism-unit"].weigh(pairs)
+    np.testing.assert_allclose(unit, STRATEGIES["prism"].weigh(pairs) / targets.norms, rtol=1e-12)
+
+
+def test_without_a_temperature_prism_takes_1_and_the_sigmoid_the_scale_of_the_margins(targets):
+    pairs = targets._replace(kind="pairs", given_temperature=None)
+    np.testing.assert_array_equal(
+        STRATEGIES["prism"].weigh(pairs), STRATEGIES["prism"].weigh(pairs._replace(given_temperature=1.0))
+    )
+    scale = 1.4826 * np.median([0.1, 0.2, 0.4])
+    np.testing.assert_array_equal(
+        STRATEGIES["prism-sigmoid"].weigh(pairs),
+        STRATEGIES["prism-sigmoid"].weigh(pairs._replace(given_temperature=scale)),
+    )
+    plain = targets._replace(given_temperature=None)
+    np.testing.assert_array_equal(STRATEGIES["prism-sigmoid"].weigh(plain), STRATEGIES["prism"].weigh(plain))
 
 
 def test_uniform_weights_are_equal_and_sum_to_one(targets):
@@ -156,6 +177,6 @@ def test_full_takes_everything_in_the_order_of_the_ids():
 
 
 def test_prism_unit_weighs_as_prism_and_normalises_as_less():
-    targets = TargetScores(np.array([[-0.5, -2.0, -1.0]]), np.array([[3.0, 0.5, 2.0]]), "plain", 1.0)
+    targets = TargetScores(np.array([[-0.5, -2.0, -1.0]]), np.array([[3.0, 0.5, 2.0]]), "plain", 1.0, np.zeros(3))
     expected = np.exp(targets.scores) / np.exp(targets.scores).sum() / targets.norms
     np.testing.assert_allclose(STRATEGIES["prism-unit"].weigh(targets), expected, rtol=1e-12)

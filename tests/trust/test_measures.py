@@ -84,10 +84,16 @@ def slow_scores(engine, kind):
     return scores[:3] - scores[3:] if kind == "pairs" else scores
 
 
+def slow_phi(scores, kind, temperature):
+    if kind == "plain":
+        return torch.exp(scores / temperature)
+    return temperature * torch.nn.functional.softplus(scores / temperature)
+
+
 def slow_outcome(engine, kind="plain", temperature=0.7):
     """J, mean score and held-out mean log-probability."""
     scores = slow_scores(engine, kind)
-    objective = torch.sigmoid(scores / temperature) if kind == "pairs" else torch.exp(scores / temperature)
+    objective = slow_phi(scores, kind, temperature)
     held_out = torch.stack([slow_score(engine, example) for example in HELD_OUT]).mean()
     return objective.mean(), scores.mean(), held_out
 
@@ -95,7 +101,7 @@ def slow_outcome(engine, kind="plain", temperature=0.7):
 def slow_weights(engine, kind="plain", temperature=0.7):
     """The derivative of each target's share of J, normalised: what autograd says of φ′."""
     scores = slow_scores(engine, kind).detach().requires_grad_(True)
-    phi = torch.sigmoid(scores / temperature) if kind == "pairs" else torch.exp(scores / temperature)
+    phi = slow_phi(scores, kind, temperature)
     (slope,) = torch.autograd.grad(phi.sum(), scores)
     return (slope / slope.sum()).numpy()
 

@@ -96,7 +96,7 @@ def test_every_question_has_a_check_and_every_number_its_rows(measured):
 def direction(project):
     from prism_assets.selection.direction_artifacts import load_direction
 
-    return load_direction(project.lake, project.stage.shown("target_directions", "plain", "prism"))[1][-1]
+    return load_direction(project.lake, project.stage.shown("target_directions", "plain", "prism")).vectors[-1]
 
 
 def test_the_correlations_in_the_notes_are_those_of_the_published_rows(measured):

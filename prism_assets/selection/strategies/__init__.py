@@ -12,6 +12,7 @@ STRATEGIES: dict[str, Strategy] = {
         directions.UNIFORM,
         directions.LESS,
         directions.PRISM_UNIT,
+        directions.PRISM_SIGMOID,
         per_target.PRISM_COVER,
         per_target.PRISM_ROUND_ROBIN,
         per_target.LESS_MAX,

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from prism_assets.selection.preference import TargetKind
+from prism_assets.selection.preference import TargetKind, margin_scale
 
 # What a strategy reads beside ids and token counts; it becomes part of what a selection is made from.
 #   seed             selection.seed
@@ -23,7 +23,20 @@ class TargetScores(NamedTuple):
     scores: np.ndarray  # float64 [C, m] preference scores s_kj
     norms: np.ndarray  # float64 [C, m] exact gradient norms ‖g_kj‖
     kind: TargetKind
-    temperature: float
+    given_temperature: float | None  # of the settings
+    base_scores: np.ndarray  # float64 [m] scores of the model where the warm-up starts
+
+    @property
+    def temperature(self) -> float:
+        """τ of `prism` and what follows its weights: 1 where the settings name none, as published."""
+        return 1.0 if self.given_temperature is None else self.given_temperature
+
+    @property
+    def sigmoid_temperature(self) -> float:
+        """τ of `prism-sigmoid`: of pairs the scale of the base model's margins where the settings name none."""
+        if self.given_temperature is not None or self.kind == "plain":
+            return self.temperature
+        return margin_scale(self.base_scores)
 
 
 class Texts(NamedTuple):

@@ -1,7 +1,7 @@
 """Strategies with one direction: how target gradients are weighted into it.
 
 The 2 × 2 of weighting (preference or equal) and normalisation (raw or unit gradients): prism, uniform, prism-unit,
-less.
+less; and prism-sigmoid, with another objective for pairs.
 """
 
 import numpy as np
@@ -13,6 +13,11 @@ from prism_assets.selection.strategies.base import Strategy, TargetScores
 def preference(targets: TargetScores) -> np.ndarray:
     """w [C, m], summing to 1 at each checkpoint."""
     return np.stack([preference_weights(s, targets.kind, targets.temperature).weights for s in targets.scores])
+
+
+def _sigmoid(targets: TargetScores) -> np.ndarray:
+    tau = targets.sigmoid_temperature
+    return np.stack([preference_weights(s, targets.kind, tau, "sigmoid").weights for s in targets.scores])
 
 
 def _uniform(targets: TargetScores) -> np.ndarray:
@@ -27,7 +32,14 @@ def _prism_unit(targets: TargetScores) -> np.ndarray:
     return preference(targets) / targets.norms
 
 
-PRISM = Strategy("prism", "targets weighted by the model's preference, gradients not normalised", weigh=preference)
+PRISM = Strategy(
+    "prism", "targets weighted by the model's preference, as published for pairs; gradients not normalised",
+    weigh=preference,
+)  # fmt: skip
+PRISM_SIGMOID = Strategy(
+    "prism-sigmoid", "pairs weighted by the slope of the preference, so that undecided ones count most; plain targets "
+    "as prism", weigh=_sigmoid,
+)  # fmt: skip
 UNIFORM = Strategy("uniform", "the same with equal weights: what the weighting alone is worth", weigh=_uniform)
 LESS = Strategy("less", "mean of unit target gradients, as LESS (Xia et al. 2024) does for one task", weigh=_less)
 PRISM_UNIT = Strategy(
