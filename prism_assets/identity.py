@@ -141,6 +141,11 @@ def split_name(target: str, split: int) -> str:
     return target if split == 0 else f"{target}/split-{split}"
 
 
+def target_of_split(name: str) -> str:
+    """The target of a `split_name`."""
+    return name.partition("/split-")[0]
+
+
 def trial_partition(target: str, strategy: str, split: int, seed: int) -> str:
     """The head of one trial of an experiment."""
     return seed_partition(join_key(f"{target}/split-{split}", strategy), seed)

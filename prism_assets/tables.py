@@ -39,7 +39,7 @@ _RECORDS = {
 }
 _REJECTS = {"line": _WHOLE, "field": _TEXT, "reason": _TEXT, "excerpt": _TEXT}
 # What an adapter is judged by on held-out records.
-METRICS = ("target_preference", "mean_log_prob", "exact_match")
+METRICS = ("target_preference", "mean_log_prob", "exact_match", "pair_accuracy", "margin", "choice_accuracy")
 
 # What the trials of an experiment share with everything else.
 _SHARED: tuple[Command, ...] = ("run", "experiment")
@@ -240,6 +240,18 @@ ASSETS: list[Asset] = [
                 },
                 last_stays=True,
             ),
+            Table(
+                "removed",
+                1,
+                columns={
+                    **{"rank": _WHOLE, "score": "FLOAT", "id": _TEXT, "shard": _TEXT, "row": _WHOLE, "source": _TEXT},
+                    **{"record_id": _TEXT, "prompt": _TEXT, "completion": _TEXT, "messages": _TEXT},
+                    **{"completion_tokens": "INTEGER"},
+                    **_TOKENS,
+                    "reason": _TEXT,
+                },
+                last_stays=True,
+            ),
             Table("hidden_states", 1),
         ),
         partitions="target_strategy",
@@ -266,10 +278,10 @@ ASSETS: list[Asset] = [
         (
             Table(
                 "evaluations",
-                1,
+                2,
                 columns={
                     **{"id": _TEXT, "mean_log_prob": _NUMBER, "margin": _NUMBER, "prediction": _TEXT},
-                    **{"exact_match": "BOOLEAN"},
+                    **{"exact_match": "BOOLEAN", "choice_correct": "BOOLEAN"},
                 },
             ),
             Table(

@@ -42,10 +42,10 @@ def explain(
         if as_json:
             print_json(found.as_dict())
             return
-        _print_explanation(found)
+        _print_explanation(found, settings.targets[target].use == "remove")
 
 
-def _print_explanation(found: Any) -> None:
+def _print_explanation(found: Any, removes: bool) -> None:
     typer.echo(f"{found.id}: {short(found.prompt, 60)} → {short(found.completion, 60)}")
     typer.echo(f"{found.shard}, row {found.row} (line {found.line} of its file); feature version {found.version}")
     for note in found.notes:
@@ -65,7 +65,8 @@ def _print_explanation(found: Any) -> None:
     )
     marks = {True: "yes", False: "no", None: None}
     ranks = [[one.strategy, one.rank, one.of, one.score, one.by, marks[one.selected]] for one in found.ranks]
-    print_table(["strategy", "rank", "of", "score", "by", "selected"], ranks, title="Rank under each strategy")
+    taken = "removed" if removes else "selected"
+    print_table(["strategy", "rank", "of", "score", "by", taken], ranks, title="Rank under each strategy")
     columns = ["similarity", "source", "prompt", "completion", "id"]
     near = [[short(getattr(one, name)) for name in columns] for one in found.neighbours]
     print_table(columns, near, title="Nearest in gradient space")

@@ -19,6 +19,7 @@ from prism_assets.cli.common import (
 from prism_assets.errors import UnknownThing, UserMistake
 
 if TYPE_CHECKING:
+    from prism_assets.settings import Settings
     from prism_assets.stage import Stage
 
 
@@ -31,10 +32,15 @@ def query(
     exact: Annotated[
         bool, typer.Option("--exact", help="Score four times k rows again without the sketch; needs the model.")
     ] = False,
+    harmful: Annotated[
+        bool,
+        typer.Option("--harmful", help="Those of lowest influence, predicted to lower the target's objective most."),
+    ] = False,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """The k candidates of highest influence on a target: the index is queried with the target's direction."""
+    """The k candidates of highest influence on a target: the index is queried with the target's direction. Of a target
+    with `use: remove` these are the most harmful rows."""
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, [target], "")
@@ -45,13 +51,23 @@ def query(
             raise UserMistake("--exact needs the model of today's version: leave out --version, or --exact.")
         version = _full_version(stage, version) if version else None
         rerank = 4.0 if exact else 0.0
-        rows = query_index(stage, target=target, strategy=strategy, k=k, version=version, rerank=rerank)
+        rows = query_index(
+            stage, target=target, strategy=strategy, k=k, version=version, rerank=rerank, harmful=harmful
+        )
         if as_json:
             print_json(rows)
             return
         columns = ["rank", "score", "source", "prompt", "completion", "shard", "id"]
         shown = [[short(row[name]) for name in columns] for row in rows]
-        print_table(columns, shown, title=f"{strategy}: candidates of highest influence on {target}")
+        print_table(columns, shown, title=f"{strategy}: {_title(settings, target, harmful)}")
+
+
+def _title(settings: "Settings", target: str, harmful: bool) -> str:
+    if settings.targets[target].use == "remove":
+        return f"rows predicted to raise the preference for the unwanted answers of {target} most, first to be removed"
+    if harmful:
+        return f"candidates of lowest influence on {target}, predicted to harm it most"
+    return f"candidates of highest influence on {target}"
 
 
 def _full_version(stage: "Stage", beginning: str) -> str:

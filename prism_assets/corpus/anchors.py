@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from prism_assets.corpus.records import content_id, messages_from_json
+from prism_assets.corpus.records import Message, content_id, messages_from_json, messages_to_json
 from prism_assets.corpus.template import Untokenizable
 
 if TYPE_CHECKING:
@@ -120,6 +120,35 @@ def without_anchors(targets: "pa.Table") -> "pa.Table":
         at = table.column_names.index(name)
         table = table.set_column(at, table.schema.field(name), pa.nulls(len(table), table.schema.field(name).type))
     return table.set_column(table.column_names.index("id"), "id", table["conversation_id"])
+
+
+def swapped(pairs: "pa.Table") -> "pa.Table":
+    """The pairs with the unwanted answer in the place of the wanted one and the other way round."""
+    import pyarrow as pa
+
+    turns = [messages_from_json(one) for one in pairs["messages"].to_pylist()]
+    unwanted = pairs["rejected"].to_pylist()
+    other = [(*its[:-1], Message("assistant", text)) for its, text in zip(turns, unwanted, strict=True)]
+    masks = pairs["rejected_loss_mask"].to_pylist()
+    values = {
+        "id": [content_id(its, text) for its, text in zip(other, pairs["completion"].to_pylist(), strict=True)],
+        "conversation_id": [content_id(its) for its in other],
+        "messages": [messages_to_json(its) for its in other],
+        "completion": unwanted,
+        "rejected": pairs["completion"],
+        "input_ids": pairs["rejected_input_ids"],
+        "loss_mask": pairs["rejected_loss_mask"],
+        "rejected_input_ids": pairs["input_ids"],
+        "rejected_loss_mask": pairs["loss_mask"],
+        "tokens": [len(mask) for mask in masks],
+        "completion_tokens": [sum(mask) for mask in masks],
+    }
+    table = pairs
+    for name, value in values.items():
+        field = table.schema.field(name)
+        column = value if isinstance(value, pa.ChunkedArray) else pa.array(value, field.type)
+        table = table.set_column(table.column_names.index(name), field, column)
+    return table
 
 
 def _with(row: "pa.Table", text: str, encoder: "Encoder") -> "pa.Table":

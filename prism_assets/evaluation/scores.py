@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from peft import PeftModel
 
+    from prism_assets.gradients.engine import GradientEngine
+
 
 def make_scores(stage: Stage, records: Artifact, adapter: Artifact | None, key: str) -> Made:
     """One row per held-out record under one adapter (None: where fine-tuning starts), and the means in the notes."""
@@ -52,8 +54,9 @@ def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> t
     """The columns and the means of the metrics over n held-out records.
 
     Columns: mean_log_prob float64 [n], nats per token (for pairs: of the wanted completion); margin [n], null for plain
-    records; prediction and exact_match, null where a record has no answer. Means: of `metrics.held_out`, exact_match
-    (None where no record has an answer) and the number of records.
+    records; prediction and exact_match, null where a record has no answer; choice_correct, null where it has no
+    choices. Means: of `metrics.held_out`, exact_match and choice_accuracy (None where no record has an answer, or
+    choices) and the number of records.
     """
     import numpy as np
     import pyarrow as pa
@@ -65,7 +68,8 @@ def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> t
 
     settings, tokenizer = stage.settings, stage.model.tokenizer()
     records = target_set(table)
-    log_probs = gradient_engine(stage, peft_model).mean_log_probs(records.examples)
+    engine = gradient_engine(stage, peft_model)
+    log_probs = engine.mean_log_probs(records.examples)
     chosen = log_probs[: records.size]
     margins = records.scores(log_probs) if records.pairs else None
     means: dict[str, Any] = {**held_out(chosen, margins), "exact_match": None, "records": records.size}
@@ -86,10 +90,49 @@ def score_records(stage: Stage, peft_model: "PeftModel", table: "pa.Table") -> t
             prediction = cast("str", tokenizer.decode(tokens, skip_special_tokens=True))
             predictions[position], matches[position] = prediction, exact_match(prediction, answers[position])
         means["exact_match"] = float(np.mean([bool(matches[position]) for position in asked]))
+    chosen_right = _choices(stage, engine, table)
+    judged = [one for one in chosen_right if one is not None]
+    means["choice_accuracy"] = float(np.mean(judged)) if judged else None
     columns = {
         "mean_log_prob": pa.array(chosen, pa.float64()),
         "margin": pa.array(margins, pa.float64()) if margins is not None else pa.nulls(records.size, pa.float64()),
         "prediction": pa.array(predictions, pa.string()),
         "exact_match": pa.array(matches, pa.bool_()),
+        "choice_correct": pa.array(chosen_right, pa.bool_()),
     }
     return columns, means
+
+
+def _choices(stage: Stage, engine: "GradientEngine", table: "pa.Table") -> list[bool | None]:
+    """Whether each record's own completion is the likeliest of its choices; None where it has none, or where one of
+    them is too long for `max_length`."""
+    import numpy as np
+
+    from prism_assets.corpus.records import messages_from_json
+    from prism_assets.corpus.template import Untokenizable
+    from prism_assets.corpus.token_tables import choices_of
+    from prism_assets.evaluation.metrics import choice_correct
+
+    encoder = encoder_of(stage)
+    found: list[bool | None] = [None] * table.num_rows
+    options, places = [], []
+    rows = zip(table["messages"].to_pylist(), table["completion"].to_pylist(), choices_of(table), strict=True)
+    for position, (messages, completion, choices) in enumerate(rows):
+        others = [one for one in choices if one != completion]
+        if not others:
+            continue
+        try:
+            encoded = encoder.encode_options(messages_from_json(messages), others)
+        except Untokenizable as error:
+            stage.log.warning(f"held-out record on line {table['line'][position]}: choices not judged: {error.reason}")
+            continue
+        places.append((position, len(options), len(encoded), choices.index(completion)))
+        options += encoded
+    if options:
+        tokens = np.array([one.loss_mask.sum() for one in options])
+        sums = engine.mean_log_probs(options) * tokens
+        for position, start, count, right in places:
+            # The record's own completion is encoded first; it goes back to its place among the choices.
+            own, *rest = sums[start : start + count]
+            found[position] = choice_correct([*rest[:right], own, *rest[right:]], right)
+    return found

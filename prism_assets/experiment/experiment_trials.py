@@ -81,7 +81,7 @@ def _trials(
     inputs |= {role: one for role, one in pinned.items() if role in inputs}
     # Another selection seed in each split, so that a random strategy is not the same draw in all of them.
     drawn = stage.settings.selection.model_copy(update={"seed": stage.settings.selection.seed + split.number})
-    selection, selected = make_selection(stage.with_settings(selection=drawn), STRATEGIES[strategy], inputs, key)
+    selection, _, selected = make_selection(stage.with_settings(selection=drawn), STRATEGIES[strategy], inputs, key)
     reads_targets = bool({"direction", "target_features"} & set(inputs))
     found = []
     for seed in seeds_of(stage.settings):

@@ -39,7 +39,7 @@ class Explainer:
         self._pass: GradientPass | None = None
         self._scorer: ExactScorer | None = None
         self.version, self._no_model = self._current_version()
-        self.pool = indexed_pool(stage, self.version)
+        self.pool = indexed_pool(stage, self.version, stage.settings.targets[target].mixture)
         self.places = Places(self.pool)
         self.side = target_side(stage, target, strategy, self.version)
 
@@ -71,6 +71,9 @@ class Explainer:
                 f"{stored['refused']}."
             )
         position = self.pool.position(place.shard, place.row)
+        mixture = self.stage.settings.targets[self.target].mixture
+        if position is None and mixture is not None:
+            raise CannotExplain(f"{place.id} is not of the mixture {mixture!r} that {self.target} removes rows from.")
         assert position is not None, place  # it counts, is indexed and was not refused
         parts = self._contributions(stored, self.pool.row_factors(self.stage.settings.selection.row_scale)[position])
         score = float(self.pool.influence(self.side.query, remember=False)[position])
@@ -185,7 +188,9 @@ class Explainer:
     # -- ranks and neighbours ----------------------------------------------------------------------------------
 
     def _selection(self, strategy: str) -> Artifact | None:
-        return self.stage.lake.head("selection", join_key(self.target, strategy))
+        """What a strategy took from the top of its ranking: the selected rows, or those that were removed."""
+        removes = self.stage.settings.targets[self.target].use == "remove"
+        return self.stage.lake.head("removed" if removes else "selection", join_key(self.target, strategy))
 
     def _ranks(self, place: Place, position: int) -> "Iterator[StrategyRank]":
         from prism_assets.explanation.parts import StrategyRank
@@ -258,7 +263,7 @@ class Explainer:
             if direction is None:
                 yield Earlier(one.name, used, None, 0, None, f"no {self.strategy} direction of {self.target} then")
                 continue
-            pool = indexed_pool(self.stage, one.name)
+            pool = indexed_pool(self.stage, one.name, self.stage.settings.targets[self.target].mixture)
             place = next((p for p in places_of(pool) if p.id == name and p.excluded is None), None)
             if place is None or place.shard not in pool.shards:
                 yield Earlier(one.name, used, None, pool.size, None, "not in the pool then")

@@ -9,6 +9,7 @@ import dagster as dg
 from prism_assets.corpus.encoding import encoder_of
 from prism_assets.errors import UnusableTargets
 from prism_assets.features.gradient_pass import GradientPass, gradient_pass
+from prism_assets.identity import target_of_split
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
 from prism_assets.resources.lake import Artifact, Recipe, Rows
@@ -36,7 +37,8 @@ def build(project: Project) -> dg.AssetsDefinition:
     )
     def target_anchors(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Target examples as directions use them: plain, or pairs whose unwanted answer is the record's own, another
-        option, another example's answer or what the warmed-up model says."""
+        option, another example's answer or what the warmed-up model says. Where rows are to be removed the unwanted
+        answer stands in the place of the wanted one: what raises its preference is harmful."""
         stage = stage_of(project, context)
         with gradient_pass(stage) as work:
             return each_partition(context, stage, lambda name: _target(work, name))
@@ -75,7 +77,7 @@ def make_anchors(work: GradientPass, targets: Artifact, name: str) -> Made:
 
 def anchors_kind(stage: Stage, name: str) -> str | None:
     """`targets.<name>.anchors`, also for a split of the target."""
-    return stage.settings.targets[name.partition("/split-")[0]].anchors
+    return stage.settings.targets[target_of_split(name)].anchors
 
 
 def anchors_recipe(stage: Stage, targets: Artifact, name: str) -> Recipe:
@@ -86,11 +88,36 @@ def anchors_recipe(stage: Stage, targets: Artifact, name: str) -> Recipe:
         inputs["warmup"] = stage.warmup
     if kind in MADE:
         inputs["tokenizer"] = stage.model_identity.tokenizer
-    made_by = {"tokenization": stage.settings.tokenization.model_dump()} if kind in MADE else {}
-    return stage.recipe("target_anchors", {"anchors": kind or "given", **made_by}, inputs, partition=name)
+    settings: dict[str, Any] = {"anchors": kind or "given"}
+    if kind in MADE:
+        settings["tokenization"] = stage.settings.tokenization.model_dump()
+    if is_removal(stage, name):
+        settings["swapped"] = True
+    return stage.recipe("target_anchors", settings, inputs, partition=name)
+
+
+def is_removal(stage: Stage, name: str) -> bool:
+    """Whether the target, also that of a split, names rows to be removed."""
+    return stage.settings.targets[target_of_split(name)].use == "remove"
 
 
 def _anchored(work: GradientPass, targets: Artifact, name: str) -> Rows:
+    found = _as_wanted(work, targets, name)
+    if not is_removal(work.stage, name):
+        return found
+    from prism_assets.corpus.anchors import swapped
+
+    if found.table["rejected"].null_count:
+        raise UnusableTargets(
+            f"targets.{name}: use: remove needs pairs of a wanted and an unwanted answer, and the records of "
+            f"{_file(work.stage, name)} have none of the second: give them `rejected`, or ask for anchors "
+            "(choices, generated, shuffled)."
+        )
+    return Rows(swapped(found.table), found.notes)
+
+
+def _as_wanted(work: GradientPass, targets: Artifact, name: str) -> Rows:
+    """The target examples with their anchors, the wanted answer first."""
     from prism_assets.corpus import anchors
     from prism_assets.corpus.files import require_one_kind
     from prism_assets.corpus.token_tables import choices_of
@@ -124,7 +151,7 @@ def _anchored(work: GradientPass, targets: Artifact, name: str) -> Rows:
 
 
 def _file(stage: Stage, name: str) -> Path:
-    return stage.settings.targets[name.partition("/split-")[0]].examples
+    return stage.settings.targets[target_of_split(name)].examples
 
 
 def _nothing_left(stage: Stage, name: str, kind: str, found: "Anchored") -> str:

@@ -275,21 +275,29 @@ class Remaining:
             return strategy.name
         return "prism" if "direction" in strategy.reads else None
 
-    def _budget(self, strategy: "Strategy") -> float:
-        """Rows that a strategy selects; of a budget in tokens those of mean length."""
-        budget, most = self.stage.settings.selection.budget, self.pool.canonical_rows
+    def _budget(self, name: str, strategy: "Strategy") -> float:
+        """Rows that a strategy selects for a target, or removes; of a budget in tokens those of mean length."""
+        # Of a mixture by source the rows are not counted: it may be all.
+        budget, most = self.stage.settings.budget_of(name), self.pool.canonical_rows
         if strategy.whole_pool:
             return most
         mean = self.pool.completion_tokens / self.pool.rows
         wanted = {"rows": budget.amount, "share": max(1, round(budget.amount * most)), "tokens": budget.amount / mean}
         return min(wanted[budget.kind], most)
 
+    def _trained_rows(self, name: str, strategy: "Strategy") -> float:
+        """Rows that are fine-tuned on: those that are selected, or left."""
+        if self.stage.settings.targets[name].use == "keep":
+            return self._budget(name, strategy)
+        removed = 0 if strategy.whole_pool else self._budget(name, strategy)
+        return max(1, self.pool.canonical_rows - removed)
+
     def _selections(self) -> Work:
         pending = self._pending_selections
-        rows = sum(self._budget(strategy) for _, strategy in pending)
+        rows = sum(self._trained_rows(name, strategy) for name, strategy in pending)
         reranked = sum(
-            min(self.stage.settings.selection.rerank * self._budget(strategy), self.pool.canonical_rows)
-            for _, strategy in pending
+            min(self.stage.settings.selection.rerank * self._budget(name, strategy), self.pool.canonical_rows)
+            for name, strategy in pending
             if strategy.needs_direction
         )
         tokens = self.pool.tokens_a_row
@@ -347,7 +355,7 @@ class Remaining:
         for (name, strategy, _), found in self._found_adapters.items():
             if found is not None:
                 continue
-            rows = max(1, round(self._budget(STRATEGIES[strategy])))
+            rows = max(1, round(self._trained_rows(name, STRATEGIES[strategy])))
             a_row = self.pool.tokens_a_row
             if (name, STRATEGIES[strategy]) not in self._pending_selections:
                 selection = self.stage.shown("selection", join_key(name, strategy))

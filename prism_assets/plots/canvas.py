@@ -39,6 +39,9 @@ METRIC_AXES = {
     "target_preference": "target preference\n(mean over examples, τ = 1)",
     "mean_log_prob": "mean log-probability\n(nats per token)",
     "exact_match": "exact match\n(share of examples)",
+    "pair_accuracy": "pair accuracy\n(share of pairs)",
+    "margin": "margin\n(nats per token)",
+    "choice_accuracy": "choice accuracy\n(share of records)",
 }
 STYLE: dict[RcKeyType, Any] = {
     "font.family": ["DejaVu Sans"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prism_assets.report.wording import (
@@ -19,7 +19,11 @@ METRIC_LABELS = {
     "target_preference": "target preference",
     "mean_log_prob": "mean log-probability",
     "exact_match": "exact match",
+    "pair_accuracy": "pair accuracy",
+    "margin": "margin",
+    "choice_accuracy": "choice accuracy",
 }
+ALWAYS_SHOWN = ("target_preference", "mean_log_prob", "exact_match")
 
 
 # ---- tables
@@ -34,10 +38,11 @@ def comparison_table(data: Mapping[str, Any]) -> list[list[str]]:
     check_format(data)
     targets = data.get("targets", {})
     benchmarks = list(dict.fromkeys(label for target in targets.values() for label in benchmark_metrics(target)))
-    table = [["target", "strategy", *METRIC_LABELS.values(), *benchmarks, "rows"]]
+    metrics = shown_metrics(targets.values())
+    table = [["target", "strategy", *(METRIC_LABELS[one] for one in metrics), *benchmarks, "rows"]]
     for name, target in targets.items():
         scores = benchmark_metrics(target)
-        for row in metric_rows(target):
+        for row in metric_rows(target, metrics):
             own = [benchmark_text(scores.get(label), row.strategy) for label in benchmarks]
             table.append([name, row.strategy, *(cell.text for cell in row.cells), *own, row.rows])
     return table
@@ -62,7 +67,17 @@ class MetricRow(NamedTuple):
     non_positive: str
 
 
-def metric_rows(target: Mapping[str, Any]) -> list[MetricRow]:
+def shown_metrics(targets: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The metrics of a table over these targets: those that every target has, and the others where one has them."""
+    entries = [entry for target in targets for entry in (target.get("strategies") or {}).values()]
+    return [
+        metric
+        for metric in METRIC_LABELS
+        if metric in ALWAYS_SHOWN or any(mean_of(entry, metric) is not None for entry in entries)
+    ]
+
+
+def metric_rows(target: Mapping[str, Any], metrics: Sequence[str]) -> list[MetricRow]:
     """The base model's row and one per strategy; the strategies' highest mean of each metric is marked."""
     strategies: Mapping[str, Any] = target.get("strategies", {})
     highest = {
@@ -70,14 +85,14 @@ def metric_rows(target: Mapping[str, Any]) -> list[MetricRow]:
             (mean for entry in strategies.values() if (mean := mean_of(entry, metric)) is not None),
             default=None,
         )
-        for metric in METRIC_LABELS
+        for metric in metrics
     }
     base = target.get("base") or {}
-    base_cells = [Cell(figure_text(base.get(metric)), as_number(base.get(metric)), False) for metric in METRIC_LABELS]
+    base_cells = [Cell(figure_text(base.get(metric)), as_number(base.get(metric)), False) for metric in metrics]
     rows = [MetricRow("base", base_cells, MISSING, MISSING, MISSING, MISSING)]
     for name, entry in strategies.items():
         cells = []
-        for metric in METRIC_LABELS:
+        for metric in metrics:
             mean = mean_of(entry, metric)
             best = mean is not None and mean == highest[metric] and len(strategies) > 1
             cells.append(Cell(mean_and_std(entry, metric), mean, best))

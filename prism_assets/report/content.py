@@ -34,12 +34,18 @@ def target_content(stage: Stage, name: str) -> ReportPart:
     rows = stage.lake.read_table(weights).to_pylist()
     directions = list(notes["effective_number_of_targets"])
     measured = _trust_in(stage, weights, name)
-    shown = [weights, pool, base, *(one for part in strategies.values() for one in part.shown)]
+    target, anchors = stage.settings.targets[name], stage.shown("target_anchors", name)
+    shown = [weights, anchors, pool, base, *(one for part in strategies.values() for one in part.shown)]
     shown += [measured] if measured is not None else []
     files = {table: _records_of(stage, table, name) for table in ("targets", "eval_examples")}
     shown += [one.rejects for one in files.values() if one.rejects is not None]
     data = {
         "kind": notes["kind"],
+        "use": target.use,
+        "mixture": target.mixture,
+        "mixture_rows": next((part.data["pool_rows"] for part in strategies.values()), None),
+        "anchors": anchors.notes.get("anchors", {}),
+        "anchors_left_out": anchors.notes.get("left_out", {}),
         "number_of_targets": notes["number_of_targets"],
         "number_of_eval": stage.shown("eval_examples", name).notes["rows"],
         "records": {table: {"given": one.given, "used": one.used} for table, one in files.items()},
@@ -130,6 +136,8 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
     adapters = [stage.shown("adapters", head) for head in heads]
     notes = selection.notes
     columns = ["rank", "score", "source", "prompt", "completion"]
+    taken = _taken(stage, target, strategy)
+    removed = None if taken.fingerprint == selection.fingerprint else taken
     entry = {
         **{metric: mean_over_seeds([one.notes[metric] for one in scores]) for metric in METRICS},
         "per_seed": [
@@ -141,17 +149,28 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
         "adapter": str(stage.lake.local(adapters[0])),
         "rows": notes["rows"],
         "completion_tokens": notes["completion_tokens"],
+        "pool_rows": notes["pool_rows"],
+        "removed_rows": notes.get("removed_rows"),
+        "removed_composition": notes.get("removed_composition"),
+        "removed": str(stage.lake.local(removed)) if removed else None,
+        "removed_jsonl": str(json_lines_of(stage, removed)) if removed else None,
         "steps": adapters[0].notes["steps"],
         "seconds": sum(one.notes["seconds"] for one in adapters),
         "composition": notes["composition"],
         "non_positive_influence": notes["non_positive_influence"],
         "score_histogram": notes.get("score_histogram"),
-        "examples": stage.lake.read_table(selection, columns).slice(0, 20).to_pylist(),
+        "examples": stage.lake.read_table(taken, columns).slice(0, 20).to_pylist(),
         "fingerprint": selection.fingerprint,
         "run_id": selection.header["run_id"],
     }
     data = {name: value for name, value in entry.items() if value is not None or name in METRICS}
-    return ReportPart(data, [selection, *adapters, *scores])
+    return ReportPart(data, [selection, *([removed] if removed else []), *adapters, *scores])
+
+
+def _taken(stage: Stage, target: str, strategy: str) -> Artifact:
+    """What a strategy took from the top of its ranking: the selected rows, or those that were removed."""
+    table = "removed" if stage.settings.targets[target].use == "remove" else "selection"
+    return stage.shown(table, join_key(target, strategy))
 
 
 # -- explanations -------------------------------------------------------------------------------------------------
@@ -191,17 +210,18 @@ def _worth_explaining(stage: Stage, target: str) -> list[tuple[str, str]]:
     if "prism" not in stage.settings.strategies:
         return []
     ids = {
-        strategy: stage.lake.read_table(stage.shown("selection", join_key(target, strategy)), ["id"])["id"].to_pylist()
+        strategy: stage.lake.read_table(_taken(stage, target, strategy), ["id"])["id"].to_pylist()
         for strategy in stage.settings.strategies
         if strategy in ("prism", *_COMPARED_WITH)
     }
+    done = "removed" if stage.settings.targets[target].use == "remove" else "selected"
     others = {name: set(rows) for name, rows in ids.items() if name != "prism"}
     taken_by_others = set().union(*others.values())
     asked = [("top of prism", one) for one in ids["prism"][:_EXPLAINED]]
     if others:
         alone = [one for one in ids["prism"] if one not in taken_by_others]
-        asked += [(f"selected by prism, not by {' or '.join(others)}", one) for one in alone[:_EXPLAINED]]
+        asked += [(f"{done} by prism, not by {' or '.join(others)}", one) for one in alone[:_EXPLAINED]]
     for name in others:
         left = [one for one in ids[name] if one not in set(ids["prism"])]
-        asked += [(f"selected by {name}, not by prism", one) for one in left[:1]]
+        asked += [(f"{done} by {name}, not by prism", one) for one in left[:1]]
     return list({example: (reason, example) for reason, example in reversed(asked)}.values())[::-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from prism_assets.report.comparison import (
     benchmark_text,
     check_format,
     metric_rows,
+    shown_metrics,
 )
 from prism_assets.report.verdict import verdict_sentences
 from prism_assets.report.wording import (
@@ -24,6 +25,7 @@ from prism_assets.report.wording import (
     figure_text,
     general,
     mean_of,
+    mixture_text,
     pretty,
     signed,
 )
@@ -70,7 +72,7 @@ def build_report(data: Mapping[str, Any]) -> str:
     for number, (name, target) in enumerate(data.get("targets", {}).items(), start=1):
         if not isinstance(target.get("strategies"), Mapping):
             raise ValueError(f"report.json, targets.{name}: 'strategies' is missing")
-        targets.append(_target_view(f"target-{number}", name, target))
+        targets.append(_target_view(f"target-{number}", name, target, shown_metrics(data["targets"].values())))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -83,7 +85,7 @@ def build_report(data: Mapping[str, Any]) -> str:
         created=str(data.get("created") or ""),
         model_name=str(model.get("name") or "unnamed model"),
         model_fingerprint=str(model.get("fingerprint") or ""),
-        metrics=list(METRIC_LABELS.values()),
+        metrics=[METRIC_LABELS[one] for one in shown_metrics(data.get("targets", {}).values())],
         targets=targets,
         settings=pretty(data.get("settings")),
         lineage=pretty(data.get("lineage")),
@@ -91,7 +93,7 @@ def build_report(data: Mapping[str, Any]) -> str:
     )
 
 
-def _target_view(anchor: str, name: str, target: Mapping[str, Any]) -> dict[str, Any]:
+def _target_view(anchor: str, name: str, target: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
     pool, direction = target.get("pool") or {}, target.get("direction") or {}
     records = target.get("records") or {}
     facts = [
@@ -104,11 +106,17 @@ def _target_view(anchor: str, name: str, target: Mapping[str, Any]) -> dict[str,
         ("Pool", count_text(pool.get("rows")), "rows"),
         ("Canonical", count_text(pool.get("canonical")), "rows, each content once"),
     ]
+    if target.get("use") == "remove":
+        facts += [("Mixture", count_text(target.get("mixture_rows")), f"rows, {mixture_text(target)}")]
+        facts += [
+            (f"Removed by {strategy}", count_text(entry.get("removed_rows")), _sources_text(entry))
+            for strategy, entry in target["strategies"].items()
+        ]
     return {
         "anchor": anchor,
         "name": name,
         "facts": [fact for fact in facts if fact[1] != MISSING],
-        "rows": metric_rows(target),
+        "rows": metric_rows(target, metrics),
         "benchmarks": _benchmarks_view(target),
         "verdicts": verdict_sentences(target),
         "plots": _plots(target),
@@ -125,11 +133,18 @@ def _target_view(anchor: str, name: str, target: Mapping[str, Any]) -> dict[str,
             for key, label in (
                 ("selected", "Parquet"),
                 ("selected_jsonl", "JSON Lines"),
+                ("removed", "removed rows, Parquet"),
+                ("removed_jsonl", "removed rows, JSON Lines"),
                 ("adapter", "adapter"),
             )
             if entry.get(key)
         ],
     }
+
+
+def _sources_text(entry: Mapping[str, Any]) -> str:
+    """`12 web, 3 code`: how many of the removed rows are of each source."""
+    return ", ".join(f"{count} {source}" for source, count in (entry.get("removed_composition") or {}).items())
 
 
 def _plots(target: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:

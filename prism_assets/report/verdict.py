@@ -13,6 +13,7 @@ from prism_assets.report.wording import (
     listed,
     mean_and_std,
     mean_of,
+    mixture_text,
     signed,
     with_highest_mean,
 )
@@ -31,7 +32,8 @@ def verdict_sentences(target: Mapping[str, Any]) -> list[str]:
     exceeds the larger of the two standard deviations, and never significant.
     """
     strategies: Mapping[str, Any] = target.get("strategies", {})
-    sentences = [
+    sentences = _removal_sentences(target, strategies)
+    sentences += [
         sentence
         for metric in METRIC_LABELS
         if (sentence := _metric_sentence(metric, strategies, target.get("base") or {}))
@@ -43,6 +45,27 @@ def verdict_sentences(target: Mapping[str, Any]) -> list[str]:
     sentences += _direction_sentences(target.get("direction") or {})
     sentences += _caveats(strategies)
     return sentences
+
+
+def _removal_sentences(target: Mapping[str, Any], strategies: Mapping[str, Any]) -> list[str]:
+    """What is removed, and how often the unwanted answers are preferred afterwards."""
+    if target.get("use") != "remove":
+        return []
+    said = [
+        f"Each strategy takes rows out of {mixture_text(target)}, and the model is fine-tuned again, from the base, on "
+        "the rest" + ("; full takes none out: it is the mixture as it is." if "full" in strategies else ".")
+    ]
+    rates = {
+        name: 1 - mean for name, entry in strategies.items() if (mean := mean_of(entry, "pair_accuracy")) is not None
+    }
+    before = as_number((target.get("base") or {}).get("pair_accuracy"))
+    if rates and before is not None:
+        shown = ", ".join(f"{name} {figure_text(rate)}" for name, rate in rates.items())
+        said.append(
+            "Share of held-out pairs whose unwanted answer is preferred (of honest and dishonest ones the dishonesty "
+            f"rate; lower is better): base {figure_text(1 - before)}, {shown}."
+        )
+    return said
 
 
 def _metric_sentence(metric: str, strategies: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:

@@ -53,6 +53,11 @@ def signed(value: Any) -> str:
     return text.replace("-", "−")
 
 
+def mixture_text(target: Mapping[str, Any]) -> str:
+    """What rows are removed from."""
+    return f"of the source {target['mixture']}" if target.get("mixture") else "the whole pool"
+
+
 def general(value: Any) -> str:
     """Up to six significant digits; a dash where there is no number."""
     number = as_number(value)

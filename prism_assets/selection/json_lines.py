@@ -14,8 +14,9 @@ JSON_LINES = ".jsonl"
 
 
 def write_json_lines(path: Path, table: "pa.Table") -> None:
-    """A line a row of a selection, in order of rank; `messages` as objects, not as text."""
+    """A line a row of a selection, in order of rank; `messages` as objects, not as text. Of a removal with `reason`."""
     columns = ["rank", "score", "id", "shard", "source", "prompt", "completion", "messages"]
+    columns += [name for name in ("reason",) if name in table.column_names]
     with open(path, "w", encoding="utf-8") as handle:
         for row in table.select(columns).to_pylist():
             row["messages"] = json.loads(row["messages"])

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from prism_assets.errors import LakeError, StageError
+from prism_assets.errors import LakeError, StageError, UnsuitableSetting
 from prism_assets.features.blocks import read_blocks
 from prism_assets.features.index_parts import IndexedShard, indexed_shards, segment_part
 from prism_assets.identity import shard_name
@@ -41,16 +41,23 @@ class Pool:
     """The canonical live rows that can be ranked, in order of shard key and row.
 
     With `index`, only rows of indexed shards whose gradient was not refused are ranked; without, all canonical rows.
-    Raises StageError where no row can be ranked, LakeError where something that the index lists is not in the lake.
+    With `source`, only rows of that source. `canonical` is the number of rows that count, ranked or not.
+    Raises UnsuitableSetting where no row has the source, StageError where no row can be ranked, LakeError where
+    something that the index lists is not in the lake.
     """
 
-    def __init__(self, stage: "Stage", manifest: Artifact, index: Artifact | None = None) -> None:
+    def __init__(
+        self, stage: "Stage", manifest: Artifact, index: Artifact | None = None, source: str | None = None
+    ) -> None:
         import numpy as np
 
         self.stage, self.lake, self.manifest = stage, stage.lake, manifest
         listed = self.lake.read_table(manifest).to_pylist()
         self.fingerprints = {row["shard"]: row["candidates_fingerprint"] for row in listed}
         canonical = {row["shard"]: _canonical(row) for row in listed}
+        if source is not None:
+            canonical = self._of_source(canonical, source)
+        self.canonical = int(sum(mask.sum() for mask in canonical.values()))
         self.segments: list[IndexedShard] = []
         self.refused = 0
         if index is None:
@@ -71,6 +78,19 @@ class Pool:
             )
         self._shard_of = np.repeat(np.arange(len(self.shards)), [mask.sum() for mask in self.allowed])
         self._row_of = np.concatenate([np.flatnonzero(mask) for mask in self.allowed])
+
+    def _of_source(self, canonical: "dict[str, np.ndarray]", source: str) -> "dict[str, np.ndarray]":
+        """The masks of the rows that count, cut to those of a source; a row that names none has its file's name."""
+        import numpy as np
+
+        found = {}
+        for shard, mask in canonical.items():
+            named = self.candidates(shard, ["source"])["source"].to_pylist()
+            found[shard] = mask & np.array([(one or shard_name(shard)) == source for one in named], dtype=bool)
+        if not any(mask.any() for mask in found.values()):
+            known = ", ".join(sorted(self.manifest.notes["sources"]))
+            raise UnsuitableSetting(f"no candidate that counts has the source {source!r} (mixture); there are {known}")
+        return found
 
     # -- rows --------------------------------------------------------------------------------------------------
 
@@ -239,8 +259,8 @@ class Pool:
         return found
 
 
-def indexed_pool(stage: "Stage", version: str | None = None) -> Pool:
-    """The pool that the index of a feature version (default: today's) was reconciled with.
+def indexed_pool(stage: "Stage", version: str | None = None, source: str | None = None) -> Pool:
+    """The pool that the index of a feature version (default: today's) was reconciled with, or its rows of a source.
 
     Raises LakeError where the version has no index, or something of it is not in the lake any more.
     """
@@ -248,7 +268,7 @@ def indexed_pool(stage: "Stage", version: str | None = None) -> Pool:
     manifest = stage.lake.get("live_pool", index.notes["pool"])
     if manifest is None:
         raise LakeError(f"The manifest of index {index.fingerprint} is not in the lake any more: run `prism run`.")
-    return Pool(stage, manifest, index)
+    return Pool(stage, manifest, index, source)
 
 
 def usable_rows(lake: "Lake", segment: IndexedShard) -> "np.ndarray":

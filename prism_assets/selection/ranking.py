@@ -36,23 +36,29 @@ def top_of_ranking(
     rerank: float = 0.0,
     representations: "Representations | None" = None,
     whole: bool = True,
+    source: str | None = None,
+    reverse: bool = False,
 ) -> TopRows:
-    """The top of a strategy's ranking within a budget. Refused rows are never returned.
+    """The top of a strategy's ranking within a budget, over the rows of a source where one is named. Refused rows are
+    never returned. `reverse` ranks by the opposite of a direction.
 
     For strategies with one direction: the first `rerank` times the budget are ordered by exact scores; `whole` False
     asks the index for the top alone, where scores of all rows are neither noted nor remembered.
     """
     manifest = inputs["pool"]
-    pool = StrategyPool(stage, inputs, _rows_to_ask(budget, manifest.notes), representations)
+    pool = StrategyPool(stage, inputs, 0, representations, source)
     # A share counts every canonical row of the pool, rankable or not: all strategies get the same budget.
-    counted = manifest.notes["canonical_rows"]
+    counted = pool.canonical
+    pool.wanted = _rows_to_ask(budget, counted, manifest.notes)
     if strategy.needs_direction:
         query = load_direction(stage.lake, inputs["direction"]).query
-        exact = (lambda positions: exact_scores(pool, inputs["direction"], positions)) if rerank else None
+        query = -query if reverse else query
+        sign = -1 if reverse else 1
+        exact = (lambda positions: sign * exact_scores(pool, inputs["direction"], positions)) if rerank else None
         table, scored = _top_by_score(pool, query, budget, counted, max(rerank, 1.0), exact, whole)
     else:
         table, scored = _top_by_order(pool, strategy, budget, counted)
-    return TopRows(table, {**_counts(table), "pool_rows": counted, "refused_rows": pool.refused, **scored})
+    return TopRows(table, {**row_counts(table), "pool_rows": counted, "refused_rows": pool.refused, **scored})
 
 
 def _top_by_score(
@@ -99,7 +105,7 @@ def _top_by_score(
         **({"score_histogram": score_histogram(scores, selected=taken)} if scores is not None else {}),
         "shortlist": len(best) if exact is not None else None,
     }
-    return _selected_table(rows.take(order), selected), noted
+    return ranked_table(rows.take(order), selected), noted
 
 
 def _top_by_order(
@@ -122,32 +128,35 @@ def _top_by_order(
             break
         pool.wanted = min(2 * pool.wanted, pool.size)
     scores = None if ranking.scores is None else ranking.scores[:taken]
-    return _selected_table(pool.rows_at(order[:taken]), scores), {"non_positive_influence": None}
+    return ranked_table(pool.rows_at(order[:taken]), scores), {"non_positive_influence": None}
 
 
-def _rows_to_ask(budget: Budget, pool_notes: Mapping[str, Any]) -> int:
+def _rows_to_ask(budget: Budget, counted: int, pool_notes: Mapping[str, Any]) -> int:
     """k of the first look: exact for rows and shares, an estimate from the mean length for tokens."""
     if budget.kind == "rows":
         return int(budget.amount)
     if budget.kind == "share":
-        return max(1, round(budget.amount * pool_notes["canonical_rows"]))
+        return max(1, round(budget.amount * counted))
     mean = pool_notes["completion_tokens"] / pool_notes["canonical_rows"]
     return int(budget.amount / mean * 1.5) + 16
 
 
-def _selected_table(rows: "pa.Table", scores: "np.ndarray | None") -> "pa.Table":
-    """Rows in ranking order with rank and score; `score` is null for a strategy that has none."""
+def ranked_table(rows: "pa.Table", scores: "np.ndarray | None") -> "pa.Table":
+    """Rows in ranking order with rank and score; `score` is null for a strategy that has none, and where it is NaN."""
     import numpy as np
     import pyarrow as pa
 
-    score = pa.nulls(rows.num_rows, pa.float32()) if scores is None else pa.array(scores, pa.float32())
+    score = pa.nulls(rows.num_rows, pa.float32())
+    if scores is not None:
+        score = pa.array(scores, pa.float32(), from_pandas=True)
     table = rows.append_column("rank", pa.array(np.arange(1, rows.num_rows + 1), pa.int64()))
     table = table.append_column("score", score)
     first = ["rank", "score", "id", "shard", "row", "source"]
     return table.select([*first, *(name for name in table.column_names if name not in first)])
 
 
-def _counts(table: "pa.Table") -> dict[str, Any]:
+def row_counts(table: "pa.Table") -> dict[str, Any]:
+    """Completion tokens of a selection's rows, and how many rows each source has."""
     sources: dict[str, int] = {}
     for source in table["source"].to_pylist():
         sources[source] = sources.get(source, 0) + 1

@@ -1,12 +1,13 @@
 """The asset `selection`: the top of each strategy's ranking within the budget."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dagster as dg
 
 from prism_assets.errors import LakeError, SettingsError
-from prism_assets.identity import hidden_state_identity, split_key, within
+from prism_assets.identity import hidden_state_identity, split_key, target_of_split, within
 from prism_assets.metadata import column_lineage, picture, preview
 from prism_assets.project import Check, Project
 from prism_assets.reference.base_model import base_model_recipe
@@ -14,12 +15,13 @@ from prism_assets.resources.lake import Artifact, Recipe, Rows
 from prism_assets.selection.direction_artifacts import COMPARED
 from prism_assets.selection.json_lines import JSON_LINES, json_lines_of, write_json_lines
 from prism_assets.selection.pool import COPIED
-from prism_assets.selection.ranking import top_of_ranking
+from prism_assets.selection.ranking import TopRows, top_of_ranking
+from prism_assets.selection.removal import Divided, divide
 from prism_assets.selection.representations import Representations
 from prism_assets.selection.strategy_pool import target_scores_of
 from prism_assets.selection.target_scores import require_made_of
 from prism_assets.settings import Budget
-from prism_assets.stage import Made, Stage
+from prism_assets.stage import Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 INFLUENCE_POSITIVE = Check(
     "influence_positive",
-    "The budget stops before rows of non-positive influence: those are predicted not to help.",
+    "The budget stops before rows of non-positive influence: those are predicted not to help (where rows are removed: "
+    "not to harm).",
 )
 # Gives what is a target's own: (table, strategy of a direction or None) -> artefact.
 OfTarget = Callable[[str, str | None], Artifact]
@@ -43,7 +46,8 @@ def build(project: Project) -> dg.AssetsDefinition:
         loads_model=True,
     )
     def selection(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        """The selected candidates of one target and strategy, as Parquet and as JSON Lines ready for training.
+        """The selected candidates of one target and strategy, as Parquet and as JSON Lines ready for training; where
+        rows are removed, what is left of the mixture, and beside it what was removed.
 
         Ranked by inner product of gradient features with the target direction (or by the strategy's own order), cut
         by the budget over canonical live rows; ties break by example id.
@@ -59,35 +63,82 @@ def _select(project: Project, stage: Stage, key: str) -> Outcome:
 
     target, name = split_key(key)
     strategy = STRATEGIES[name]
-    selection, computed = make_selection(stage, strategy, selection_inputs(stage, target, strategy), key)
-    stage.show(selection, key)
-    return _outcome(project, stage, selection, computed)
+    made = make_selection(stage, strategy, selection_inputs(stage, target, strategy), key)
+    stage.show(made.selection, key)
+    if made.removed is None:
+        stage.retire("removed", key)
+    else:
+        stage.show(made.removed, key)
+    return _outcome(project, stage, made)
 
 
-def make_selection(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Artifact], key: str) -> Made:
-    """What a strategy selects from its `selection_inputs`; `key` names it."""
+class MadeSelection(NamedTuple):
+    """The rows to fine-tune on, those that were removed for it, and how many artefacts were made."""
+
+    selection: Artifact
+    removed: Artifact | None  # None where the target keeps
+    computed: int
+
+
+def make_selection(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Artifact], key: str) -> MadeSelection:
+    """What a strategy selects from its `selection_inputs`, or leaves of a mixture; `key` names it."""
     recipe = selection_recipe(stage, strategy, inputs, key)
     states = Representations(stage)
-    options = stage.settings.selection
-
-    def selected() -> Rows:
-        top = top_of_ranking(
-            stage, strategy, _artifacts(recipe), options.budget, rerank=options.rerank, representations=states
-        )
-        return Rows(top.table, top.notes, {JSON_LINES: lambda path: write_json_lines(path, top.table)})
+    target = target_of_split(split_key(key)[0])
+    budget, rerank = stage.settings.budget_of(target), stage.settings.selection.rerank
 
     # Which blocks of hidden states were looked at is known when the ranking is done; it is no part of the identity.
-    return stage.make(recipe, selected, lineage=lambda: {"hidden_states": states.used} if states.used else {})
+    def looked_at() -> dict[str, list[Artifact]]:
+        return {"hidden_states": states.used} if states.used else {}
+
+    if stage.settings.targets[target].use == "keep":
+
+        def selected() -> Rows:
+            return _rows(
+                top_of_ranking(stage, strategy, _artifacts(recipe), budget, rerank=rerank, representations=states)
+            )
+
+        selection, computed = stage.make(recipe, selected, lineage=looked_at)
+        return MadeSelection(selection, None, computed)
+
+    @cache
+    def divided() -> Divided:
+        return divide(
+            stage,
+            strategy,
+            _artifacts(recipe),
+            budget,
+            rerank=rerank,
+            representations=states,
+            source=stage.settings.targets[target].mixture,
+        )
+
+    # The removed rows first: where what is left is published, they are too.
+    of_removed = selection_recipe(stage, strategy, inputs, key, "removed")
+    removed, first = stage.make(of_removed, lambda: _rows(divided().removed), lineage=looked_at)
+    kept, second = stage.make(recipe, lambda: _rows(divided().kept), lineage=looked_at)
+    return MadeSelection(kept, removed, max(first, second))
+
+
+def _rows(top: TopRows) -> Rows:
+    return Rows(top.table, top.notes, {JSON_LINES: lambda path: write_json_lines(path, top.table)})
 
 
 def _artifacts(recipe: Recipe) -> dict[str, Artifact]:
     return {role: one for role, one in recipe.inputs.items() if isinstance(one, Artifact)}
 
 
-def selection_recipe(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Artifact], key: str) -> Recipe:
-    """What a selection is made from, and by which settings."""
+def selection_recipe(
+    stage: Stage, strategy: "Strategy", inputs: Mapping[str, Artifact], key: str, table: str = "selection"
+) -> Recipe:
+    """What a selection, or the rows `removed` for it, is made from, and by which settings."""
     options = stage.settings.selection
-    identity: dict[str, Any] = {"strategy": strategy.name, "budget": options.budget.model_dump()}
+    target = target_of_split(split_key(key)[0])
+    identity: dict[str, Any] = {
+        "strategy": strategy.name,
+        "budget": stage.settings.budget_of(target).model_dump(),
+        **_removal_identity(stage, target),
+    }
     if "seed" in strategy.reads:
         identity["seed"] = options.seed
     if "target_features" in strategy.reads:
@@ -105,7 +156,12 @@ def selection_recipe(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Ar
     if "hidden_states" in strategy.reads:
         identity["hidden_states"] = hidden_state_identity(stage.model_identity, stage.dtype)
     version = stage.feature_version if strategy.needs_features else stage.corpus_version
-    return stage.recipe("selection", identity, inputs, partition=key, version=version)
+    return stage.recipe(table, identity, inputs, partition=key, version=version)
+
+
+def _removal_identity(stage: Stage, target: str) -> dict[str, Any]:
+    settings = stage.settings.targets[target]
+    return {} if settings.use == "keep" else {"use": "remove", "mixture": settings.mixture}
 
 
 def selection_inputs(
@@ -171,10 +227,13 @@ def query_index(
     k: int = 10,
     version: str | None = None,
     rerank: float = 0.0,
+    harmful: bool = False,
 ) -> list[dict[str, Any]]:
-    """The k candidates of highest influence on a target, from the index of a feature version (default: today's).
+    """The k candidates of highest influence on a target, from the index of a feature version (default: today's); of a
+    target with `use: remove` those of its mixture that are first to be removed.
 
-    `rerank` scores so many times k rows again without the sketch (today's version only: it needs the model).
+    `rerank` scores so many times k rows again without the sketch (today's version only: it needs the model). `harmful`:
+    those of lowest influence, which are predicted to lower J most; of a target with `use: remove` it changes nothing.
 
     Raises SettingsError for a strategy that has no direction, LakeError where the version has none, or no index, yet.
     """
@@ -188,14 +247,27 @@ def query_index(
         raise SettingsError("Exact scores need the model of today's feature version: ask an older one without them.")
     inputs = selection_inputs(stage, target, STRATEGIES[strategy], version=version)
     budget = Budget(kind="rows", amount=k)
-    top = top_of_ranking(stage, STRATEGIES[strategy], inputs, budget, rerank=rerank, whole=False)
+    settings = stage.settings.targets[target]
+    reverse = harmful and settings.use == "keep"
+    top = top_of_ranking(
+        stage,
+        STRATEGIES[strategy],
+        inputs,
+        budget,
+        rerank=rerank,
+        whole=False,
+        source=settings.mixture,
+        reverse=reverse,
+    )
     columns = ["rank", "score", "id", "shard", "row", "source", "prompt", "completion"]
-    return top.table.select(columns).to_pylist()
+    found = top.table.select(columns).to_pylist()
+    return [{**row, "score": -row["score"]} for row in found] if reverse else found
 
 
-def _outcome(project: Project, stage: Stage, selection: Artifact, computed: int) -> Outcome:
+def _outcome(project: Project, stage: Stage, made: MadeSelection) -> Outcome:
     from prism_assets import plots
 
+    selection = made.selection
     notes = selection.notes
     strategy = selection.header["settings"]["strategy"]
     non_positive = notes["non_positive_influence"]
@@ -213,5 +285,12 @@ def _outcome(project: Project, stage: Stage, selection: Artifact, computed: int)
     }
     if "score_histogram" in notes:
         metadata["scores"] = picture(plots.score_histogram(notes["score_histogram"]), "influence scores")
+    artifacts = [selection]
+    if made.removed is not None:
+        artifacts.append(made.removed)
+        metadata["removed_rows"] = notes["removed_rows"]
+        metadata["removed_composition"] = dg.MetadataValue.json(notes["removed_composition"])
+        metadata["removed_json_lines"] = dg.MetadataValue.path(str(json_lines_of(stage, made.removed)))
+        metadata["removed"] = preview(stage.lake.read_table(made.removed, columns).slice(0, 8).to_pylist())
     said = "this strategy has no influence scores" if non_positive is None else non_positive
-    return Outcome([selection], computed, metadata, [INFLUENCE_POSITIVE(not non_positive, non_positive=said)])
+    return Outcome(artifacts, made.computed, metadata, [INFLUENCE_POSITIVE(not non_positive, non_positive=said)])

@@ -31,8 +31,9 @@ class StrategyPool(Pool):
         inputs: Mapping[str, Artifact],
         wanted: int = 0,
         representations: "Representations | None" = None,
+        source: str | None = None,
     ) -> None:
-        super().__init__(stage, inputs["pool"], inputs.get("index"))
+        super().__init__(stage, inputs["pool"], inputs.get("index"), source)
         self.inputs, self.wanted = inputs, wanted
         self.seed = stage.settings.selection.seed
         self._representations = representations

@@ -232,6 +232,21 @@ class TargetSettings(Section):
         description="The share of the records of either file that may be rejected, duplicates not counted; more stops "
         "the run before any training.",
     )
+    use: Literal["keep", "remove"] = Field(
+        default="keep",
+        description="keep: the top of the ranking is selected to fine-tune on; remove: the target names a behaviour to "
+        "get rid of: the rows that raise the preference for the unwanted answers most are taken out, and the rest is "
+        "what is fine-tuned on. Records name the wanted answer as wanted in both.",
+    )
+    budget: Annotated[Budget, BeforeValidator(parse_budget)] | None = Field(
+        default=None,
+        description="How much is selected, or removed, for this target; a share is one of the mixture where one is "
+        "named; null: selection.budget.",
+    )
+    mixture: str | None = Field(
+        default=None,
+        description="With use: remove, the `source` of the candidates that rows are removed from; null: all of them.",
+    )
     anchors: Literal["given", "choices", "generated", "shuffled", "none"] | None = Field(
         default=None,
         description="Where the unwanted answer of a target example without one comes from: choices (each other option "
@@ -239,6 +254,14 @@ class TargetSettings(Section):
         "the file); an answer of its own is kept. given: every example has its own; none: unwanted answers are left "
         "out. null: given where the file's records have them, else none.",
     )
+
+    @model_validator(mode="after")
+    def _a_mixture_is_removed_from(self) -> "TargetSettings":
+        if self.mixture is not None and self.use != "remove":
+            raise ValueError("mixture has a meaning with use: remove only; leave it out, or set use: remove")
+        if self.use == "remove" and self.anchors == "none":
+            raise ValueError("use: remove needs pairs of a wanted and an unwanted answer: leave anchors: none out")
+        return self
 
 
 class PreferenceSettings(Section):
@@ -402,6 +425,10 @@ class Settings(Section):
     storage: StorageSettings = StorageSettings()
     trust: TrustSettings = TrustSettings()
     execution: ExecutionSettings = ExecutionSettings()
+
+    def budget_of(self, target: str) -> Budget:
+        """How much is selected, or removed, for a target."""
+        return self.targets[target].budget or self.selection.budget
 
     @model_validator(mode="after")
     def _fisher_needs_a_diagonal(self) -> "Settings":
