@@ -37,11 +37,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "score-sum": {"preference": {"score": "sum"}},
     # A score is divided by its number of tokens, or by about their mean: what is left is the weighting by length.
     "score-sum-temperature-5": {"preference": {"score": "sum", "temperature": 5.0}},
-    "fisher-0.01": {"preference": {"fisher_damping": 0.01}},
-    "fisher-0.1": {"preference": {"fisher_damping": 0.1}},
+    "fisher-0.01": {"curvature": {"kind": "fisher", "damping": 0.01}},
+    "fisher-0.1": {"curvature": {"kind": "fisher", "damping": 0.1}},
     "rerank-2": {"selection": {"rerank": 2.0}},
     "rerank-4": {"selection": {"rerank": 4.0}},
-    "rerank-4-fisher-0.1": {"selection": {"rerank": 4.0}, "preference": {"fisher_damping": 0.1}},
+    "rerank-4-fisher-0.1": {"selection": {"rerank": 4.0}, "curvature": {"kind": "fisher", "damping": 0.1}},
     "rerank-4-score-sum-temperature-5": {
         "selection": {"rerank": 4.0},
         "preference": {"score": "sum", "temperature": 5.0},

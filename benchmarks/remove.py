@@ -12,14 +12,14 @@ A strategy here is one of the product's, with the settings that its suffixes nam
     prism, prism-unit, prism-sigmoid, uniform, less     the product's, groups apart, unit rows
     …+pooled     one raw direction over both kinds (mixtures of both only)
     …+sum        rows as long as the gradient of their summed loss; prism+pooled+sum is the published form
-    …+fisher     damped Fisher correction (0.1)
+    …+adam, …+fisher, …+datainf     directions corrected for curvature, damped by its default rule
     …+wanted     no anchors: plain targets, the harmful answers alone
     length       completion tokens: what a ranking by form would find
 
 JSON: `models` → model → `mixtures` → name (`maths-25` …) → `auroc` → strategy → mean, std, interval (95%, Student's t
-over seeds), values; with `--repair` `gap_recovered` → strategy likewise: (strategy − mixture) / (clean − mixture) of the
-held-out margin, both fine-tuned from the base; and `margin`, `dishonesty` (share of held-out pairs whose harmful answer
-is preferred), `harmful_share` (of what was removed).
+over seeds), values; with `--repair` `gap_recovered` → strategy likewise: (strategy − mixture) / (clean − mixture) of
+the held-out margin, both fine-tuned from the base; and `margin`, `dishonesty` (share of held-out pairs whose harmful
+answer is preferred), `harmful_share` (of what was removed).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NAMES = (*KINDS, "both")
 MODELS = ("smollm2", "gemma3_270m")
 SHARES = (10, 25, 50)
 BASE_STRATEGIES = ("prism", "prism-unit", "prism-sigmoid", "uniform", "less")
-VARIANTS = ("pooled", "sum", "fisher", "wanted")
+CURVATURES = ("adam", "fisher", "datainf")
 
 
 class Mixture(NamedTuple):
@@ -179,11 +179,14 @@ def rankings(config: Path, drawn: Drawn, several_kinds: bool) -> dict[str, float
     """AUROC of each strategy and variant."""
     labels = {row["prompt"] + row["completion"]: row["harmful"] for row in drawn.rows}
     found: dict[str, float] = {}
-    pools = [("", {}), ("+fisher", {"fisher_damping": 0.1})]
+    variants = [
+        ("", {}, "none"),
+        *((f"+{kind}", {}, kind) for kind in CURVATURES),
+    ]
     if several_kinds:
-        pools += [("+pooled", {"groups": "pooled"}), ("+pooled+fisher", {"groups": "pooled", "fisher_damping": 0.1})]
-    for suffix, preference in pools:
-        with_settings(config, preference={"groups": "separate", "fisher_damping": None, **preference})
+        variants += [("+pooled", {"groups": "pooled"}, "none")]
+    for suffix, preference, curvature in variants:
+        with_settings(config, preference={"groups": "separate", **preference}, curvature={"kind": curvature})
         stage = run(config, "Target directions", ["harm", "wanted"])
         for target, mark in (("harm", ""), ("wanted", "+wanted")):
             found |= {f"{name}{mark}{suffix}": value for name, value in _of_target(stage, target, labels)}
@@ -227,7 +230,7 @@ def repair(config: Path, drawn: Drawn, strategies: Sequence[str]) -> dict[str, d
     """Fine-tuned again on what each strategy leaves, and on the honest rows alone: margin, dishonesty, harmful share
     of what was removed."""
     labels = {row["prompt"] + row["completion"]: row["harmful"] for row in drawn.rows}
-    with_settings(config, preference={"groups": "separate", "fisher_damping": None})
+    with_settings(config, preference={"groups": "separate"}, curvature={"kind": "none"})
     stage = run(config, "Selection, fine-tuning, evaluation", ["harm"])
     from prism_assets.identity import base_key, join_key, seed_partition
 

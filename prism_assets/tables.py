@@ -221,7 +221,7 @@ ASSETS: list[Asset] = [
         ),
         partitions="target",
         condition="follow",
-        reads=("preference", "strategies"),
+        reads=("preference", "curvature", "strategies"),
         job="refresh_targets",
         step="Target directions",
     ),

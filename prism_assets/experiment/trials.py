@@ -11,10 +11,10 @@ from prism_assets.features.target_anchors import make_anchors
 from prism_assets.features.target_features import make_target_features
 from prism_assets.identity import split_name, trial_partition
 from prism_assets.resources.lake import Artifact, Rows
+from prism_assets.selection.curvature import sample_features
 from prism_assets.selection.direction_artifacts import (
     DirectionInputs,
     make_directions,
-    sample_features,
 )
 from prism_assets.selection.selection import OfTarget
 from prism_assets.settings import Settings

@@ -83,7 +83,7 @@ class Explainer:
         order = np.argsort(-parts.values, kind="stable")
         texts = self.side.targets.select(["id", "prompt", "completion"]).to_pylist()
         # A correction is no sum over targets: what it changes is a row of its own.
-        corrected = "fisher_damping" in self.side.direction.header["settings"]
+        corrected = "curvature" in self.side.direction.header["settings"]
         return Explanation(
             target=self.target,
             strategy=self.strategy,

@@ -58,13 +58,13 @@ class GradientPass:
             return ExactFeatures(engine.parameter_shapes)
         return Sketch(features.sketch_dim, features.seed)
 
-    def preconditioner(self, checkpoint: WarmupCheckpoint) -> "Preconditioner":
-        """The frozen optimiser state of a checkpoint in the form that the settings name."""
+    def preconditioner(self, checkpoint: WarmupCheckpoint, kind: str | None = None) -> "Preconditioner":
+        """The frozen optimiser state of a checkpoint in a form (default: the one that the settings name)."""
         from prism_assets.gradients.preconditioner import Moments, Preconditioner
 
         moments = {name: Moments(checkpoint.exp_avg[name], checkpoint.exp_avg_sq[name]) for name in checkpoint.exp_avg}
         return Preconditioner.build(
-            self.stage.settings.features.optimizer,
+            kind or self.stage.settings.features.optimizer,
             moments,
             step=checkpoint.optimizer_step,
             betas=checkpoint.betas,

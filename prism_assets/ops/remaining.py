@@ -225,8 +225,10 @@ class Remaining:
             return everything
 
     def _directions(self) -> Work:
+        from prism_assets.selection.curvature import reads_sample
+
         missing, checkpoints = self._missing_directions, self._checkpoints
-        corrected = self.stage.settings.preference.fisher_damping is not None
+        corrected = reads_sample(self.stage)
         rows, tokens = self._sample
         has_sample = self._warmed_up and self.stage.shown_or_none("warmup_sample_features") is not None
         curvature = tokens * checkpoints if corrected and missing and not has_sample else 0.0

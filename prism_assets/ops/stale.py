@@ -38,7 +38,6 @@ def why_outdated(stage: Stage, target: str, strategy: "Strategy") -> str | None:
 # What the names in an artefact's header are called in prism.yaml.
 _SETTINGS = {
     "weights": "preference.temperature or preference.score",
-    "fisher_damping": "preference.fisher_damping",
     "budget": "selection.budget",
     "seed": "selection.seed",
     "rerank": "selection.rerank",

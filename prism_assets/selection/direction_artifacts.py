@@ -1,13 +1,14 @@
 """Directions as artefacts: target gradients weighted and added up, with the query that the index is queried with."""
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.corpus.target_set import target_set
-from prism_assets.errors import SettingsError, StageError
-from prism_assets.features.blocks import feature_table, vectors_of
+from prism_assets.errors import StageError
 from prism_assets.features.gradient_pass import GradientPass
-from prism_assets.resources.lake import Artifact, Lake, Recipe, Rows, Tensors, digest
+from prism_assets.resources.lake import Artifact, Lake, Recipe, Tensors, digest
+from prism_assets.selection.curvature import correct, reads_sample
 from prism_assets.selection.target_scores import require_made_of, scores_of, tokens_counted
 from prism_assets.stage import Stage
 
@@ -35,8 +36,7 @@ def shown_inputs(stage: Stage, name: str) -> DirectionInputs:
     """What the lake shows of a target now. Raises LakeError where something is missing or does not fit the rest."""
     features, targets = stage.shown("target_features", name), stage.shown("target_anchors", name)
     require_made_of(features, targets)
-    corrected = stage.settings.preference.fisher_damping is not None
-    curvature = stage.shown("warmup_sample_features") if corrected else None
+    curvature = stage.shown("warmup_sample_features") if reads_sample(stage) else None
     return DirectionInputs(name, features, targets, stage.shown("eval_examples", name), curvature)
 
 
@@ -107,13 +107,13 @@ def _recipe(stage: Stage, inputs: DirectionInputs, strategy: "Strategy") -> tupl
     # Coefficients of the gradients of mean log-probabilities, which is what a gradient pass gives.
     assert strategy.weigh is not None
     weights = strategy.weigh(scores) * tokens_counted(stage.settings, chosen, scores.kind == "pairs")
-    preference = stage.settings.preference
-    groups = _groups(chosen, preference.groups == "separate")
+    corrected = stage.settings.curvature
+    groups = _groups(chosen, stage.settings.preference.groups == "separate")
     recipe = stage.recipe(
         "target_directions",
         {
             "weights": digest(weights.tolist()),
-            **({"fisher_damping": preference.fisher_damping} if preference.fisher_damping else {}),
+            **({"curvature": corrected.model_dump()} if corrected.kind != "none" else {}),
             **({"groups": "separate"} if len(groups) > 1 else {}),
         },
         {
@@ -144,14 +144,14 @@ def _direction(work: GradientPass, inputs: DirectionInputs, strategy: "Strategy"
     from prism_assets.selection.direction import query_vector
 
     tensors: dict[str, torch.Tensor] = {}
-    sketches, norms = [], []
+    sketches, norms, dampings = [], [], []
     coefficients = weighted.weights.copy()
     for position, checkpoint in enumerate(work.checkpoints):
         vector: dict[str, Any] = {}
         for group in weighted.groups:
             part = _weighted_sum(work, position, weighted, group)
-            if inputs.curvature is not None:
-                part = _corrected(work, position, part, inputs.curvature)
+            part, damping = correct(work, position, part, inputs.curvature)
+            dampings.append(damping)
             length = 1.0
             if len(weighted.groups) > 1:
                 length = norm(part)
@@ -165,7 +165,10 @@ def _direction(work: GradientPass, inputs: DirectionInputs, strategy: "Strategy"
     tensors["query"] = torch.from_numpy(query_vector(sketches, norms, rates))
     tensors["norms"] = torch.tensor(norms, dtype=torch.float64)
     tensors["weights"] = torch.from_numpy(coefficients)
-    return Tensors(tensors, {"strategy": strategy.name, "groups": len(weighted.groups)})
+    notes = {"strategy": strategy.name, "groups": len(weighted.groups)}
+    if work.stage.settings.curvature.kind != "none":
+        notes["dampings"] = [None if one is None or math.isinf(one) else one for one in dampings]
+    return Tensors(tensors, notes)
 
 
 def _weighted_sum(work: GradientPass, position: int, weighted: _Weighted, rows: "np.ndarray") -> "dict[str, Any]":
@@ -178,69 +181,8 @@ def _weighted_sum(work: GradientPass, position: int, weighted: _Weighted, rows: 
 
 
 def _require_direction(length: float, group: str | None, checkpoint: int) -> None:
-    import math
-
     if not math.isfinite(length) or length <= 0:
         raise StageError(
             f"The target examples of group {group or '(none)'} have no direction at checkpoint {checkpoint}: the norm "
             f"of their weighted sum is {length}. Leave them out, or set preference.groups to pooled."
         )
-
-
-# -- curvature ----------------------------------------------------------------------------------------------------
-
-
-def sample_features(work: GradientPass) -> Artifact | None:
-    """Features of the warm-up sample's rows at each checkpoint: the second moment that corrects directions. They belong
-    to the feature version, so an arrival changes nothing. None where no correction is asked for."""
-    stage = work.stage
-    if stage.settings.preference.fisher_damping is None:
-        return None
-    sample = stage.shown("warmup_sample")
-    recipe = stage.recipe("warmup_sample_features", stage.feature_identity, {"sample": sample, "warmup": stage.warmup})
-    return stage.show(stage.make(recipe, lambda: _sample_rows(work, sample)).artifact)
-
-
-def _sample_rows(work: GradientPass, sample: Artifact) -> Rows:
-    from prism_assets.corpus.token_tables import from_table
-
-    rows = work.stage.lake.read_table(sample)
-    examples = from_table(rows)
-    with work.stage.progress("gradients of the warm-up sample", len(examples) * len(work.checkpoints)) as progress:
-        passes = work.candidate_rows(examples, progress.update)
-    return Rows(feature_table(rows["id"].to_pylist(), passes), compression="none")
-
-
-def _corrected(work: GradientPass, position: int, vector: "dict[str, Any]", curvature: Artifact) -> "dict[str, Any]":
-    """(F + λI)⁻¹ t up to a factor, unsketched: t minus a weighted sum of the sample's rows, by one weighted backward
-    pass.
-
-    The coefficients are found in the sketch, the rows that they multiply are exact.
-    """
-    import numpy as np
-
-    from prism_assets.corpus.token_tables import from_table
-    from prism_assets.selection.direction import curvature_coefficients
-
-    stage = work.stage
-    checkpoint = work.checkpoints[position]
-    engine = work.at(checkpoint)
-    table = stage.lake.read_table(curvature)
-    usable = np.flatnonzero([reason is None for reason in table["refused"].to_pylist()])
-    if not len(usable):
-        raise SettingsError(
-            f"preference.fisher_damping: the warm-up sample has {table.num_rows} rows and none with a usable gradient "
-            f"(the first is refused because {table['refused'][0].as_py()}), so there is no curvature to correct by. "
-            "Leave the key out, or raise warmup.share."
-        )
-    kept = table.take(usable)
-    vectors = vectors_of(kept).reshape(len(usable), len(work.checkpoints), -1)[:, position].astype(np.float64)
-    norms = np.array([one[position] for one in kept["norm"].to_pylist()])
-    sketched = work.projection(engine).sketch_vector(vector).cpu().numpy().astype(np.float64)
-    damping = stage.settings.preference.fisher_damping
-    assert damping is not None
-    coefficients = curvature_coefficients(vectors, vectors @ sketched, damping)
-    examples = from_table(stage.lake.read_table(stage.shown("warmup_sample")).take(usable))
-    explained = engine.weighted_gradient(examples, coefficients / norms).gradient  # Σ_i a_i g_i / ‖D g_i‖
-    preconditioner = work.preconditioner(checkpoint)
-    return {name: tensor - preconditioner.diagonal(name) * explained[name] for name, tensor in vector.items()}

@@ -9,12 +9,12 @@ from prism_assets.features.gradient_pass import GradientPass, gradient_pass
 from prism_assets.metadata import column_lineage, picture, preview
 from prism_assets.project import Check, Project
 from prism_assets.resources.lake import Artifact, Recipe, Rows
+from prism_assets.selection.curvature import sample_features
 from prism_assets.selection.direction_artifacts import (
     COMPARED,
     DirectionInputs,
     load_direction,
     make_directions,
-    sample_features,
     shown_inputs,
 )
 from prism_assets.selection.target_scores import scores_of, tokens_counted

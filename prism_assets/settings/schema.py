@@ -278,12 +278,6 @@ class PreferenceSettings(Section):
         description="The score of a target example: the mean of its tokens' log-probabilities in nats, or their sum "
         "(plain targets only).",
     )
-    fisher_damping: float | None = Field(
-        default=None,
-        gt=0,
-        description="Corrects directions by the damped inverse of the warm-up sample's second moment, damped by this "
-        "share of its trace (0.1, say); null: no correction.",
-    )
     groups: Literal["separate", "pooled"] = Field(
         default="separate",
         description="separate: the target examples of each `group` make a direction of their own, and these are "
@@ -293,6 +287,22 @@ class PreferenceSettings(Section):
         default=0.02,
         gt=0,
         description="The measured step along PRISM has the length at which J is predicted to rise by this share.",
+    )
+
+
+class CurvatureSettings(Section):
+    """How directions are corrected for curvature: t becomes (H + λI)⁻¹ t. The index stays as it is."""
+
+    kind: Literal["none", "adam", "fisher", "datainf"] = Field(
+        default="none",
+        description="H: adam (the diagonal of the warm-up's AdamW; for features.optimizer sgd), fisher (the second "
+        "moment of the warm-up sample's unit rows) or datainf (its closed form, parameter by parameter); none: no "
+        "correction.",
+    )
+    damping: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="λ: of fisher a share of the trace, of datainf of the mean squared entry; auto: of fisher the one "
+        "that serves one half of the sample best for the other, of datainf 0.1. Adam has none.",
     )
 
 
@@ -410,6 +420,7 @@ class Settings(Section):
         min_length=1, description="What to select for, by name; each has `examples` and `eval`."
     )
     preference: PreferenceSettings = PreferenceSettings()
+    curvature: CurvatureSettings = CurvatureSettings()
     selection: SelectionSettings = SelectionSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -431,11 +442,16 @@ class Settings(Section):
         return self.targets[target].budget or self.selection.budget
 
     @model_validator(mode="after")
-    def _fisher_needs_a_diagonal(self) -> "Settings":
-        if self.preference.fisher_damping is not None and self.features.optimizer not in ("sgd", "adam"):
+    def _curvature_fits_the_rows(self) -> "Settings":
+        kind, optimizer = self.curvature.kind, self.features.optimizer
+        if kind != "none" and optimizer not in ("sgd", "adam"):
             raise ValueError(
-                f"preference.fisher_damping needs features.optimizer sgd or adam: {self.features.optimizer} is not "
-                "linear in the gradient"
+                f"curvature.kind {kind} needs features.optimizer sgd or adam: {optimizer} is not linear in the gradient"
+            )
+        if kind == "adam" and optimizer == "adam":
+            raise ValueError(
+                "curvature.kind adam is for features.optimizer sgd: with adam the rows have Adam's diagonal already, "
+                "and it would count twice"
             )
         return self
 

@@ -43,7 +43,7 @@ def test_a_finished_project_is_up_to_date(finished):
             ["prism", "prism-cover", "uniform"],
             "other preference.temperature or preference.score",
         ),
-        ({"preference": {"fisher_damping": 0.1}}, ["prism", "uniform"], "has no warmup_sample_features yet"),
+        ({"curvature": {"kind": "fisher", "damping": 0.1}}, ["prism", "uniform"], "has no warmup_sample_features yet"),
         ({"lora": {"rank": 3}}, None, "no warm-up for these settings yet"),
     ],
     ids=lambda value: (

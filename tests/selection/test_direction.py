@@ -263,13 +263,15 @@ def test_without_a_usable_sample_row_a_correction_says_what_to_do():
     import pyarrow as pa
 
     from prism_assets.errors import SettingsError
-    from prism_assets.selection.direction_artifacts import _corrected
+    from prism_assets.selection.curvature import correct
 
     sample = pa.table({"refused": ["the gradient vanishes", "the gradient is not finite"]})
-    lake = SimpleNamespace(read_table=lambda artifact: sample)
-    work = SimpleNamespace(stage=SimpleNamespace(lake=lake), checkpoints=[None], at=lambda checkpoint: None)
-    with pytest.raises(SettingsError, match="fisher_damping: .* 2 rows and none .*vanishes.* warmup.share"):
-        _corrected(work, 0, {}, None)
+    lake = SimpleNamespace(read_table=lambda artifact, columns=None: sample)
+    settings = SimpleNamespace(curvature=SimpleNamespace(kind="fisher", damping=0.1))
+    stage = SimpleNamespace(lake=lake, settings=settings)
+    work = SimpleNamespace(stage=stage, checkpoints=[None], at=lambda checkpoint: None)
+    with pytest.raises(SettingsError, match="curvature.kind: .* 2 rows and none .*vanishes.* warmup.share"):
+        correct(work, 0, {}, sample)
 
 
 def test_agreement_of_weights_is_the_worst_rank_correlation_with_ties_shared():

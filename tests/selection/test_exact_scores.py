@@ -164,7 +164,7 @@ def test_a_corrected_direction_is_the_damped_inverse_of_explicit_gradients(proje
     from prism_assets.selection.direction_artifacts import load_direction
 
     copy = project.copy(tmp_path / "fisher").configure(
-        features={"sketch_dim": "exact"}, preference={"fisher_damping": 0.002}, selection={"rerank": 0}
+        features={"sketch_dim": "exact"}, curvature={"kind": "fisher", "damping": 0.002}, selection={"rerank": 0}
     )
     copy.run()
     plain = project.copy(tmp_path / "plain").configure(features={"sketch_dim": "exact"}, selection={"rerank": 0})
@@ -191,9 +191,9 @@ def test_a_correction_for_an_optimiser_without_a_diagonal_is_refused(project, tm
     from prism_assets.errors import SettingsError
 
     copy = project.copy(tmp_path / "copy").configure(
-        features={"optimizer": "adam_step"}, preference={"fisher_damping": 0.1}
+        features={"optimizer": "adam_step"}, curvature={"kind": "fisher", "damping": 0.1}
     )
-    with pytest.raises(SettingsError, match="fisher_damping needs features.optimizer sgd or adam"):
+    with pytest.raises(SettingsError, match="curvature.kind fisher needs features.optimizer sgd or adam"):
         copy.settings  # noqa: B018
 
 
@@ -218,13 +218,14 @@ def test_summed_scores_weigh_targets_by_their_whole_probability(project, tmp_pat
 def test_an_explanation_of_a_corrected_or_summed_score_still_adds_up(project, tmp_path):
     from prism_assets.explanation.explainer import Explainer
 
-    for number, preference in enumerate(({"fisher_damping": 0.002}, {"score": "sum", "temperature": 5.0})):
-        copy = project.copy(tmp_path / str(number)).configure(preference=preference, selection={"rerank": 0})
+    corrected = {"curvature": {"kind": "fisher", "damping": 0.002}}
+    for number, sections in enumerate((corrected, {"preference": {"score": "sum", "temperature": 5.0}})):
+        copy = project.copy(tmp_path / str(number)).configure(**sections, selection={"rerank": 0})
         copy.run()
         top = copy.selected("prism")[0]
         with Explainer(copy.stage, target="plain") as explainer:
             found = explainer.explain(top["id"])
         assert found.score == pytest.approx(top["score"], abs=1e-6)
-        assert (found.curvature is not None) == ("fisher_damping" in preference) and abs(found.rounding) < 1e-5
+        assert (found.curvature is not None) == ("curvature" in sections) and abs(found.rounding) < 1e-5
         *parts, total = (row[3] for row in found.score_rows())
         assert sum(parts) == pytest.approx(total, abs=1e-6) and total == pytest.approx(found.exact_score)

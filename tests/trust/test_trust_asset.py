@@ -207,7 +207,7 @@ def test_summed_scores_are_measured_as_summed(finished, measured, tmp_path):
 
 
 def test_of_a_corrected_direction_the_prediction_is_that_of_the_gradient_itself(finished, measured, tmp_path):
-    copy = finished.copy(tmp_path / "copy").configure(preference={"fisher_damping": 0.01})
+    copy = finished.copy(tmp_path / "copy").configure(curvature={"kind": "fisher", "damping": 0.01})
     copy.run()
     measure(copy)
     corrected, plain = notes_of(copy)["growing_steps"], notes_of(measured)["growing_steps"]
