@@ -17,7 +17,7 @@ from prism_assets.resources.lake.lake import Lake
 from prism_assets.resources.lake.views import CatalogAdditions
 
 # Tables that this project does not fill; they are tested with what makes them.
-ELSEWHERE = {"trials", "experiments", "benchmarks"}
+ELSEWHERE = {"trials", "experiments", "benchmarks", "removed"}
 
 
 @pytest.fixture(scope="module")

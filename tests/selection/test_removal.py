@@ -15,6 +15,7 @@ from prism_assets.selection.representations import Representations
 from prism_assets.selection.selection import query_index, selection_inputs
 from prism_assets.selection.strategies import STRATEGIES
 from prism_assets.settings import Budget, from_mapping
+from prism_assets.tables import table_named
 
 HARM = [{"prompt": row["prompt"], "completion": "zzqzz"} for row in make_rows(6, 500, "reverse")]
 PAIRS = [{**row, "rejected": "zzqzz"} for row in make_rows(8, 700, "reverse")]
@@ -68,6 +69,7 @@ def test_kept_and_removed_partition_the_mixture(project, strategy):
     assert len(both) == len(set(both)) == 26 and set(both) == mixture(project)
     assert {*kept["source"].to_pylist(), *removed["source"].to_pylist()} == {"mix"}
     assert None not in kept["reason"].to_pylist() + removed["reason"].to_pylist()
+    assert set(table_named("removed").columns) <= set(removed.column_names)  # as the catalogue promises
 
 
 def test_what_raises_the_preference_for_the_unwanted_answers_is_removed_first(project):
