@@ -1,7 +1,7 @@
 """experiment.json's content as one self-contained HTML page: no script, no outside resource, all escaped."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from prism_assets.experiment.summary import (
     total_cost,
     with_interval,
 )
+from prism_assets.report.comparison import shown_metrics
 from prism_assets.report.wording import mean_and_std
 
 FORMAT = 1
@@ -32,22 +33,25 @@ def build_page(data: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    metrics = shown_metrics(data["targets"].values())
     return environment.get_template("experiment.html").render(
         created=data["created"],
         model_name=data["model"]["name"],
         model_fingerprint=data["model"]["fingerprint"],
-        metrics=list(METRIC_LABELS.values()),
+        metrics=[METRIC_LABELS[one] for one in metrics],
         compared_with=COMPARED_WITH,
-        targets=[_view(f"target-{n}", name, one) for n, (name, one) in enumerate(data["targets"].items(), start=1)],
+        targets=[
+            _view(f"target-{n}", name, one, metrics) for n, (name, one) in enumerate(data["targets"].items(), start=1)
+        ],
         settings=json.dumps(data["settings"], indent=1, ensure_ascii=False),
     )
 
 
-def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+def _view(anchor: str, name: str, content: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
     strategies = content["strategies"]
     highest = {
         metric: max((one[metric]["mean"] for one in strategies.values() if one[metric]), default=None)
-        for metric in METRIC_LABELS
+        for metric in metrics
     }
     stages = [stage for stage in STAGES if stage in content["cost"]]
     return {
@@ -66,13 +70,13 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": content["verdict"],
         "unit": content["unit"],
         "units": content["units"],
-        "base": [mean_and_std(content["base"], metric) for metric in METRIC_LABELS],
+        "base": [mean_and_std(content["base"], metric) for metric in metrics],
         "rows": [
             {
                 "strategy": strategy,
                 "cells": [
                     (mean_and_std(one, metric), one[metric] and one[metric]["mean"] == highest[metric])
-                    for metric in METRIC_LABELS
+                    for metric in metrics
                 ],
                 "rows": f"{one['rows']:,.0f}",
                 "tokens": f"{one['completion_tokens']:,.0f}",
@@ -83,10 +87,10 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "strategy": strategy,
                 "other": other,
-                "cells": [with_interval(metrics[metric]) for metric in METRIC_LABELS],
+                "cells": [with_interval(difference[metric]) for metric in metrics],
             }
             for strategy, others in content["differences"].items()
-            for other, metrics in others.items()
+            for other, difference in others.items()
         ],
         "stages": stages,
         "costs": [
@@ -104,7 +108,7 @@ def _view(anchor: str, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
                 one["strategy"],
                 one["split"],
                 one["seed"],
-                ["–" if one[m] is None else f"{one[m]:.4f}" for m in METRIC_LABELS],
+                ["–" if one.get(m) is None else f"{one[m]:.4f}" for m in metrics],
             )
             for one in content["trials"]
         ],

@@ -6,7 +6,7 @@ Plain data in, plain data out: what `summarize_trials` returns is one target's p
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prism_assets.report.comparison import METRIC_LABELS
+from prism_assets.report.comparison import METRIC_LABELS, shown_metrics
 from prism_assets.report.wording import mean_and_std
 from prism_assets.stats.seeds import paired_difference, summarize_seeds
 
@@ -58,7 +58,7 @@ def summarize_trials(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
         """One number per unit; None where the target's records have no such metric."""
         means = []
         for its in units:
-            found = _known([by_place[strategy, *place].metrics[metric] for place in its])
+            found = _known([by_place[strategy, *place].metrics.get(metric) for place in its])
             if found is None:
                 return None
             means.append(_mean(found))
@@ -66,7 +66,7 @@ def summarize_trials(trials: Sequence[Trial], redraw: str) -> dict[str, Any]:
 
     measured = {name: {metric: values(name, metric) for metric in METRIC_LABELS} for name in strategies}
     base = {
-        metric: _described(_known([by_place[strategies[0], p, seeds[0]].base[metric] for p in splits]))
+        metric: _described(_known([by_place[strategies[0], p, seeds[0]].base.get(metric) for p in splits]))
         for metric in METRIC_LABELS
     }
     differences = {
@@ -169,11 +169,12 @@ def table(targets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     Means ± standard deviations over units; then the paired differences in target preference with 95% intervals; then
     what the strategy's trials cost, and that with the work that strategies share (`share_cost`).
     """
+    metrics = shown_metrics(targets.values())
     rows = [
         [
             "target",
             "strategy",
-            *METRIC_LABELS.values(),
+            *(METRIC_LABELS[one] for one in metrics),
             *(f"− {other}" for other in COMPARED_WITH),
             "cost",
             "with shared",
@@ -181,16 +182,14 @@ def table(targets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     ]
     for name, content in targets.items():
         blank = [""] * len(COMPARED_WITH)
-        rows.append(
-            [name, "base", *(mean_and_std(content["base"], metric) for metric in METRIC_LABELS), *blank, "", ""]
-        )
+        rows.append([name, "base", *(mean_and_std(content["base"], metric) for metric in metrics), *blank, "", ""])
         for strategy, entry in content["strategies"].items():
             against = content["differences"][strategy]
             rows.append(
                 [
                     name,
                     strategy,
-                    *(mean_and_std(entry, metric) for metric in METRIC_LABELS),
+                    *(mean_and_std(entry, metric) for metric in metrics),
                     *(
                         with_interval(against[other]["target_preference"]) if other in against else ""
                         for other in COMPARED_WITH

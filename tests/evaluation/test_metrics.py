@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from prism_assets.evaluation.answers import exact_match, extract_answer
-from prism_assets.evaluation.metrics import held_out, mean_over_seeds
+from prism_assets.evaluation.metrics import choice_correct, held_out, mean_over_seeds
 from prism_assets.selection.histogram import score_histogram
 from prism_assets.sft.generation import generate
 
@@ -20,9 +20,26 @@ def test_plain_preference_is_the_mean_of_exponentials_not_the_exponential_of_the
 
 def test_pair_preference_is_the_mean_sigmoid_of_the_margins_and_does_not_overflow():
     result = held_out([-1.0, -2.0, -3.0], margins=[0.0, 1000.0, -1000.0])
-    assert result == {"mean_log_prob": pytest.approx(-2.0), "target_preference": pytest.approx(0.5)}
+    assert result == {
+        **{"mean_log_prob": pytest.approx(-2.0), "target_preference": pytest.approx(0.5)},
+        **{"margin": pytest.approx(0.0), "pair_accuracy": pytest.approx(0.5)},
+    }
     result = held_out([-1.0], margins=[2.0])
     assert result["target_preference"] == pytest.approx(1 / (1 + np.exp(-2.0)))
+
+
+def test_pair_accuracy_counts_ties_half_and_plain_records_have_none():
+    result = held_out([-1.0] * 4, margins=[0.5, 0.0, -0.1, 3.0])
+    assert result["pair_accuracy"] == 0.625 and result["margin"] == pytest.approx(0.85)
+    plain = held_out([-1.0])
+    assert plain["pair_accuracy"] is None and plain["margin"] is None
+
+
+def test_a_choice_is_correct_where_its_whole_likelihood_is_the_largest():
+    assert choice_correct([-3.0, -1.0, -2.0], 1) and not choice_correct([-3.0, -1.0, -2.0], 0)
+    assert choice_correct([-1.0, -1.0], 0) and not choice_correct([-1.0, -1.0], 1)  # the first of equal ones
+    with pytest.raises(ValueError, match="position"):
+        choice_correct([-1.0, float("nan")], 0)
 
 
 @pytest.mark.parametrize(
