@@ -165,6 +165,28 @@ class SummingCollector(Collector):
         self.gradients[name] = gradients[0]
 
 
+class WeighingCollector(Collector):
+    """Keeps several weighted sums over the batch.
+
+    weights: [K, b] in the engine's dtype, of the gradients that the backward pass gives of each example.
+    """
+
+    def __init__(self, batch: Batch, dtype: torch.dtype, at_supervised: Set[AdaptedLinear], weights: Tensor) -> None:
+        super().__init__(batch, dtype, at_supervised)
+        self.weights = weights.t()[:, None, :, None]  # [b, 1, K, 1]
+        self.gradients: dict[str, Tensor] = {}
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """The sums: [b, T, p], [b, T, q] -> [K, p, q]. The weights go to the narrow factor."""
+        weighted = (left.to(self.dtype)[:, :, None, :] * self.weights).flatten(0, 1)  # [bT, K, p]
+        product = weighted.flatten(1).t() @ right.flatten(0, 1).to(self.dtype)
+        return product.unflatten(0, weighted.shape[1:])
+
+    def receive(self, name: str, gradients: Tensor) -> None:
+        """Keep the sums [K, *shape]."""
+        self.gradients[name] = gradients
+
+
 def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """[b, p, T] @ [b, T, q] -> [b, p, q] in `dtype`, whatever the factors' precision."""
     if left.dtype == right.dtype == dtype:

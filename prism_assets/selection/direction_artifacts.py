@@ -1,6 +1,7 @@
 """Directions as artefacts: target gradients weighted and added up, with the query that the index is queried with."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.corpus.target_set import target_set
@@ -47,12 +48,19 @@ class MadeDirections(NamedTuple):
 
 
 def make_directions(work: GradientPass, inputs: DirectionInputs, strategies: "Iterable[Strategy]") -> MadeDirections:
-    """The direction of each strategy: t per checkpoint (unsketched, fp32), its sketch and norm, and the query."""
+    """The direction of each strategy: t per checkpoint (unsketched, fp32), its sketch and norm, and the query.
+
+    Those that are not there yet are made by one pass over the target examples a checkpoint; its cost is noted in the
+    first of them.
+    """
+    lake = work.stage.lake
+    needed = {strategy.name: _recipe(work.stage, inputs, strategy) for strategy in strategies}
+    missing = {name: one for name, one in needed.items() if lake.find(one.recipe) is None}
+    contents = cache(lambda: _directions(work, inputs, missing))
     directions, computed = {}, 0
-    for strategy in strategies:
-        recipe, weights, usable = _recipe(work.stage, inputs, strategy)
-        made = work.stage.make(recipe, lambda s=strategy, w=weights, u=usable: _direction(work, inputs, s, w, u))
-        directions[strategy.name] = made.artifact
+    for name, one in needed.items():
+        made = work.stage.make(one.recipe, lambda n=name: contents()[n])
+        directions[name] = made.artifact
         computed += made.computed
     return MadeDirections(directions, computed)
 
@@ -62,7 +70,7 @@ def expected_direction(stage: Stage, name: str, strategy: "Strategy") -> Recipe:
 
     Raises LakeError where something of it is not there yet, SettingsError where the settings do not fit the targets.
     """
-    return _recipe(stage, shown_inputs(stage, name), strategy)[0]
+    return _recipe(stage, shown_inputs(stage, name), strategy).recipe
 
 
 def load_direction(lake: Lake, artifact: Artifact) -> "tuple[np.ndarray, list[dict[str, Any]]]":
@@ -76,8 +84,16 @@ def load_direction(lake: Lake, artifact: Artifact) -> "tuple[np.ndarray, list[di
     return tensors["query"].numpy(), vectors
 
 
-def _recipe(stage: Stage, inputs: DirectionInputs, strategy: "Strategy") -> "tuple[Recipe, np.ndarray, np.ndarray]":
-    """What a direction is made from, its weights float64 [C, m'], and where the usable target examples are [m']."""
+class _Needed(NamedTuple):
+    """A direction that is asked for."""
+
+    recipe: Recipe
+    weights: "np.ndarray"  # float64 [C, m'] of the gradients of the usable target examples
+    usable: "np.ndarray"  # [m'] where these are
+
+
+def _recipe(stage: Stage, inputs: DirectionInputs, strategy: "Strategy") -> _Needed:
+    """What a direction is made from, and how."""
     table = stage.lake.read_table(inputs.targets)
     scores, usable = scores_of(stage.settings, stage.lake.read_table(inputs.features), table)
     # Coefficients of the gradients of mean log-probabilities, which is what a gradient pass gives.
@@ -93,33 +109,35 @@ def _recipe(stage: Stage, inputs: DirectionInputs, strategy: "Strategy") -> "tup
         },
         partition=inputs.name,
     )
-    return recipe, weights, usable
+    return _Needed(recipe, weights, usable)
 
 
-def _direction(
-    work: GradientPass, inputs: DirectionInputs, strategy: "Strategy", weights: "np.ndarray", usable: "np.ndarray"
-) -> Tensors:
+def _directions(work: GradientPass, inputs: DirectionInputs, needed: "dict[str, _Needed]") -> dict[str, Tensors]:
     import torch
 
     from prism_assets.gradients.vectors import norm
-    from prism_assets.selection.direction import query_vector, target_vector
+    from prism_assets.selection.direction import query_vector, target_vectors
 
     # Refused target examples are left out, not weighted with zero: zero times NaN is NaN.
-    chosen = target_set(work.stage.lake.read_table(inputs.targets).take(usable))
-    tensors: dict[str, torch.Tensor] = {}
-    sketches, norms = [], []
+    (usable,) = {tuple(one.usable.tolist()) for one in needed.values()}
+    chosen = target_set(work.stage.lake.read_table(inputs.targets).take(list(usable)))
+    tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in needed}
+    sketches: dict[str, list[np.ndarray]] = {name: [] for name in needed}
+    norms: dict[str, list[float]] = {name: [] for name in needed}
     for position, checkpoint in enumerate(work.checkpoints):
         engine = work.at(checkpoint)
-        vector = target_vector(engine, chosen, weights[position])
+        vectors = target_vectors(engine, chosen, [one.weights[position] for one in needed.values()])
         if inputs.curvature is not None:
-            vector = _corrected(work, position, vector, inputs.curvature)
-        norms.append(norm(vector))
-        sketches.append(work.projection(engine).sketch_vector(vector).cpu().numpy())
-        tensors |= {f"t/{position}/{name}": tensor.float() for name, tensor in vector.items()}
+            vectors = _corrected(work, position, vectors, inputs.curvature)
+        for name, vector in zip(needed, vectors, strict=True):
+            norms[name].append(norm(vector))
+            sketches[name].append(work.projection(engine).sketch_vector(vector).cpu().numpy())
+            tensors[name] |= {f"t/{position}/{parameter}": value.float().cpu() for parameter, value in vector.items()}
     rates = [checkpoint.mean_learning_rate for checkpoint in work.checkpoints]
-    tensors["query"] = torch.from_numpy(query_vector(sketches, norms, rates))
-    tensors["norms"] = torch.tensor(norms, dtype=torch.float64)
-    return Tensors(tensors, {"strategy": strategy.name})
+    for name, found in tensors.items():
+        found["query"] = torch.from_numpy(query_vector(sketches[name], norms[name], rates))
+        found["norms"] = torch.tensor(norms[name], dtype=torch.float64)
+    return {name: Tensors(found, {"strategy": name}) for name, found in tensors.items()}
 
 
 # -- curvature ----------------------------------------------------------------------------------------------------
@@ -146,9 +164,11 @@ def _sample_rows(work: GradientPass, sample: Artifact) -> Rows:
     return Rows(feature_table(rows["id"].to_pylist(), passes), compression="none")
 
 
-def _corrected(work: GradientPass, position: int, vector: "dict[str, Any]", curvature: Artifact) -> "dict[str, Any]":
-    """(F + λI)⁻¹ t up to a factor, unsketched: t minus a weighted sum of the sample's rows, by one weighted backward
-    pass.
+def _corrected(
+    work: GradientPass, position: int, vectors: "list[dict[str, Any]]", curvature: Artifact
+) -> "list[dict[str, Any]]":
+    """(F + λI)⁻¹ t of each t up to a factor, unsketched: t minus a weighted sum of the sample's rows, by one pass over
+    them.
 
     The coefficients are found in the sketch, the rows that they multiply are exact.
     """
@@ -169,13 +189,18 @@ def _corrected(work: GradientPass, position: int, vector: "dict[str, Any]", curv
             "Leave the key out, or raise warmup.share."
         )
     kept = table.take(usable)
-    vectors = vectors_of(kept).reshape(len(usable), len(work.checkpoints), -1)[:, position].astype(np.float64)
+    kept_rows = vectors_of(kept).reshape(len(usable), len(work.checkpoints), -1)[:, position].astype(np.float64)
     norms = np.array([one[position] for one in kept["norm"].to_pylist()])
-    sketched = work.projection(engine).sketch_vector(vector).cpu().numpy().astype(np.float64)
     damping = stage.settings.preference.fisher_damping
     assert damping is not None
-    coefficients = curvature_coefficients(vectors, vectors @ sketched, damping)
+    projection, coefficients = work.projection(engine), []
+    for vector in vectors:
+        sketched = projection.sketch_vector(vector).cpu().numpy().astype(np.float64)
+        coefficients.append(curvature_coefficients(kept_rows, kept_rows @ sketched, damping) / norms)
     examples = from_table(stage.lake.read_table(stage.shown("warmup_sample")).take(usable))
-    explained = engine.weighted_gradient(examples, coefficients / norms).gradient  # Σ_i a_i g_i / ‖D g_i‖
+    explained = engine.weighted_gradients(examples, np.stack(coefficients))  # Σ_i a_i g_i / ‖D g_i‖
     preconditioner = work.preconditioner(checkpoint)
-    return {name: tensor - preconditioner.diagonal(name) * explained[name] for name, tensor in vector.items()}
+    return [
+        {name: tensor - preconditioner.diagonal(name) * row[name] for name, tensor in vector.items()}
+        for vector, row in zip(vectors, explained, strict=True)
+    ]
