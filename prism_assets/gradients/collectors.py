@@ -157,8 +157,12 @@ class SummingCollector(Collector):
         self.gradients: dict[str, Tensor] = {}
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """The sum over examples too: [b, T, p], [b, T, q] -> [1, p, q]."""
-        return _batched_product(left.flatten(0, 1).t()[None], right.flatten(0, 1)[None], self.dtype)
+        """The sum over all rows: [1, n, p], [1, n, q] -> [1, p, q]."""
+        return _batched_product(left.transpose(1, 2), right, self.dtype)
+
+    def _by_example(self, layer: AdaptedLinear, values: Tensor) -> Tensor:
+        """All rows as one example's, [1, n, d]: in a sum it does not matter whose they are."""
+        return values.reshape(1, -1, values.shape[-1])
 
     def receive(self, name: str, gradients: Tensor) -> None:
         """Keep the sum [*shape]."""

@@ -213,10 +213,7 @@ class GradientEngine:
         self._check(examples)
         # Tiny weights would underflow in a half-precision backward pass: the largest is scaled to one.
         scale = float(np.abs(weights).max(initial=0.0)) or 1.0
-        total = {
-            name: torch.zeros(shape, dtype=self.dtype, device=self.device)
-            for name, shape in self.parameter_shapes.items()
-        }
+        total: dict[str, Tensor] = {}
 
         def run_batch(batch: Batch) -> tuple[HostCopy, dict[str, Tensor]]:
             collector = SummingCollector(batch, self.dtype, self._at_supervised)
@@ -228,8 +225,14 @@ class GradientEngine:
         for batch, (copy, gradients) in self._run(examples, run_batch, training=training):
             (mean_log_probs[batch.positions],) = copy.arrays()
             for name, gradient in gradients.items():
-                total[name] += gradient
-        return WeightedGradient({name: value * scale for name, value in total.items()}, mean_log_probs)
+                total[name] = total[name].add_(gradient) if name in total else gradient.contiguous()
+        gradient = {
+            name: total[name].mul_(scale)
+            if name in total
+            else torch.zeros(shape, dtype=self.dtype, device=self.device)  # no log-probability depends on it
+            for name, shape in self.parameter_shapes.items()
+        }
+        return WeightedGradient(gradient, mean_log_probs)
 
     def weighted_gradients(self, examples: Sequence[Example], weights: np.ndarray) -> list[dict[str, Tensor]]:
         """The gradients of K sums sum_j w_kj s_j, for weights [K, n], by one pass over the examples: parameter name ->
