@@ -157,12 +157,38 @@ class SummingCollector(Collector):
         self.gradients: dict[str, Tensor] = {}
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """The sum over examples too: [b, T, p], [b, T, q] -> [1, p, q]."""
-        return _batched_product(left.flatten(0, 1).t()[None], right.flatten(0, 1)[None], self.dtype)
+        """The sum over all rows: [1, n, p], [1, n, q] -> [1, p, q]."""
+        return _batched_product(left.transpose(1, 2), right, self.dtype)
+
+    def _by_example(self, layer: AdaptedLinear, values: Tensor) -> Tensor:
+        """All rows as one example's, [1, n, d]: in a sum it does not matter whose they are."""
+        return values.reshape(1, -1, values.shape[-1])
 
     def receive(self, name: str, gradients: Tensor) -> None:
         """Keep the sum [*shape]."""
         self.gradients[name] = gradients[0]
+
+
+class WeighingCollector(Collector):
+    """Keeps several weighted sums over the batch.
+
+    weights: [K, b] in the engine's dtype, of the gradients that the backward pass gives of each example.
+    """
+
+    def __init__(self, batch: Batch, dtype: torch.dtype, at_supervised: Set[AdaptedLinear], weights: Tensor) -> None:
+        super().__init__(batch, dtype, at_supervised)
+        self.weights = weights.t()[:, None, :, None]  # [b, 1, K, 1]
+        self.gradients: dict[str, Tensor] = {}
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """The sums: [b, T, p], [b, T, q] -> [K, p, q]. The weights go to the narrow factor."""
+        weighted = (left.to(self.dtype)[:, :, None, :] * self.weights).flatten(0, 1)  # [bT, K, p]
+        product = weighted.flatten(1).t() @ right.flatten(0, 1).to(self.dtype)
+        return product.unflatten(0, weighted.shape[1:])
+
+    def receive(self, name: str, gradients: Tensor) -> None:
+        """Keep the sums [K, *shape]."""
+        self.gradients[name] = gradients
 
 
 def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

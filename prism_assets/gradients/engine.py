@@ -35,7 +35,13 @@ from prism_assets.gradients.batching import (
     build_batch,
     check_examples,
 )
-from prism_assets.gradients.collectors import Collector, SketchingCollector, StackingCollector, SummingCollector
+from prism_assets.gradients.collectors import (
+    Collector,
+    SketchingCollector,
+    StackingCollector,
+    SummingCollector,
+    WeighingCollector,
+)
 from prism_assets.gradients.head import log_probs_of_logits, token_log_probs
 from prism_assets.gradients.last_layer import gather, replaced_forward
 from prism_assets.gradients.lora import find_adapted_layers, tapped
@@ -114,6 +120,11 @@ class GradientEngine:
     def dtype(self) -> torch.dtype:
         """Of gradients and rows: float32, or float64 for a float64 model."""
         return torch.float64 if self.layers[0].weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether the model's weights are narrower than float32."""
+        return self.layers[0].weight.dtype in (torch.float16, torch.bfloat16)
 
     def mean_log_probs(self, examples: Sequence[Example]) -> np.ndarray:
         """s of each example, float64 [n], by forward passes alone."""
@@ -202,10 +213,7 @@ class GradientEngine:
         self._check(examples)
         # Tiny weights would underflow in a half-precision backward pass: the largest is scaled to one.
         scale = float(np.abs(weights).max(initial=0.0)) or 1.0
-        total = {
-            name: torch.zeros(shape, dtype=self.dtype, device=self.device)
-            for name, shape in self.parameter_shapes.items()
-        }
+        total: dict[str, Tensor] = {}
 
         def run_batch(batch: Batch) -> tuple[HostCopy, dict[str, Tensor]]:
             collector = SummingCollector(batch, self.dtype, self._at_supervised)
@@ -217,8 +225,46 @@ class GradientEngine:
         for batch, (copy, gradients) in self._run(examples, run_batch, training=training):
             (mean_log_probs[batch.positions],) = copy.arrays()
             for name, gradient in gradients.items():
+                total[name] = total[name].add_(gradient) if name in total else gradient.contiguous()
+        gradient = {
+            name: total[name].mul_(scale)
+            if name in total
+            else torch.zeros(shape, dtype=self.dtype, device=self.device)  # no log-probability depends on it
+            for name, shape in self.parameter_shapes.items()
+        }
+        return WeightedGradient(gradient, mean_log_probs)
+
+    def weighted_gradients(self, examples: Sequence[Example], weights: np.ndarray) -> list[dict[str, Tensor]]:
+        """The gradients of K sums sum_j w_kj s_j, for weights [K, n], by one pass over the examples: parameter name ->
+        float32 (float64) of the parameter's shape, for each k.
+
+        Raises ValueError where the weights are not finite, or not as many as there are examples.
+        """
+        weights = np.asarray(weights, dtype=np.float64)
+        if weights.shape[1:] != (len(examples),) or not np.isfinite(weights).all():
+            raise ValueError(f"{len(examples)} examples need as many finite weights in each row, not {weights.shape}")
+        self._check(examples)
+        # As above: float32 has no weights of 1e-60.
+        scales = np.abs(weights).max(axis=1, initial=0.0, keepdims=True)
+        scales[scales == 0] = 1.0
+        total = {
+            name: torch.zeros(len(weights), *shape, dtype=self.dtype, device=self.device)
+            for name, shape in self.parameter_shapes.items()
+        }
+
+        def run_batch(batch: Batch) -> dict[str, Tensor]:
+            shares = to_device((weights / scales)[:, batch.positions], self.device) / batch.counts  # of n_b times g_b
+            collector = WeighingCollector(batch, self.dtype, self._at_supervised, shares.to(self.dtype))
+            self._backward(batch, collector)
+            return collector.gradients
+
+        for _, gradients in self._run(examples, run_batch):
+            for name, gradient in gradients.items():
                 total[name] += gradient
-        return WeightedGradient({name: value * scale for name, value in total.items()}, mean_log_probs)
+        return [
+            {name: values[row] * scale for name, values in total.items()}
+            for row, scale in enumerate(scales[:, 0].tolist())
+        ]
 
     def directional_derivatives(
         self, examples: Sequence[Example], direction: Mapping[str, Tensor], epsilon: float = 1e-2

@@ -15,5 +15,6 @@ def norm(vector: Vector) -> float:
 
 
 def inner(left: Vector, right: Vector) -> float:
-    """Inner product over all parameters, accumulated in float64."""
-    return float(sum(float((left[name].double() * right[name].double()).sum()) for name in left))
+    """Inner product over all parameters, accumulated in float64 where `left` is."""
+    products = ((value.double() * right[name].to(value.device).double()).sum() for name, value in left.items())
+    return float(sum(map(float, products)))

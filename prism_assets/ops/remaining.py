@@ -232,13 +232,17 @@ class Remaining:
         rows, tokens = self._sample
         has_sample = self._warmed_up and self.stage.shown_or_none("warmup_sample_features") is not None
         curvature = tokens * checkpoints if corrected and missing and not has_sample else 0.0
+        half = self.stage.dtype in ("torch.float16", "torch.bfloat16")
         training = forward = 0.0
         for name, strategies in missing.items():
             count = len(strategies)
             m, held_out = self._target_tokens(name), self.targets[name].held_out.wanted_tokens
-            # The probe: ∇J once, scores before the steps and after each of two.
-            training += m * (count * checkpoints + 1) + (tokens * count * checkpoints if corrected else 0)
-            forward += 3 * (m + held_out)
+            # One pass a checkpoint makes all directions; corrected, ∇J is no longer one of them.
+            passes = checkpoints if count else 0
+            training += m * (passes + (1 if corrected else 0)) + (tokens * passes if corrected else 0)
+            # The probe: held-out records before the steps and after each of two, target examples after them. In half
+            # precision these before them, too.
+            forward += (3 if half else 2) * m + 3 * held_out
         return Work(
             "target_direction",
             len(missing),

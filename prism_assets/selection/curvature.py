@@ -57,23 +57,27 @@ def _sample_rows(work: GradientPass, sample: Artifact) -> Rows:
     return Rows(feature_table(rows["id"].to_pylist(), passes), compression="none")
 
 
-def correct(work: GradientPass, position: int, vector: "dict[str, torch.Tensor]", sample: Artifact | None) -> Corrected:
-    """The vector of a checkpoint, corrected as the settings ask; `sample` are its features where they are needed.
+def correct(
+    work: GradientPass, position: int, vectors: "list[dict[str, torch.Tensor]]", sample: Artifact | None
+) -> list[Corrected]:
+    """The vectors of a checkpoint, corrected as the settings ask; `sample` are its features where they are needed.
 
     Raises SettingsError where the sample has no usable gradient.
     """
     kind, damping = work.stage.settings.curvature.kind, work.stage.settings.curvature.damping
     if kind == "none":
-        return Corrected(vector, None)
+        return [Corrected(vector, None) for vector in vectors]
     if kind == "adam":
         diagonal = work.preconditioner(work.checkpoints[position], "adam").diagonal
-        return Corrected({name: tensor * diagonal(name) for name, tensor in vector.items()}, None)
+        return [
+            Corrected({name: tensor * diagonal(name) for name, tensor in vector.items()}, None) for vector in vectors
+        ]
     assert sample is not None
     usable = _usable(work.stage, sample)
     wanted = None if damping == "auto" else damping
     if kind == "datainf":
-        return _datainf(work, position, vector, usable, DATAINF_DAMPING if wanted is None else wanted)
-    return _fisher(work, position, vector, sample, usable, wanted)
+        return _datainf(work, position, vectors, usable, DATAINF_DAMPING if wanted is None else wanted)
+    return _fisher(work, position, vectors, sample, usable, wanted)
 
 
 def _usable(stage: Stage, sample: Artifact) -> "np.ndarray":
@@ -103,14 +107,14 @@ def _sample_examples(stage: Stage, usable: "np.ndarray") -> list[Any]:
 def _fisher(
     work: GradientPass,
     position: int,
-    vector: "dict[str, torch.Tensor]",
+    vectors: "list[dict[str, torch.Tensor]]",
     sample: Artifact,
     usable: "np.ndarray",
     damping: float | None,
-) -> Corrected:
-    """(F + λI)⁻¹ t up to a factor, unsketched, F the second moment of the sample's unit rows: t minus a weighted sum of
-    these, by one weighted backward pass. The coefficients are found in the sketch, the rows that they multiply are
-    exact."""
+) -> list[Corrected]:
+    """(F + λI)⁻¹ t of each t up to a factor, unsketched, F the second moment of the sample's unit rows: t minus a
+    weighted sum of these, by one pass over them. The coefficients are found in the sketch, the rows that they multiply
+    are exact."""
     import numpy as np
 
     from prism_assets.selection.direction import curvature_coefficients
@@ -120,17 +124,22 @@ def _fisher(
     kept = work.stage.lake.read_table(sample).take(usable)
     rows = vectors_of(kept).reshape(len(usable), len(work.checkpoints), -1)[:, position].astype(np.float64)
     norms = np.array([one[position] for one in kept["norm"].to_pylist()])
-    sketched = work.projection(engine).sketch_vector(vector).cpu().numpy().astype(np.float64)
-    if damping is None:
-        damping = chosen_damping(rows, sketched)
-    if not np.isfinite(damping):
-        return Corrected(vector, damping)
-    coefficients = curvature_coefficients(rows, rows @ sketched, damping)
+    projection, dampings, coefficients = work.projection(engine), [], []
+    for vector in vectors:
+        sketched = projection.sketch_vector(vector).cpu().numpy().astype(np.float64)
+        dampings.append(chosen_damping(rows, sketched) if damping is None else damping)
+        # Without bound nothing is taken away.
+        found = np.zeros(len(rows))
+        if np.isfinite(dampings[-1]):
+            found = curvature_coefficients(rows, rows @ sketched, dampings[-1]) / norms
+        coefficients.append(found)
     # Σ_i a_i g_i / ‖D g_i‖
-    explained = engine.weighted_gradient(_sample_examples(work.stage, usable), coefficients / norms).gradient
+    explained = engine.weighted_gradients(_sample_examples(work.stage, usable), np.stack(coefficients))
     diagonal = work.preconditioner(checkpoint).diagonal
-    found = {name: tensor - diagonal(name) * explained[name] for name, tensor in vector.items()}
-    return Corrected(found, damping)
+    return [
+        Corrected({name: tensor - diagonal(name) * part[name] for name, tensor in vector.items()}, lam)
+        for vector, part, lam in zip(vectors, explained, dampings, strict=True)
+    ]
 
 
 def chosen_damping(rows: "np.ndarray", target: "np.ndarray", dampings: Sequence[float] = FISHER_DAMPINGS) -> float:
@@ -167,8 +176,12 @@ def chosen_damping(rows: "np.ndarray", target: "np.ndarray", dampings: Sequence[
 
 
 def _datainf(
-    work: GradientPass, position: int, vector: "dict[str, torch.Tensor]", usable: "np.ndarray", damping: float
-) -> Corrected:
+    work: GradientPass,
+    position: int,
+    vectors: "list[dict[str, torch.Tensor]]",
+    usable: "np.ndarray",
+    damping: float,
+) -> list[Corrected]:
     """DataInf's closed form, parameter tensor by tensor, over the sample's rows as they are (not of unit length)."""
     checkpoint = work.checkpoints[position]
     engine = work.at(checkpoint)
@@ -179,39 +192,43 @@ def _datainf(
         for _, batch in engine.per_example_gradients(examples):
             yield {name: tensor * diagonal(name) for name, tensor in batch.items()}
 
-    return Corrected(datainf_inverse(vector, gradients, len(examples), damping), damping)
+    return [Corrected(one, damping) for one in datainf_inverse(vectors, gradients, len(examples), damping)]
 
 
 def datainf_inverse(
-    vector: "Mapping[str, torch.Tensor]",
+    vectors: "Sequence[Mapping[str, torch.Tensor]]",
     gradients: "Callable[[], Any]",
     number: int,
     damping: float,
-) -> "dict[str, torch.Tensor]":
-    """(1/n) Σ_i (g_il g_ilᵀ + λ_l I)⁻¹ t_l of each layer l (here: of each parameter tensor), by the formula of Sherman
-    and Morrison: (1/λ_l) (t_l − (1/n) Σ_i g_il ⟨g_il, t_l⟩ / (λ_l + ‖g_il‖²)), λ_l = damping · mean squared entry of
-    the g_il.
+) -> "list[dict[str, torch.Tensor]]":
+    """(1/n) Σ_i (g_il g_ilᵀ + λ_l I)⁻¹ t_l of each t and layer l (here: each parameter tensor), by the formula of
+    Sherman and Morrison: (1/λ_l) (t_l − (1/n) Σ_i g_il ⟨g_il, t_l⟩ / (λ_l + ‖g_il‖²)), λ_l = damping · mean squared
+    entry of the g_il.
 
     `gradients()` gives the n gradients anew each time, in batches: parameter name -> [b, *shape]. Two rounds: norms,
-    then the sum. *Source:* Kwon, Wu, Wu and Zou 2024, "DataInf", arXiv 2310.00902, equation 5.
+    then the sums. *Source:* Kwon, Wu, Wu and Zou 2024, "DataInf", arXiv 2310.00902, equation 5.
     """
     import torch
 
-    squares = {name: 0.0 for name in vector}
+    shapes = {name: tensor.shape for name, tensor in vectors[0].items()}
+    squares = dict.fromkeys(shapes, 0.0)
     for batch in gradients():
-        for name in vector:
+        for name in shapes:
             squares[name] += float(batch[name].double().square().sum())
-    lambdas = {name: damping * total / (number * vector[name].numel()) for name, total in squares.items()}
-    sums = {name: torch.zeros_like(tensor) for name, tensor in vector.items()}
+    lambdas = {name: damping * total / (number * shapes[name].numel()) for name, total in squares.items()}
+    sums = [{name: torch.zeros_like(tensor) for name, tensor in vector.items()} for vector in vectors]
     for batch in gradients():
-        for name, tensor in vector.items():
+        for name in shapes:
             flat = batch[name].flatten(1)
-            products = flat @ tensor.to(flat).flatten()
-            coefficients = products / (lambdas[name] + flat.square().sum(1)).clamp_min(1e-300)
-            sums[name] += (coefficients @ flat).view_as(tensor).to(tensor)
-    found = {}
-    for name, tensor in vector.items():
-        # A layer without a gradient anywhere in the sample has no curvature: it is left out, where t has nothing
-        # either.
-        found[name] = (tensor - sums[name] / number) / lambdas[name] if lambdas[name] > 0 else torch.zeros_like(tensor)
-    return found
+            lengths = (lambdas[name] + flat.square().sum(1)).clamp_min(1e-300)
+            for vector, total in zip(vectors, sums, strict=True):
+                coefficients = flat @ vector[name].to(flat).flatten() / lengths
+                total[name] += (coefficients @ flat).view(shapes[name]).to(total[name])
+    # A layer without a gradient in the whole sample has no curvature, and t has hardly anything there: it is left out.
+    return [
+        {
+            name: (tensor - total[name] / number) / lambdas[name] if lambdas[name] > 0 else torch.zeros_like(tensor)
+            for name, tensor in vector.items()
+        }
+        for vector, total in zip(vectors, sums, strict=True)
+    ]

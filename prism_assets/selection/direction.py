@@ -19,6 +19,13 @@ def target_vector(engine: "GradientEngine", targets: TargetSet, weights: np.ndar
     return engine.weighted_gradient(targets.examples, targets.expand(weights)).gradient
 
 
+def target_vectors(
+    engine: "GradientEngine", targets: TargetSet, weights: Sequence[np.ndarray]
+) -> "list[dict[str, torch.Tensor]]":
+    """`target_vector` for several weightings [m] of the same targets, by one pass over them."""
+    return engine.weighted_gradients(targets.examples, np.stack([targets.expand(one) for one in weights]))
+
+
 def relative_rates(learning_rates: Sequence[float]) -> list[float]:
     """η̄_k / Σ_l η̄_l; equal shares where all are zero (a warm-up of one step)."""
     total = float(sum(learning_rates))

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.corpus.target_set import target_set
 from prism_assets.errors import StageError
 from prism_assets.features.gradient_pass import GradientPass
+from prism_assets.gradients.vectors import norm
 from prism_assets.resources.lake import Artifact, Lake, Recipe, Tensors, digest
 from prism_assets.selection.curvature import correct, reads_sample
 from prism_assets.selection.target_scores import require_made_of, scores_of, tokens_counted
@@ -48,12 +50,19 @@ class MadeDirections(NamedTuple):
 
 
 def make_directions(work: GradientPass, inputs: DirectionInputs, strategies: "Iterable[Strategy]") -> MadeDirections:
-    """The direction of each strategy: t per checkpoint (unsketched, fp32), its sketch and norm, and the query."""
+    """The direction of each strategy: t per checkpoint (unsketched, fp32), its sketch and norm, and the query.
+
+    Those that are not there yet are made by one pass over the target examples a checkpoint; its cost is noted in the
+    first of them.
+    """
+    lake = work.stage.lake
+    needed = {strategy.name: _recipe(work.stage, inputs, strategy) for strategy in strategies}
+    missing = {name: weighted for name, (recipe, weighted) in needed.items() if lake.find(recipe) is None}
+    contents = cache(lambda: _directions(work, inputs, missing))
     directions, computed = {}, 0
-    for strategy in strategies:
-        recipe, weighted = _recipe(work.stage, inputs, strategy)
-        made = work.stage.make(recipe, lambda s=strategy, w=weighted: _direction(work, inputs, s, w))
-        directions[strategy.name] = made.artifact
+    for name, (recipe, _) in needed.items():
+        made = work.stage.make(recipe, lambda n=name: contents()[n])
+        directions[name] = made.artifact
         computed += made.computed
     return MadeDirections(directions, computed)
 
@@ -133,51 +142,74 @@ def _groups(targets: "pa.Table", separate: bool) -> "list[np.ndarray]":
     return [np.flatnonzero(names == name) for name in np.unique(names)] if separate else [np.arange(len(names))]
 
 
-def _direction(work: GradientPass, inputs: DirectionInputs, strategy: "Strategy", weighted: _Weighted) -> Tensors:
-    """t per checkpoint: Σ_j w_j g_j, or with groups G the sum of their unit directions Σ_G t_G/‖t_G‖.
+def _directions(work: GradientPass, inputs: DirectionInputs, needed: "dict[str, _Weighted]") -> dict[str, Tensors]:
+    """By strategy, t per checkpoint: Σ_j w_j g_j, or with groups G the sum of their unit directions Σ_G t_G/‖t_G‖.
 
     `weights` [C, m'] among the tensors are the coefficients of the raw gradients, a group's length included.
     """
     import torch
 
-    from prism_assets.gradients.vectors import norm
     from prism_assets.selection.direction import query_vector
 
-    tensors: dict[str, torch.Tensor] = {}
-    sketches, norms, dampings = [], [], []
-    coefficients = weighted.weights.copy()
+    tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in needed}
+    made = {name: _Made([], [], [], one.weights.copy()) for name, one in needed.items()}
     for position, checkpoint in enumerate(work.checkpoints):
-        vector: dict[str, Any] = {}
-        for group in weighted.groups:
-            part = _weighted_sum(work, position, weighted, group)
-            part, damping = correct(work, position, part, inputs.curvature)
-            dampings.append(damping)
-            length = 1.0
-            if len(weighted.groups) > 1:
-                length = norm(part)
-                _require_direction(length, weighted.targets["group"][group[0]].as_py(), position)
-            coefficients[position, group] /= length
-            vector = {name: tensor / length + vector.get(name, 0) for name, tensor in part.items()}
-        norms.append(norm(vector))
-        sketches.append(work.projection(work.at(checkpoint)).sketch_vector(vector).cpu().numpy())
-        tensors |= {f"t/{position}/{name}": tensor.float() for name, tensor in vector.items()}
+        vectors = _at(work, position, inputs, needed, made)
+        projection = work.projection(work.at(checkpoint))
+        for name, vector in vectors.items():
+            made[name].norms.append(norm(vector))
+            made[name].sketches.append(projection.sketch_vector(vector).cpu().numpy())
+            tensors[name] |= {f"t/{position}/{parameter}": value.float().cpu() for parameter, value in vector.items()}
     rates = [checkpoint.mean_learning_rate for checkpoint in work.checkpoints]
-    tensors["query"] = torch.from_numpy(query_vector(sketches, norms, rates))
-    tensors["norms"] = torch.tensor(norms, dtype=torch.float64)
-    tensors["weights"] = torch.from_numpy(coefficients)
-    notes = {"strategy": strategy.name, "groups": len(weighted.groups)}
-    if work.stage.settings.curvature.kind != "none":
-        notes["dampings"] = [None if one is None or math.isinf(one) else one for one in dampings]
-    return Tensors(tensors, notes)
+    found = {}
+    for name, its in tensors.items():
+        one = made[name]
+        its["query"] = torch.from_numpy(query_vector(one.sketches, one.norms, rates))
+        its["norms"] = torch.tensor(one.norms, dtype=torch.float64)
+        its["weights"] = torch.from_numpy(one.weights)
+        notes: dict[str, Any] = {"strategy": name, "groups": len(needed[name].groups)}
+        if work.stage.settings.curvature.kind != "none":
+            notes["dampings"] = [None if lam is None or math.isinf(lam) else lam for lam in one.dampings]
+        found[name] = Tensors(its, notes)
+    return found
 
 
-def _weighted_sum(work: GradientPass, position: int, weighted: _Weighted, rows: "np.ndarray") -> "dict[str, Any]":
-    """Σ_j w_j g_j over some of the target examples, at one checkpoint."""
-    from prism_assets.selection.direction import target_vector
+class _Made(NamedTuple):
+    """What is collected of a direction, checkpoint by checkpoint."""
 
-    # Refused target examples are left out, not weighted with zero: zero times NaN is NaN.
-    chosen = target_set(weighted.targets.take(rows))
-    return target_vector(work.at(work.checkpoints[position]), chosen, weighted.weights[position, rows])
+    sketches: "list[np.ndarray]"
+    norms: list[float]
+    dampings: list[float | None]  # of each checkpoint and group
+    weights: "np.ndarray"  # float64 [C, m'] of the raw gradients
+
+
+def _at(
+    work: GradientPass,
+    position: int,
+    inputs: DirectionInputs,
+    needed: "dict[str, _Weighted]",
+    made: dict[str, _Made],
+) -> dict[str, dict[str, Any]]:
+    """The vectors of all strategies at one checkpoint, by one pass over the target examples."""
+    from prism_assets.selection.direction import target_vectors
+
+    vectors: dict[str, dict[str, Any]] = {name: {} for name in needed}
+    first = next(iter(needed.values()))  # targets and groups are those of all
+    several = len(first.groups) > 1
+    for group in first.groups:
+        # Refused target examples are left out, not weighted with zero: zero times NaN is NaN.
+        chosen = target_set(first.targets.take(group))
+        engine = work.at(work.checkpoints[position])
+        raw = target_vectors(engine, chosen, [one.weights[position, group] for one in needed.values()])
+        for name, part in zip(needed, correct(work, position, raw, inputs.curvature), strict=True):
+            length = norm(part.vector) if several else 1.0
+            if several:
+                _require_direction(length, first.targets["group"][group[0]].as_py(), position)
+            made[name].dampings.append(part.damping)
+            made[name].weights[position, group] /= length
+            sums = vectors[name]
+            vectors[name] = {key: value / length + sums.get(key, 0) for key, value in part.vector.items()}
+    return vectors
 
 
 def _require_direction(length: float, group: str | None, checkpoint: int) -> None:

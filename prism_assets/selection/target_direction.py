@@ -198,12 +198,19 @@ def _first_order(
     def preference(values: "np.ndarray") -> Any:
         return preference_weights(values * tokens, scores.kind, scores.temperature)
 
-    now = preference(chosen.scores(engine.mean_log_probs(chosen.examples)))
+    # What is known of the targets at this checkpoint is not computed again: their scores came with their gradients.
+    # In half precision a score moves with its batch by more than a small step moves it, so there "before" is measured
+    # in the same batches as "after".
+    known = preference_weights(scores.scores[-1], scores.kind, scores.temperature)
+    now = known
+    if engine.half_precision:
+        now = preference(chosen.scores(engine.mean_log_probs(chosen.examples)))
     before = (now.objective, float(np.mean(engine.mean_log_probs(held_out_examples))))
     vectors = {name: load_direction(lake, directions[name]).vectors[-1] for name in COMPARED}
-    # ∇J itself: a direction may have been corrected for curvature.
-    z = float(np.exp(now.log_z))
-    raw = target_vector(engine, chosen, now.weights * tokens)
+    # ∇J itself is Z times the PRISM direction, unless that was corrected for curvature or put together from groups.
+    is_gradient = settings.curvature.kind == "none" and directions["prism"].notes["groups"] == 1
+    raw = vectors["prism"] if is_gradient else target_vector(engine, chosen, known.weights * tokens)
+    z = float(np.exp(known.log_z))
     gradient = {name: tensor * z for name, tensor in raw.items()}
     size = settings.preference.probe_step * now.objective / norm(gradient)
     gains = {

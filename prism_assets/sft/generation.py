@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Steps after which rows that have ended are dropped from their batch: a call costs far less than such steps.
+STEPS = 16
 
 # ---- generation
 
@@ -28,7 +32,9 @@ def generate(
     """Greedy continuations, int32 [<= max_new_tokens] each, of `prompts`, token ids [T_i] each, in order.
 
     The end-of-sequence token and what follows it are cut off. Batches are made of prompts of similar length,
-    padded on the left and masked, so a row's neighbours change its logits by rounding only. Decoding settings
+    padded on the left and masked, so a row's neighbours change its logits by rounding only. Rows that have ended leave
+    their batch every `STEPS` steps where the model's cache allows it, so that a few long answers do not hold all
+    others. Decoding settings
     that the checkpoint carries (sampling, penalties, suppressed tokens) are put aside for the call.
     `model` is a transformers causal LM, or one with LoRA by PEFT.
 
@@ -59,6 +65,7 @@ def generate(
         pad_token_id=pad_token_id,
         eos_token_id=stops or None,
         use_cache=True,
+        return_dict_in_generate=True,
     )
     order = sorted(range(len(rows)), key=lambda position: (len(rows[position]), position))
     results: list[np.ndarray] = [np.empty(0, dtype=np.int32)] * len(rows)
@@ -66,11 +73,56 @@ def generate(
         for start in range(0, len(order), batch_size):
             positions = order[start : start + batch_size]
             ids, mask = _left_padded([rows[position] for position in positions], pad_token_id, inner.device)
-            output = inner.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            for position, tokens in zip(positions, output[:, ids.shape[1] :].cpu().numpy(), strict=True):
+            config.max_new_tokens = max_new_tokens
+            generated = _continued(inner, ids, mask, config, stops)
+            for position, tokens in zip(positions, generated, strict=True):
                 ends = np.flatnonzero(np.isin(tokens, stops))
                 results[position] = tokens[: ends[0] if len(ends) else len(tokens)].astype(np.int32)
     return results
+
+
+def _continued(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, stops: Sequence[int]
+) -> list[np.ndarray]:
+    """The tokens that follow each row of `ids` [b, T], at least up to its end; `mask` [b, T] is the attention mask.
+
+    `config.max_new_tokens` is how many at most; it is changed.
+    """
+    prompt, left = ids.shape[1], cast("int", config.max_new_tokens)
+    results: list[np.ndarray] = [np.empty(0)] * len(ids)
+    rows = np.arange(len(ids))  # those still in the batch
+    cache: DynamicCache | None = None
+    steps = STEPS if stops else left
+    while len(rows):
+        config.max_new_tokens = steps = min(steps, left)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=config,
+        )
+        made, left = output.sequences[:, prompt:].cpu().numpy(), left - steps
+        cache = output.get("past_key_values")
+        if left and not _is_plain(cache):  # of another kind, which may not be continued with fewer rows
+            steps, left, cache = left + steps, left + steps, None
+            continue
+        ended = np.isin(made, list(stops)).any(axis=1) | (left == 0)
+        for row in np.flatnonzero(ended):
+            results[rows[row]] = made[row]
+        rows, kept = rows[~ended], torch.from_numpy(np.flatnonzero(~ended)).to(ids.device)
+        ids = output.sequences[kept]
+        mask = torch.cat([mask[kept], mask.new_ones(len(kept), ids.shape[1] - mask.shape[1])], dim=1)
+        if len(rows) and cache is not None and ended.any():
+            cache.batch_select_indices(kept)
+    return results
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether it holds keys and values alone, a row each."""
+    return type(cache) is DynamicCache and {type(layer) for layer in cache.layers} <= {
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    }
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -210,7 +210,8 @@ class _SftTrainer(TrainSampler, Trainer):
         return batches, sum(int(self._tokens[batch["positions"].cpu().numpy()].sum()) for batch in batches)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        model.train()
+        if not model.training:  # to set it walks over all modules
+            model.train()
         positions = inputs["positions"].cpu().numpy()
         tokens = self._tokens[positions]
         weights = -tokens / num_items_in_batch

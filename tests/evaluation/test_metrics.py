@@ -2,8 +2,17 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
+from prism_assets.evaluation import generation
 from prism_assets.evaluation.answers import exact_match, extract_answer
 from prism_assets.evaluation.metrics import choice_correct, held_out, mean_over_seeds
 from prism_assets.selection.histogram import score_histogram
@@ -176,6 +185,13 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
+def tiny_mamba() -> MambaForCausalLM:
+    """A cache that is no keys and values."""
+    torch.manual_seed(3)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, initializer_range=0.4)
+    return MambaForCausalLM(config)
+
+
 def tiny_peft_llama():
     torch.manual_seed(2)
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
@@ -214,6 +230,27 @@ def test_generation_equals_a_greedy_loop_over_single_prompts(make_model):
     for batch_size in (1, 4, 13):
         result = generate(model, prompts, pad_token_id=PAD, eos_token_id=stop, max_new_tokens=8, batch_size=batch_size)
         assert [row.tolist() for row in result] == expected
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2, tiny_peft_llama, tiny_mamba])
+def test_rows_that_have_ended_leave_their_batch_and_change_no_other(make_model, monkeypatch):
+    model, prompts = make_model(), some_prompts(13)
+    free = [greedy_loop(model, prompt, 8, None) for prompt in prompts]
+    stop = int(np.bincount(np.concatenate(free)).argmax())
+    expected = [greedy_loop(model, prompt, 8, stop) for prompt in prompts]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    rows = []
+    inner.register_forward_pre_hook(lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr(generation, "STEPS", 3)
+    result = generate(model, prompts, pad_token_id=PAD, eos_token_id=stop, max_new_tokens=8, batch_size=13)
+    assert [row.tolist() for row in result] == expected
+    # Rows left after three and after six steps, where the cache is one of keys and values.
+    left = [13 - sum(len(row) < steps for row in expected) for steps in (0, 3, 6)]
+    if make_model is tiny_mamba:
+        assert rows == [13] * (3 + max(min(len(row) + 1, 8) for row in expected))
+    else:
+        assert left[2] < left[0]
+        assert rows == [left[0]] * 3 + [left[1]] * 3 + [left[2]] * 2
 
 
 def test_a_lora_adapter_changes_what_is_generated():

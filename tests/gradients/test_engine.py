@@ -408,6 +408,27 @@ def test_weighted_gradient_and_directional_derivatives_equal_autograd():
     assert np.abs(derivatives - expected).max() <= 2e-3 * scale
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_several_weighted_gradients_by_one_pass_equal_autograd(family):
+    model, examples = make_model(family), make_examples(6)
+    engine = GradientEngine(model, token_budget=30)
+    weights = np.stack([[0.5, -0.25, 1e-30, 2.0, 0.0, 0.125], np.full(6, 1e-60), np.zeros(6)])
+    weighted, tiny, none = engine.weighted_gradients(examples, weights)
+    gradients = [naive_gradient(model, example) for example in examples]
+    for name in engine.parameter_names:
+        expected = sum(w * g[name] for w, g in zip(weights[0], gradients, strict=True))
+        assert weighted[name].dtype == torch.float32 and weighted[name].shape == expected.shape
+        assert relative_error(weighted[name], expected) <= 1e-4
+        assert float(none[name].abs().max()) == 0
+    # What float32 cannot hold is zero; the next smallest weights are not.
+    assert all(float(value.abs().max()) == 0 for value in tiny.values())
+    (small,) = engine.weighted_gradients(examples, np.full((1, 6), 1e-30))
+    name = engine.parameter_names[0]
+    assert relative_error(small[name].double() * 1e30, sum(g[name] for g in gradients)) <= 1e-4
+    with pytest.raises(ValueError, match="6 examples need as many finite weights in each row"):
+        engine.weighted_gradients(examples, weights[0])
+
+
 def test_a_step_changes_the_parameters_and_leaves_no_trace():
     model, examples = make_model("llama"), make_examples(3)
     engine = GradientEngine(model)

@@ -122,10 +122,13 @@ def test_sums_and_features_of_flattened_layers_equal_those_of_single_gradients()
     gradients = [naive_gradient(model, example) for example in examples]
     weights = np.array([1.0, -0.5, 0.25, 2.0, 0.0])
     summed = engine.weighted_gradient(examples, weights).gradient
+    one_pass = engine.weighted_gradients(examples, np.stack([weights, -2 * weights]))
     rows = engine.feature_rows(examples, sketch=ExactFeatures(engine.parameter_shapes)).rows
     for name in engine.parameter_names:
         expected = sum(weight * gradient[name] for weight, gradient in zip(weights, gradients, strict=True))
         assert relative_error(summed[name], expected) <= 1e-4
+        assert relative_error(one_pass[0][name], expected) <= 1e-4
+        assert relative_error(one_pass[1][name], -2 * expected) <= 1e-4
     for row, gradient in zip(rows, gradients, strict=True):
         flat = torch.cat([gradient[name].flatten() for name in engine.parameter_names]).numpy()
         np.testing.assert_allclose(row, flat, atol=1e-5 * np.linalg.norm(flat))

@@ -173,6 +173,7 @@ def test_the_tokens_of_each_kind_of_pass_are_those_that_the_engine_is_given(make
 
     counted("feature_rows", "gradient")
     counted("weighted_gradient", "training")
+    counted("weighted_gradients", "training")
     counted("mean_log_probs", "forward")
     project.run_steps(steps_of("run")[:-1])  # without the report, whose explanations are not in the estimate
     total = {kind: sum(getattr(work, kind) for work in works) for kind in given}

@@ -30,18 +30,19 @@ def test_datainf_is_the_mean_of_dense_inverses_layer_by_layer(damping):
         for start in (0, 3, 6):  # the last batch has one row
             yield {name: torch.from_numpy(value[start : start + 3]) for name, value in rows.items()}
 
-    found = datainf_inverse(vector, batches, 7, damping)
+    found, opposite = datainf_inverse([vector, {name: -one for name, one in vector.items()}], batches, 7, damping)
     for name, shape in shapes.items():
         flat, target = rows[name].reshape(7, -1), vector[name].numpy().ravel()
         lam = damping * (flat**2).mean()
         inverses = [np.linalg.inv(np.outer(one, one) + lam * np.eye(flat.shape[1])) for one in flat]
         np.testing.assert_allclose(found[name].numpy().ravel(), np.mean(inverses, axis=0) @ target, rtol=1e-9)
         assert found[name].shape == shape
+        assert torch.equal(found[name], -opposite[name])
 
 
 def test_a_layer_without_gradients_is_left_out():
     zeros = {"a": torch.zeros(3, 2), "b": torch.ones(3, 2)}
-    found = datainf_inverse({"a": torch.ones(2), "b": torch.ones(2)}, lambda: iter([zeros]), 3, 0.1)
+    (found,) = datainf_inverse([{"a": torch.ones(2), "b": torch.ones(2)}], lambda: iter([zeros]), 3, 0.1)
     assert found["a"].tolist() == [0, 0] and torch.isfinite(found["b"]).all()
 
 

@@ -271,7 +271,7 @@ def test_without_a_usable_sample_row_a_correction_says_what_to_do():
     stage = SimpleNamespace(lake=lake, settings=settings)
     work = SimpleNamespace(stage=stage, checkpoints=[None], at=lambda checkpoint: None)
     with pytest.raises(SettingsError, match="curvature.kind: .* 2 rows and none .*vanishes.* warmup.share"):
-        correct(work, 0, {}, sample)
+        correct(work, 0, [{}], sample)
 
 
 def test_agreement_of_weights_is_the_worst_rank_correlation_with_ties_shared():
