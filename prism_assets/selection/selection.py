@@ -179,6 +179,8 @@ def selection_inputs(
     """
     of_target = of_target or _shown_of(stage, target, version)
     inputs: dict[str, Artifact] = {}
+    if "hidden_states" in strategy.reads:
+        inputs["model"] = _base_model(stage)
     if strategy.needs_features:
         inputs["index"] = stage.lake.require("candidate_index", None, version or stage.feature_version)
         # The pool that the index was reconciled with, so that a query never mixes two states.
@@ -196,8 +198,6 @@ def selection_inputs(
         require_made_of(inputs["target_features"], inputs["targets"])
     if {"direction", "target_features"} & strategy.reads:
         inputs["warmup"] = stage.warmup
-    if "hidden_states" in strategy.reads:
-        inputs["model"] = _base_model(stage)
     return inputs
 
 
