@@ -12,10 +12,10 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from prism_assets.evaluation import generation
 from prism_assets.evaluation.answers import exact_match, extract_answer
 from prism_assets.evaluation.metrics import choice_correct, held_out, mean_over_seeds
 from prism_assets.selection.histogram import score_histogram
+from prism_assets.sft import generation
 from prism_assets.sft.generation import generate
 
 VOCABULARY, PAD, EOS = 40, 0, 1
