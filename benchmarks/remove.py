@@ -164,31 +164,29 @@ def run(config: Path, last: str, targets: Sequence[str]) -> Any:
     return open_stage(settings)
 
 
-def with_settings(config: Path, **sections: dict[str, Any]) -> None:
-    """Lay sections over prism.yaml."""
+def with_settings(config: Path, **sections: Any) -> None:
+    """Lay sections over prism.yaml; a list takes the place of one."""
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     for name, section in sections.items():
-        content[name] = {**content.get(name, {}), **section}
+        content[name] = {**content.get(name, {}), **section} if isinstance(section, dict) else section
     config.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 # -- rankings -----------------------------------------------------------------------------------------------------
 
 
-def rankings(config: Path, drawn: Drawn, several_kinds: bool) -> dict[str, float]:
+def rankings(config: Path, drawn: Drawn, several_kinds: bool, options: argparse.Namespace) -> dict[str, float]:
     """AUROC of each strategy and variant."""
     labels = {row["prompt"] + row["completion"]: row["harmful"] for row in drawn.rows}
     found: dict[str, float] = {}
-    variants = [
-        ("", {}, "none"),
-        *((f"+{kind}", {}, kind) for kind in CURVATURES),
-    ]
+    targets = [("harm", ""), *([] if options.quick else [("wanted", "+wanted")])]
+    variants = [("", {}, "none"), *((f"+{kind}", {}, kind) for kind in options.curvatures)]
     if several_kinds:
         variants += [("+pooled", {"groups": "pooled"}, "none")]
     for suffix, preference, curvature in variants:
         with_settings(config, preference={"groups": "separate", **preference}, curvature={"kind": curvature})
-        stage = run(config, "Target directions", ["harm", "wanted"])
-        for target, mark in (("harm", ""), ("wanted", "+wanted")):
+        stage = run(config, "Target directions", [name for name, _ in targets])
+        for target, mark in targets:
             found |= {f"{name}{mark}{suffix}": value for name, value in _of_target(stage, target, labels)}
     found["length"] = _by_length(stage, labels)
     return found
@@ -230,7 +228,12 @@ def repair(config: Path, drawn: Drawn, strategies: Sequence[str]) -> dict[str, d
     """Fine-tuned again on what each strategy leaves, and on the honest rows alone: margin, dishonesty, harmful share
     of what was removed."""
     labels = {row["prompt"] + row["completion"]: row["harmful"] for row in drawn.rows}
-    with_settings(config, preference={"groups": "separate"}, curvature={"kind": "none"})
+    with_settings(
+        config,
+        preference={"groups": "separate"},
+        curvature={"kind": "none"},
+        strategies=[*strategies, "random", "full"],
+    )
     stage = run(config, "Selection, fine-tuning, evaluation", ["harm"])
     from prism_assets.identity import base_key, join_key, seed_partition
 
@@ -291,10 +294,10 @@ def measured(
         folder = work / f"{model.name}-{mixture.name}-{mixture.rows}-{seed}"
         config = build(folder, model, drawn, mixture, seed, BASE_STRATEGIES)
         started = time.process_time()
-        for name, value in rankings(config, drawn, len(mixture.kinds) > 1).items():
+        for name, value in rankings(config, drawn, len(mixture.kinds) > 1, options).items():
             ranked.setdefault(name, []).append(value)
         if options.repair:
-            repaired.append(repair(config, drawn, BASE_STRATEGIES))
+            repaired.append(repair(config, drawn, options.repair_strategies))
         shown = {name: round(values[-1], 3) for name, values in ranked.items()}
         took = f"{time.process_time() - started:.0f} CPU s"
         print(f"{model.name} {mixture.name} seed {seed}: {shown} {repaired[-1:]} ({took})", file=sys.stderr)
@@ -333,6 +336,8 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=int, default=list(SHARES), help="harmful rows, per cent")
     parser.add_argument("--rows", type=int, default=400, help="of a mixture; of false answers 250 at most")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--curvatures", nargs="*", default=list(CURVATURES), choices=CURVATURES)
+    parser.add_argument("--repair-strategies", nargs="+", default=["prism", "less", "uniform"], choices=BASE_STRATEGIES)
     parser.add_argument("--pairs", type=int, default=24, help="of a kind")
     parser.add_argument("--held-out", type=int, default=24, help="of a kind")
     parser.add_argument("--quick", action="store_true", help="about ten minutes: one model, mixture, share and seed")
@@ -349,7 +354,8 @@ def main() -> None:
         )
     if options.quick:
         options.models, options.kinds, options.shares = ["smollm2"], ["both"], [25]
-        options.rows, options.seeds = 120, 1
+        options.rows, options.seeds, options.pairs, options.held_out = 80, 1, 12, 12
+        options.curvatures, options.repair_strategies = [], ["prism"]
     logging.getLogger("prism_assets").setLevel(logging.WARNING)
     known = paired(data)
     found: dict[str, Any] = {}
