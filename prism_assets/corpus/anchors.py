@@ -90,9 +90,8 @@ def anchored(
     A row that was made has an id of its own, of both answers. Rows stay in the file's order.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    given = pc.is_valid(targets["rejected"]).to_numpy(zero_copy_only=False)
+    given = np.array([one is not None for one in targets["rejected"].to_pylist()], dtype=bool)
     plain = np.flatnonzero(~given)
     left_out: Counter[str] = Counter()
     rows = [(int(position), 0, targets.slice(position, 1), "given") for position in np.flatnonzero(given)]
