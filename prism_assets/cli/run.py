@@ -64,6 +64,8 @@ def run_everything(settings: "Settings", targets: Sequence[str] | None = None, a
     for name, part in data["targets"].items():
         for strategy, entry in part["strategies"].items():
             typer.echo(f"  {name}/{strategy}: {entry['selected_jsonl']}")
+            if entry.get("removed_rows"):
+                typer.echo(f"    without {entry['removed_rows']} removed rows: {entry['removed_jsonl']}")
     config = os.environ["PRISM_CONFIG"]
     typer.echo(f"\nReport:  {report.with_suffix('.html')}")
     typer.echo(f"Browse the same history in the Dagster UI:  prism ui --config {config}")
