@@ -17,10 +17,10 @@ from prism_assets.gradients.transfer import to_device
 
 TOKEN_BUDGET_CPU = 512  # padded tokens: a layer's activations stay in the cache, and little is padded
 TOKEN_BUDGET_GPU = 32768
-Progress = Callable[[int, int], None]  # called with (examples done, examples in all) after each batch
+OnBatch = Callable[[int, int], None]  # called with (examples done, examples in all) after each batch
 
 
-class Example(Protocol):
+class Tokenized(Protocol):
     """What a gradient pass needs: `prism_assets.corpus.encoder.TokenizedExample` has it."""
 
     @property
@@ -47,7 +47,7 @@ def default_token_budget(device: torch.device) -> int:
     return TOKEN_BUDGET_GPU if device.type == "cuda" else TOKEN_BUDGET_CPU
 
 
-def check_examples(examples: Sequence[Example], vocabulary: int, longest: int | None) -> None:
+def check_examples(examples: Sequence[Tokenized], vocabulary: int, longest: int | None) -> None:
     """Raises ValueError, naming the example's index, for one that has no log-probability under this model."""
     for index, example in enumerate(examples):
         ids, mask = np.asarray(example.input_ids), np.asarray(example.loss_mask, dtype=bool)
@@ -63,7 +63,7 @@ def check_examples(examples: Sequence[Example], vocabulary: int, longest: int | 
             raise ValueError(f"example {index} has {len(ids)} tokens, the model takes {longest}: truncate it")
 
 
-def context_length(example: Example) -> int:
+def tokens_read(example: Tokenized) -> int:
     """Tokens that the model must read: all before the last supervised one."""
     return int(np.flatnonzero(example.loss_mask)[-1])
 
@@ -83,7 +83,7 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches
 
 
-def build_batch(examples: Sequence[Example], positions: list[int], device: torch.device) -> Batch:
+def build_batch(examples: Sequence[Tokenized], positions: list[int], device: torch.device) -> Batch:
     """The examples at these positions as one right-padded batch on the device."""
     chosen = [examples[position] for position in positions]
     supervised = [np.flatnonzero(example.loss_mask) for example in chosen]

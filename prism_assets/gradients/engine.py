@@ -10,8 +10,8 @@ gradient is asked of autograd, nothing below the lowest adapted layer is recorde
 go through preconditioner and sketch while the backward pass is at that layer, so that no two layers'
 gradients are ever held together.
 
-Behind its attention, the last decoder layer too sees supervised positions only, where it is of a kind known
-to allow it (`last_layer`).
+After its attention, the last decoder layer is run at supervised positions only as well, where it is of a kind
+known to allow it (`last_layer`).
 
 Gradients are formed in float32 whatever the model's precision (float64 for a float64 model).
 """
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from prism_assets.errors import UnsuitableSetting
 from prism_assets.gradients.batching import (
     Batch,
-    Example,
-    Progress,
+    OnBatch,
+    Tokenized,
     build_batch,
     check_examples,
 )
@@ -126,7 +126,7 @@ class GradientEngine:
         """Whether the model's weights are narrower than float32."""
         return self.layers[0].weight.dtype in (torch.float16, torch.bfloat16)
 
-    def mean_log_probs(self, examples: Sequence[Example]) -> np.ndarray:
+    def mean_log_probs(self, examples: Sequence[Tokenized]) -> np.ndarray:
         """s of each example, float64 [n], by forward passes alone."""
         self._check(examples)
         result = np.empty(len(examples))
@@ -137,11 +137,11 @@ class GradientEngine:
 
     def feature_rows(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Tokenized],
         *,
         sketch: Projection,
         preconditioner: Preconditioner | None = None,
-        progress: Progress | None = None,
+        progress: OnBatch | None = None,
     ) -> FeatureRows:
         """Sketched, preconditioned per-example gradients with their exact norms.
 
@@ -179,7 +179,7 @@ class GradientEngine:
         rows[[reason is not None for reason in refused]] = 0
         return FeatureRows(rows, norms, log_probs, gradient_norms, refused)
 
-    def per_example_gradients(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    def per_example_gradients(self, examples: Sequence[Tokenized]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Yields, batch by batch, the examples' positions [b] and g as parameter name -> [b, *shape].
 
         Holds a whole batch's gradients: for small numbers of examples.
@@ -200,7 +200,7 @@ class GradientEngine:
             yield batch.positions, gradients
 
     def weighted_gradient(
-        self, examples: Sequence[Example], weights: Sequence[float] | np.ndarray, *, training: bool = False
+        self, examples: Sequence[Tokenized], weights: Sequence[float] | np.ndarray, *, training: bool = False
     ) -> WeightedGradient:
         """The gradient of sum_j w_j s_j, summed over the examples inside the matrix products of the backward
         pass.
@@ -234,7 +234,7 @@ class GradientEngine:
         }
         return WeightedGradient(gradient, mean_log_probs)
 
-    def weighted_gradients(self, examples: Sequence[Example], weights: np.ndarray) -> list[dict[str, Tensor]]:
+    def weighted_gradients(self, examples: Sequence[Tokenized], weights: np.ndarray) -> list[dict[str, Tensor]]:
         """The gradients of K sums sum_j w_kj s_j, for weights [K, n], by one pass over the examples: parameter name ->
         float32 (float64) of the parameter's shape, for each k.
 
@@ -267,7 +267,7 @@ class GradientEngine:
         ]
 
     def directional_derivatives(
-        self, examples: Sequence[Example], direction: Mapping[str, Tensor], epsilon: float = 1e-2
+        self, examples: Sequence[Tokenized], direction: Mapping[str, Tensor], epsilon: float = 1e-2
     ) -> np.ndarray:
         """The derivative of each s along the *given* direction d (not its unit vector): <g, d>, float64 [n].
 
@@ -306,7 +306,7 @@ class GradientEngine:
                     self.parameters[name].copy_(value)
 
     def memory_need(self, lengths: Sequence[int]) -> Need:
-        """What gradient passes over examples of these lengths (`batching.context_length`) take, in bytes."""
+        """What gradient passes over examples of these lengths (`batching.tokens_read`) take, in bytes."""
         return self._runner.need(lengths)
 
     # One batch
@@ -356,13 +356,13 @@ class GradientEngine:
 
     # Many batches
 
-    def _check(self, examples: Sequence[Example]) -> None:
+    def _check(self, examples: Sequence[Tokenized]) -> None:
         longest = getattr(self._config, "max_position_embeddings", None)
         check_examples(examples, self.model.get_input_embeddings().num_embeddings, longest)
 
     def _run(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Tokenized],
         run_batch: Callable[[Batch], Result],
         *,
         backward: bool = True,

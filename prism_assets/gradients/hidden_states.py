@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from prism_assets.errors import TooLittleMemory
-from prism_assets.gradients.batching import Example, Progress, check_examples, default_token_budget, plan_batches
+from prism_assets.gradients.batching import OnBatch, Tokenized, check_examples, default_token_budget, plan_batches
 from prism_assets.gradients.memory import is_out_of_memory
 from prism_assets.gradients.transfer import HostCopy, a_batch_late, to_device
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def representations(
     model: PeftModel,
-    examples: Sequence[Example],
+    examples: Sequence[Tokenized],
     *,
     token_budget: int | None = None,
-    progress: Progress | None = None,
+    progress: OnBatch | None = None,
 ) -> np.ndarray:
     """r / ‖r‖ of each example, float32 [n, H].
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 from prism_assets.errors import TooLittleMemory
-from prism_assets.gradients.batching import Example, context_length, default_token_budget, plan_batches
+from prism_assets.gradients.batching import Tokenized, default_token_budget, plan_batches, tokens_read
 from prism_assets.gradients.memory import Activations, MemoryLimit, halves, is_out_of_memory, release_memory
 
 Result = TypeVar("Result")
@@ -45,12 +45,12 @@ class BatchRunner:
         self._fits_tokens: int | None = None  # padded tokens of a batch of several examples
         self._fits_kept: int | None = None  # tokens of an example that keeps its activations
 
-    def run(self, examples: Sequence[Example], run_batch: Run[Result], backward: bool) -> Iterator[Result]:
+    def run(self, examples: Sequence[Tokenized], run_batch: Run[Result], backward: bool) -> Iterator[Result]:
         """What `run_batch` gives, batch by batch. Raises MemoryError, naming the example, for one that does not fit."""
-        pending = list(reversed(plan_batches([context_length(example) for example in examples], self.token_budget)))
+        pending = list(reversed(plan_batches([tokens_read(example) for example in examples], self.token_budget)))
         while pending:
             positions = pending.pop()
-            width = context_length(examples[positions[0]])
+            width = tokens_read(examples[positions[0]])
             recompute = self._recomputes(positions, width) if backward else False
             if recompute is None or (len(positions) > 1 and _exceeds(len(positions) * width, self._fits_tokens)):
                 pending += halves(positions)
@@ -75,7 +75,7 @@ class BatchRunner:
                 raise self._too_long(positions[0], width)
 
     def need(self, lengths: Sequence[int]) -> Need:
-        """What gradient passes over examples of these lengths (`context_length`) take. Between the two figures batches
+        """What gradient passes over examples of these lengths (`tokens_read`) take. Between the two figures batches
         are halved and activations recomputed as memory asks for it."""
         batches = [(len(batch), lengths[batch[0]]) for batch in plan_batches(lengths, self.token_budget)]
         planned = (self._activations.needed(count, width, bool(self.recompute)) for count, width in batches)

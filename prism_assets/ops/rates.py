@@ -73,13 +73,13 @@ def measure(
     """
     import torch
 
-    from prism_assets.gradients.batching import context_length
+    from prism_assets.gradients.batching import tokens_read
     from prism_assets.gradients.memory import release_memory
     from prism_assets.reference.engine import gradient_engine
 
     with stage.adapted() as peft_model, torch.random.fork_rng(devices=[]):
         engine = gradient_engine(stage, peft_model)
-        need = engine.memory_need([context_length(one) for one in examples])
+        need = engine.memory_need([tokens_read(one) for one in examples])
         kept = _results(stage, engine, rows)
         generation = _generation_bytes(stage, engine, prompts)
         memory = _memory(stage, engine, max(need.planned + kept, generation), need.least + kept)
@@ -133,10 +133,10 @@ def _batches(
     stage: Stage, engine: "GradientEngine", examples: "Sequence[TokenizedExample]"
 ) -> "list[list[TokenizedExample]]":
     """The examples in the batches that the engine makes of them, those of different lengths in turn."""
-    from prism_assets.gradients.batching import context_length, default_token_budget, plan_batches
+    from prism_assets.gradients.batching import default_token_budget, plan_batches, tokens_read
 
     budget = stage.settings.features.token_budget or default_token_budget(engine.device)
-    planned = plan_batches([context_length(one) for one in examples], budget)
+    planned = plan_batches([tokens_read(one) for one in examples], budget)
     return [[examples[position] for position in planned[index]] for index in _spread(len(planned))]
 
 

@@ -23,7 +23,7 @@ from prism_assets.selection.pool import Pool, usable_rows
 if TYPE_CHECKING:
     import numpy as np
 
-    from prism_assets.gradients.batching import Example
+    from prism_assets.gradients.batching import Tokenized
 
 # Rows of a tier: a few batches' worth.
 TIER = 64
@@ -78,7 +78,7 @@ class ExactScorer:
         self._rates = relative_rates([one.mean_learning_rate for one in work.checkpoints])
         self._scale = work.stage.settings.selection.row_scale
 
-    def of(self, examples: "Sequence[Example]") -> "np.ndarray":
+    def of(self, examples: "Sequence[Tokenized]") -> "np.ndarray":
         """Scores float64 [n]; not finite where a gradient is unusable."""
         import numpy as np
 

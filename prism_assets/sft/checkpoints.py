@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from prism_assets.errors import TrainingDiverged, UnsuitableSetting
 
-Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last step)
+OnStep = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last step)
 
 
 class Checkpoint(NamedTuple):
@@ -75,7 +75,7 @@ class Recorder(TrainerCallback):
         model: PeftModel,
         names: dict[str, torch.nn.Parameter],
         at_steps: Sequence[int],
-        progress: Progress | None,
+        progress: OnStep | None,
     ):
         self._model, self._names, self._at_steps, self._progress = model, names, at_steps, progress
         self._loss = 0.0

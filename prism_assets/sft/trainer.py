@@ -33,11 +33,11 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, get_schedu
 
 from prism_assets.compat import TrainSampler, use_one_device
 from prism_assets.errors import StageError, UnsuitableSetting
-from prism_assets.gradients.batching import Example
+from prism_assets.gradients.batching import Tokenized
 from prism_assets.gradients.engine import GradientEngine
 from prism_assets.sft.checkpoints import (
     Checkpoint,
-    Progress,
+    OnStep,
     Recorder,
     checkpoint_steps,
     trainable_lora_names,
@@ -92,13 +92,13 @@ class TrainingResult(NamedTuple):
 
 def fine_tune(
     engine: GradientEngine,
-    examples: Sequence[Example],
+    examples: Sequence[Tokenized],
     training: Training,
     *,
     seed: int,
     checkpoints: int = 1,
     tracking: Tracking | None = None,
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
 ) -> TrainingResult:
     """Train the LoRA parameters of the engine's model in place, on the device that it is on.
 
@@ -180,7 +180,7 @@ def epoch_order(number: int, seed: int, epoch: int) -> list[int]:
 class _SftTrainer(TrainSampler, Trainer):
     """The Trainer with our order of data and the engine's gradients; batches are positions of examples."""
 
-    def prepare(self, engine: GradientEngine, examples: Sequence[Example], recorder: Recorder, *, seed: int) -> None:
+    def prepare(self, engine: GradientEngine, examples: Sequence[Tokenized], recorder: Recorder, *, seed: int) -> None:
         self._engine, self._examples, self._recorder, self._seed = engine, examples, recorder, seed
         self._names = {name: parameter for name, parameter in engine.parameters.items()}
         self._tokens = np.array([int(np.count_nonzero(example.loss_mask)) for example in examples])
@@ -279,7 +279,7 @@ def _training_state(model: PeftModel) -> Iterator[None]:
             model.config.use_cache = use_cache
 
 
-def _check_examples(examples: Sequence[Example]) -> None:
+def _check_examples(examples: Sequence[Tokenized]) -> None:
     if len(examples) == 0:
         raise ValueError("no examples to train on")
     for position, example in enumerate(examples):

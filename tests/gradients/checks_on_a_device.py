@@ -13,7 +13,7 @@ from simulated_device import SIM, simulated
 from test_engine import engine_gradients, llama_like, make_examples, make_model
 from transformers import LlamaConfig, Qwen3Config
 
-from prism_assets.gradients.batching import context_length, plan_batches
+from prism_assets.gradients.batching import plan_batches, tokens_read
 from prism_assets.gradients.engine import GradientEngine
 from prism_assets.gradients.hidden_states import representations
 from prism_assets.gradients.preconditioner import Moments, Preconditioner
@@ -21,7 +21,7 @@ from prism_assets.gradients.sketch import Sketch
 
 BUDGET = 26
 EXAMPLES = make_examples(8)
-BATCHES = len(plan_batches([context_length(example) for example in EXAMPLES], BUDGET))
+BATCHES = len(plan_batches([tokens_read(example) for example in EXAMPLES], BUDGET))
 LOOK = "aten._local_scalar_dense.default"  # a value asked for: `if (…).all()`
 COPY = "aten._to_copy.default"
 
