@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from prism_assets.corpus.encoding import encoder_of
-from prism_assets.errors import UnusableTargets
+from prism_assets.errors import LakeError, UnusableTargets
 from prism_assets.features.gradient_pass import GradientPass, gradient_pass
 from prism_assets.identity import target_of_split
 from prism_assets.metadata import preview
@@ -73,6 +73,20 @@ def make_anchors(work: GradientPass, targets: Artifact, name: str) -> Made:
     asked for.
     """
     return work.stage.make(anchors_recipe(work.stage, targets, name), lambda: _anchored(work, targets, name))
+
+
+def shown_anchors(stage: Stage, name: str) -> Artifact:
+    """The target examples that directions are to be made of.
+
+    Raises NotMadeYet where there are none, LakeError where they are those of earlier target files or settings.
+    """
+    found, targets = stage.shown("target_anchors", name), stage.shown("targets", name)
+    if found.fingerprint != anchors_recipe(stage, targets, name).fingerprint:
+        raise LakeError(
+            f"target_anchors of {name} are those of earlier target files or settings: materialise target_anchors "
+            "first, or run `prism run`."
+        )
+    return found
 
 
 def anchors_kind(stage: Stage, name: str) -> str | None:

@@ -8,6 +8,7 @@ from prism_assets.corpus.target_set import TargetSet, target_set
 from prism_assets.errors import StageError
 from prism_assets.features.blocks import per_checkpoint, refused_rows
 from prism_assets.features.gradient_pass import GradientPass, gradient_pass
+from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.metadata import preview
 from prism_assets.progress import Progress
 from prism_assets.project import Check, Project
@@ -47,7 +48,7 @@ def build(project: Project) -> dg.AssetsDefinition:
 
 def _target(work: GradientPass, name: str) -> Outcome:
     stage = work.stage
-    features, computed = make_target_features(work, stage.shown("target_anchors", name), name)
+    features, computed = make_target_features(work, shown_anchors(stage, name), name)
     stage.show(features, name)
     rows = stage.lake.read_table(features, ["id", "score", "norm", "refused"]).slice(0, 8)
     refused = features.notes["refused"]

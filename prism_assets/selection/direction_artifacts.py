@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prism_assets.corpus.target_set import target_set
 from prism_assets.errors import StageError
 from prism_assets.features.gradient_pass import GradientPass
+from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.gradients.vectors import norm
 from prism_assets.resources.lake import Artifact, Lake, Recipe, Tensors, digest
 from prism_assets.selection.curvature import correct, reads_sample
@@ -36,7 +37,7 @@ class DirectionInputs(NamedTuple):
 
 def shown_inputs(stage: Stage, name: str) -> DirectionInputs:
     """What the lake shows of a target now. Raises LakeError where something is missing or does not fit the rest."""
-    features, targets = stage.shown("target_features", name), stage.shown("target_anchors", name)
+    features, targets = stage.shown("target_features", name), shown_anchors(stage, name)
     require_made_of(features, targets)
     curvature = stage.shown("warmup_sample_features") if reads_sample(stage) else None
     return DirectionInputs(name, features, targets, stage.shown("eval_examples", name), curvature)

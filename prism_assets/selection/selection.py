@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import dagster as dg
 
 from prism_assets.errors import LakeError, SettingsError
+from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.identity import hidden_state_identity, split_key, target_of_split, within
 from prism_assets.metadata import column_lineage, picture, preview
 from prism_assets.project import Check, Project
@@ -205,7 +206,9 @@ def _shown_of(stage: Stage, target: str, version: str | None) -> OfTarget:
     """What the lake shows of a target, in a feature version (default: today's)."""
 
     def shown(table: str, strategy: str | None) -> Artifact:
-        if version is None or table == "target_anchors":
+        if table == "target_anchors":
+            return shown_anchors(stage, target) if version is None else stage.shown(table, target)
+        if version is None:
             return stage.shown(table, target, strategy)
         return stage.lake.require(table, target, within(version, strategy))
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.direction_artifacts import COMPARED, load_direction
 from prism_assets.selection.pool import Pool, indexed_pool
@@ -33,7 +34,7 @@ def trust_inputs(stage: Stage, name: str) -> TrustInputs:
         name,
         stage.shown("target_weights", name),
         {one: stage.shown("target_directions", name, one) for one in COMPARED},
-        stage.shown("target_anchors", name),
+        shown_anchors(stage, name),
         stage.shown("eval_examples", name),
         stage.shown("target_features", name),
     )

@@ -82,8 +82,8 @@ def test_targets_that_changed_are_seen_through_the_direction(project):
 
     steps = [step for step in steps_of("run") if step.title in ("Base model", "Candidates", "Targets")]
     project.run_steps(steps)
-    assert "plain/prism: target_features of plain are those of earlier target files" in found(project)["selection"]
-    assert "plain/prism-cover: target_features of plain are those of earlier" in found(project)["selection"]
+    assert "plain/prism: target_anchors of plain are those of earlier target files" in found(project)["selection"]
+    assert "plain/prism-cover: target_anchors of plain are those of earlier" in found(project)["selection"]
 
 
 def test_a_selection_that_is_missing_is_said_to_be(project):
