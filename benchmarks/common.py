@@ -14,7 +14,13 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.real_text import data_folder
 from prism_assets.corpus.encoder import Encoder, TokenizedExample
@@ -49,6 +55,14 @@ class ModelSize(NamedTuple):
     intermediate: int = 688
     layers: int = 8
     heads: int = 8
+    rank: int = 8
+    targets: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class PretrainedModel(NamedTuple):
+    """A folder that transformers loads, and the LoRA adapter that the model gets."""
+
+    folder: Path
     rank: int = 8
     targets: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -118,7 +132,7 @@ def train_tokenizer(records: Sequence[Record], vocabulary: int) -> PreTrainedTok
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, records: Iterable[Record], count: int
+    tokenizer: PreTrainedTokenizerBase, records: Iterable[Record], count: int
 ) -> tuple[list[Record], list[TokenizedExample]]:
     """The first `count` rows that fit MAX_LENGTH whole (so that every arm sees the same tokens)."""
     roomy = Encoder(tokenizer, max_length=64 * MAX_LENGTH)
@@ -173,7 +187,7 @@ def pretrain(model: LlamaForCausalLM, examples: Sequence[TokenizedExample], step
     model.eval()
 
 
-def adapt(base: LlamaForCausalLM, size: ModelSize, seed: int = 0) -> PeftModel:
+def adapt(base: PreTrainedModel, size: ModelSize | PretrainedModel, seed: int = 0) -> PeftModel:
     """The model with a LoRA adapter whose B is not zero, as after a warm-up."""
     torch.manual_seed(seed + 1)
     targets = size.targets if isinstance(size.targets, str) else list(size.targets)

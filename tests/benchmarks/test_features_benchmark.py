@@ -46,6 +46,51 @@ def test_features_prints_ratios_and_fidelity(capsys):
     assert fidelity["reranking"]["cost_over_gradient_pass"] > 0
 
 
+def test_a_pretrained_model_is_loaded_from_its_folder_with_its_own_template(tmp_path, capsys, monkeypatch):
+    records = common.generate_pool(40)
+    tokenizer = common.train_tokenizer(records, features.QUICK_MODEL.vocabulary)
+    tokenizer.chat_template = common.CHAT_TEMPLATE.replace("{{ message", "{{ '>>>>' }}{{ message", 1)
+    tokenizer.save_pretrained(tmp_path / "smollm2")
+    common.make_base(features.QUICK_MODEL).to(torch.bfloat16).save_pretrained(tmp_path / "smollm2")
+    timed, adapt = [], features.adapt
+    monkeypatch.setattr(features, "adapt", lambda base, kind: timed.append((base, kind)) or adapt(base, kind))
+    arguments = ["--models", "smollm2", "--models-folder", str(tmp_path)]
+    features.main([*arguments, "--quick", "--json", "--generated"])
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["models"]) == ["smollm2"]
+    figures = report["models"]["smollm2"]
+    ((base, kind),) = timed
+    assert base.dtype == torch.float32 and kind.folder == tmp_path / "smollm2"
+    assert figures["parameters"] == common.make_base(features.QUICK_MODEL).num_parameters()
+    assert figures["vocabulary"] == features.QUICK_MODEL.vocabulary and figures["rows"] == 4
+    assert figures["ratio_plain"] > 0 and figures["ratio_less"] > figures["ratio_less_without_projection"]
+    error = figures["fidelity"]["autograd_relative_error"]
+    assert error["fp32_from_fp64"] <= 1e-4 and 0 < error["autograd_fp32_from_fp64"] <= 1e-4
+    assert error["fp64"] <= 1e-9 and "sketch" not in figures["fidelity"]
+    pool = common.generate_pool(1000)
+    shuffled = [pool[index] for index in np.random.default_rng(0).permutation(len(pool))]
+    _, own = common.encode(tokenizer, shuffled, 4)
+    assert figures["mean_tokens"] == np.mean([len(example.input_ids) for example in own])
+    assert tokenizer.decode(own[0].input_ids).startswith(">>>>")
+
+
+def test_few_rows_of_a_pretrained_model_and_generated_models_alone_by_default(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(features, "benchmark", lambda models, *_: asked.append(models) or {})
+    (tmp_path / "gemma3_270m").mkdir()
+    (tmp_path / "gemma3_270m" / "config.json").touch()  # so that nothing is fetched
+    features.main(["--generated"])
+    features.main(["--generated", "--models", "gemma3_270m", "--models-folder", str(tmp_path), "--rounds", "3"])
+    features.main(["--generated", "--models", "gemma3_270m", "--models-folder", str(tmp_path), "--rows", "7"])
+    default, real, rows = asked
+    assert list(default) == list(features.MODELS)
+    assert all(options == features.Options() for _, options in default.values())
+    ((kind, options),) = real.values()
+    assert kind.folder == tmp_path / "gemma3_270m" and options.rounds == 3
+    assert options.rows == features.FEW_ROWS["rows"] and options.batch_sizes == (1, 2, 4)
+    assert rows["gemma3_270m"][1].rows == 7
+
+
 def test_peak_memory_of_an_arm(tmp_path, capsys):
     records = common.generate_pool(40)
     tokenizer = common.train_tokenizer(records, features.QUICK_MODEL.vocabulary)
