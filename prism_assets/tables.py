@@ -3,7 +3,7 @@
 Everything that is true of a table or of an asset is defined once, in this module: the schema that the catalogue
 promises, the scope that its heads are kept under, the asset that shows it, what of it `prism gc` may collect, which
 rows name other artefacts, which settings it reads, which job, step and condition make it. Plain data: no Dagster, no
-lake.
+lake. Longer than other modules, because it is one list.
 """
 
 from typing import TYPE_CHECKING

@@ -13,7 +13,7 @@ from prism_assets.resources.lake.recipe import digest
 from prism_assets.settings import STRATEGIES, Budget, Settings, TargetSettings, config_path, load_settings
 from prism_assets.settings.budget import parse_budget
 from prism_assets.settings.reference import settings_page
-from prism_assets.settings.schema import Section
+from prism_assets.settings.section import Section
 
 MINIMAL = {"targets": {"a": {"examples": "t.jsonl", "eval": "e.jsonl"}}}
 

@@ -13,7 +13,8 @@ gradients are ever held together.
 After its attention, the last decoder layer is run at supervised positions only as well, where it is of a kind
 known to allow it (`last_layer`).
 
-Gradients are formed in float32 whatever the model's precision (float64 for a float64 model).
+Gradients are formed in float32 whatever the model's precision (float64 for a float64 model). Longer than other modules:
+every kind of pass shares the preparation of the model, and differs in what is collected.
 """
 
 from __future__ import annotations

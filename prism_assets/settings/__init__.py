@@ -2,7 +2,8 @@
 
 from prism_assets.settings.budget import Budget
 from prism_assets.settings.load import config_path, from_mapping, load_settings
-from prism_assets.settings.schema import STRATEGIES, RowScale, Settings, TargetSettings
+from prism_assets.settings.method import RowScale, TargetSettings
+from prism_assets.settings.schema import STRATEGIES, Settings
 
 __all__ = [
     "STRATEGIES",

@@ -16,7 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from prism_assets.errors import SettingsError
-from prism_assets.settings.schema import Section, Settings, StorageSettings, TargetSettings
+from prism_assets.settings.method import TargetSettings
+from prism_assets.settings.schema import Settings, StorageSettings
+from prism_assets.settings.section import Section
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

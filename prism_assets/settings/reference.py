@@ -8,7 +8,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from prism_assets.settings.budget import Budget
-from prism_assets.settings.schema import Section, Settings, TargetSettings
+from prism_assets.settings.method import TargetSettings
+from prism_assets.settings.schema import Settings
+from prism_assets.settings.section import Section
 
 _HEAD = """# Settings
 
