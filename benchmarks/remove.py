@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("--repair-strategies", nargs="+", default=["prism", "less", "uniform"], choices=BASE_STRATEGIES)
     parser.add_argument("--pairs", type=int, default=24, help="of a kind")
     parser.add_argument("--held-out", type=int, default=24, help="of a kind")
-    parser.add_argument("--quick", action="store_true", help="about ten minutes: one model, mixture, share and seed")
+    parser.add_argument("--quick", action="store_true", help="one model, mixture, share and seed: 15 to 25 CPU minutes")
     parser.add_argument("--repair", action="store_true", help="fine-tune again on what is left")
     parser.add_argument("--folder", type=Path, default=Path("runs/models"), help="where the models are, or are put")
     parser.add_argument(
