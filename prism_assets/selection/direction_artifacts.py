@@ -53,13 +53,12 @@ class MadeDirections(NamedTuple):
 def make_directions(work: GradientPass, inputs: DirectionInputs, strategies: "Iterable[Strategy]") -> MadeDirections:
     """The direction of each strategy: t per checkpoint (unsketched, fp32), its sketch and norm, and the query.
 
-    Those that are not there yet are made by one pass over the target examples a checkpoint; its cost is noted in the
-    first of them.
+    They are made by one pass over the target examples a checkpoint; its cost is noted in the first of them. Last bits
+    depend on which are made together, so where one is missing all are computed: what a killed run left makes no
+    difference.
     """
-    lake = work.stage.lake
     needed = {strategy.name: _recipe(work.stage, inputs, strategy) for strategy in strategies}
-    missing = {name: weighted for name, (recipe, weighted) in needed.items() if lake.find(recipe) is None}
-    contents = cache(lambda: _directions(work, inputs, missing))
+    contents = cache(lambda: _directions(work, inputs, {name: weighted for name, (_, weighted) in needed.items()}))
     directions, computed = {}, 0
     for name, (recipe, _) in needed.items():
         made = work.stage.make(recipe, lambda n=name: contents()[n])

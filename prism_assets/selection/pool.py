@@ -203,13 +203,17 @@ class Pool:
         for one, mask in zip(self.segments, self.allowed, strict=True):
             features = self.lake.get("candidate_features", one.features)
             assert features is not None, one  # the pool was opened with it
-            norms.append(np.array(read_blocks(self.lake, features, ["norm"])["norm"].to_pylist())[mask])
-        found = np.concatenate(norms)
+            norms += [one for one, ranked in zip(self._norms(features), mask, strict=True) if ranked]
+        found = np.array(norms)
         if scale == "unit":
             return np.ones_like(found)
         if scale == "mean":
             return found
         return found * self.column("completion_tokens")["completion_tokens"].to_numpy()[:, None]
+
+    def _norms(self, features: Artifact) -> list[list[float]]:
+        """‖Γ‖ of each row of a shard at each checkpoint."""
+        return read_blocks(self.lake, features, ["norm"])["norm"].to_pylist()
 
     def shard_scores(self, query: "np.ndarray") -> "Mapping[str, np.ndarray]":
         """Inner products of a query with every row of every indexed shard, float32 [rows of the shard]."""

@@ -66,9 +66,9 @@ def _select(project: Project, stage: Stage, key: str) -> Outcome:
     strategy = STRATEGIES[name]
     made = make_selection(stage, strategy, selection_inputs(stage, target, strategy), key)
     stage.show(made.selection, key)
-    if made.removed is None:
+    if made.removed is None and stage.shown_or_none("removed", key) is not None:
         stage.retire("removed", key)
-    else:
+    elif made.removed is not None:
         stage.show(made.removed, key)
     return _outcome(project, stage, made)
 

@@ -101,7 +101,7 @@ def everything_made(lake, table):
 def test_every_asset_and_partition_is_materialised(finished):
     graph = finished.definitions.resolve_asset_graph()
     keys = [dg.AssetKey(name) for step in steps_of("run") for name in step.assets]
-    assert len(keys) == 14
+    assert len(keys) == 15
     for key in keys:
         if key == dg.AssetKey("trust"):  # costly: only by hand
             assert not finished.instance.get_materialized_partitions(key)
@@ -431,15 +431,16 @@ def test_seeds_are_separate_adapters_and_the_first_is_published(finished):
     )
 
 
-def test_pairs_get_a_temperature_from_the_base_models_margins(finished):
+def test_the_margins_of_the_base_model_are_stored_and_the_temperature_is_the_published_one(finished):
     records = pq.read_table(
         finished.lake.local(finished.lake.require("targets", "pairs", origin_version(finished)))
     ).to_pylist()
     model = plain_base(finished)
     margins = reference_scores(model, records) - reference_scores(model, records, "rejected_")
-    direction = finished.report["targets"]["pairs"]["direction"]
-    assert direction["temperature"] == pytest.approx(1.4826 * np.median(np.abs(margins)), rel=1e-4)
-    assert finished.report["targets"]["plain"]["direction"]["temperature"] == 1.0
+    version = scope_of(finished.lake, "candidate_index")
+    stored = pq.read_table(finished.lake.local(finished.lake.require("target_features", "pairs", version)))
+    np.testing.assert_allclose(stored["base_score"].to_numpy(), margins, rtol=1e-3, atol=1e-5)
+    assert {target["direction"]["temperature"] for target in finished.report["targets"].values()} == {1.0}
 
 
 def test_weights_in_the_report_are_those_of_the_scores(finished):
@@ -447,7 +448,7 @@ def test_weights_in_the_report_are_those_of_the_scores(finished):
         rows = target["direction"]["weights"]
         scores = np.array([row["score"] for row in rows])
         tau = target["direction"]["temperature"]
-        slope = np.exp(scores / tau) if name == "plain" else np.exp(-scores / tau) / (1 + np.exp(-scores / tau)) ** 2
+        slope = np.exp(scores / tau) if name == "plain" else 1 / (1 + np.exp(-scores / tau))
         weights = np.array([row["prism"] for row in rows])
         np.testing.assert_allclose(weights, slope / slope.sum(), rtol=1e-6)
         assert target["direction"]["effective_number_of_targets"]["prism"] == pytest.approx(1 / (weights**2).sum())
