@@ -13,7 +13,7 @@ from prism_assets.errors import DamagedArtifact
 from prism_assets.identity import feature_versions
 from prism_assets.ops.gc import collect, plan, runs_in_progress, what_is_current
 from prism_assets.resources.lake.lake import Lake
-from prism_assets.resources.lake.recipe import Recipe
+from prism_assets.resources.lake.recipe import Recipe, references
 from prism_assets.selection.selection import query_index
 
 HOUR = 3600.0
@@ -50,11 +50,23 @@ def everything(lake):
 
 
 def missing_above_heads(lake):
-    """Inputs of heads, and of what these were made from, that are not in the lake."""
-    missing = []
-    for head in lake.heads():
-        traced = trace(lake, lake.get(head["table"], head["fingerprint"]))
-        missing += [edge for one in traced["artifacts"] for edge in one["inputs"] if edge["missing"]]
+    """Inputs of heads, and of what these were made from, that are not in the lake. What was only looked at is to be
+    there, but not what that was made from."""
+    missing, seen = [], set()
+    waiting = [(head["table"], head["fingerprint"]) for head in lake.heads()]
+    while waiting:
+        key = waiting.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        for one in references(lake.get(*key)):
+            if one.table is None:
+                continue
+            above = (one.table, one.fingerprint)
+            if lake.get(*above) is None:
+                missing.append((key, one))
+            elif one.defines:
+                waiting.append(above)
     return missing
 
 
