@@ -37,6 +37,12 @@ _RECORDS = {
     **_TOKENS,
     **{"tokens": "INTEGER", "completion_tokens": "INTEGER"},
 }
+_RANKED = {
+    **{"rank": _WHOLE, "score": "FLOAT", "id": _TEXT, "shard": _TEXT, "row": _WHOLE, "source": _TEXT},
+    **{"record_id": _TEXT, "prompt": _TEXT, "completion": _TEXT, "messages": _TEXT},
+    **{"completion_tokens": "INTEGER"},
+    **_TOKENS,
+}
 _REJECTS = {"line": _WHOLE, "field": _TEXT, "reason": _TEXT, "excerpt": _TEXT}
 # What an adapter is judged by on held-out records.
 METRICS = ("target_preference", "mean_log_prob", "exact_match", "pair_accuracy", "margin", "choice_accuracy")
@@ -229,29 +235,8 @@ ASSETS: list[Asset] = [
         "selection",
         "prism_assets.selection.selection",
         (
-            Table(
-                "selection",
-                2,
-                columns={
-                    **{"rank": _WHOLE, "score": "FLOAT", "id": _TEXT, "shard": _TEXT, "row": _WHOLE, "source": _TEXT},
-                    **{"record_id": _TEXT, "prompt": _TEXT, "completion": _TEXT, "messages": _TEXT},
-                    **{"completion_tokens": "INTEGER"},
-                    **_TOKENS,
-                },
-                last_stays=True,
-            ),
-            Table(
-                "removed",
-                1,
-                columns={
-                    **{"rank": _WHOLE, "score": "FLOAT", "id": _TEXT, "shard": _TEXT, "row": _WHOLE, "source": _TEXT},
-                    **{"record_id": _TEXT, "prompt": _TEXT, "completion": _TEXT, "messages": _TEXT},
-                    **{"completion_tokens": "INTEGER"},
-                    **_TOKENS,
-                    "reason": _TEXT,
-                },
-                last_stays=True,
-            ),
+            Table("selection", 2, columns=_RANKED, last_stays=True),
+            Table("removed", 1, columns={**_RANKED, "reason": _TEXT}, last_stays=True),
             Table("hidden_states", 1),
         ),
         partitions="target_strategy",

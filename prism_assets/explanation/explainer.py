@@ -58,6 +58,7 @@ class Explainer:
         import numpy as np
 
         from prism_assets.explanation.parts import Explanation, TargetPart
+        from prism_assets.selection.direction import row_factors
 
         place, notes = self.places.find(example)
         if place.shard not in self.pool.shards:
@@ -75,10 +76,12 @@ class Explainer:
         if position is None and mixture is not None:
             raise CannotExplain(f"{place.id} is not of the mixture {mixture!r} that {self.target} removes rows from.")
         assert position is not None, place  # it counts, is indexed and was not refused
-        parts = self._contributions(stored, self.pool.row_factors(self.stage.settings.selection.row_scale)[position])
+        record = self._record(place.shard, place.row)
+        scale = self.stage.settings.selection.row_scale
+        factors = row_factors(scale, np.array([stored["norm"]]), np.array([record["completion_tokens"]]))
+        parts = self._contributions(stored, factors[0])
         score = float(self.pool.influence(self.side.query, remember=False)[position])
         exact, why_not = self._exact_score(place)
-        record = self._record(place.shard, place.row)
         total = float(parts.values.sum())
         order = np.argsort(-parts.values, kind="stable")
         texts = self.side.targets.select(["id", "prompt", "completion"]).to_pylist()
@@ -151,7 +154,8 @@ class Explainer:
 
     def _record(self, shard: str, row: int) -> dict[str, Any]:
         """What the candidate's file says."""
-        return self.pool.candidates(shard, ["line", "source", "prompt", "completion"]).slice(row, 1).to_pylist()[0]
+        columns = ["line", "source", "prompt", "completion", "completion_tokens"]
+        return self.pool.candidates(shard, columns).slice(row, 1).to_pylist()[0]
 
     def _contributions(self, stored: dict[str, Any], factors: "np.ndarray") -> "Contributions":
         """`factors` [C]: what the candidate's unit rows are multiplied with."""

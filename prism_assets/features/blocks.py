@@ -61,9 +61,16 @@ def vectors_of(table: "pa.Table") -> "np.ndarray":
     return values.reshape(len(column), column.type.list_size)
 
 
+def is_usable(table: "pa.Table") -> "np.ndarray":
+    """The mask [n] of the rows that have no reason in the column `refused`."""
+    import numpy as np
+
+    return np.array([reason is None for reason in table["refused"].to_pylist()], dtype=bool)
+
+
 def refused_rows(table: "pa.Table") -> int:
     """How many rows have a reason in the column `refused`."""
-    return sum(reason is not None for reason in table["refused"].to_pylist())
+    return int((~is_usable(table)).sum())
 
 
 def weighted_mean(pairs: Sequence[tuple[float | None, int]]) -> float | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import SettingsError
-from prism_assets.features.blocks import feature_table, vectors_of
+from prism_assets.features.blocks import feature_table, is_usable, vectors_of
 from prism_assets.features.gradient_pass import GradientPass
 from prism_assets.resources.lake import Artifact, Rows
 from prism_assets.stage import Stage
@@ -84,12 +84,12 @@ def _usable(stage: Stage, sample: Artifact) -> "np.ndarray":
     """Positions of the sample's rows with a usable gradient."""
     import numpy as np
 
-    refused = stage.lake.read_table(sample, ["refused"])["refused"].to_pylist()
-    usable = np.flatnonzero([reason is None for reason in refused])
+    table = stage.lake.read_table(sample, ["refused"])
+    usable = np.flatnonzero(is_usable(table))
     if not len(usable):
         raise SettingsError(
-            f"curvature.kind: the warm-up sample has {len(refused)} rows and none with a usable gradient "
-            f"(the first is refused because {refused[0]}), so there is no curvature to correct by. "
+            f"curvature.kind: the warm-up sample has {table.num_rows} rows and none with a usable gradient "
+            f"(the first is refused because {table['refused'][0].as_py()}), so there is no curvature to correct by. "
             "Set it to none, or raise warmup.share."
         )
     return usable

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from prism_assets.gradients.engine import GradientEngine
+    from prism_assets.settings import RowScale
 
 
 def target_vector(engine: "GradientEngine", targets: TargetSet, weights: np.ndarray) -> "dict[str, torch.Tensor]":
@@ -24,6 +25,14 @@ def target_vectors(
 ) -> "list[dict[str, torch.Tensor]]":
     """`target_vector` for several weightings [m] of the same targets, by one pass over them."""
     return engine.weighted_gradients(targets.examples, np.stack([targets.expand(one) for one in weights]))
+
+
+def row_factors(scale: "RowScale", norms: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """What candidates' unit gradients are multiplied with, float64 [n, C]: of `unit` one, of `mean` the norm [n, C] of
+    the gradient of the mean loss, of `sum` that times the supervised tokens [n]."""
+    if scale == "unit":
+        return np.ones_like(norms)
+    return norms if scale == "mean" else norms * tokens[:, None]
 
 
 def relative_rates(learning_rates: Sequence[float]) -> list[float]:

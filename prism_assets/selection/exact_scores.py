@@ -82,6 +82,9 @@ class ExactScorer:
         """Scores float64 [n]; not finite where a gradient is unusable."""
         import numpy as np
 
+        from prism_assets.selection.direction import row_factors
+
+        tokens = np.array([np.count_nonzero(example.loss_mask) for example in examples])
         scores = np.zeros(len(examples))
         for checkpoint, rate, length, product, preconditioner in zip(
             self.work.checkpoints, self._rates, self._lengths, self._products, self._preconditioners, strict=True
@@ -90,9 +93,7 @@ class ExactScorer:
             result = engine.feature_rows(examples, sketch=product, preconditioner=preconditioner)
             with np.errstate(invalid="ignore", divide="ignore"):
                 cosines = result.rows[:, 0].astype(np.float64) / (result.norms * length)
-            scores += rate * (cosines if self._scale == "unit" else cosines * result.norms)
-        if self._scale == "sum":
-            scores *= [np.count_nonzero(example.loss_mask) for example in examples]
+            scores += rate * cosines * row_factors(self._scale, result.norms[:, None], tokens)[:, 0]
         return scores
 
 

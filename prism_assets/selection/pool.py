@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from prism_assets.errors import LakeError, StageError, UnsuitableSetting
-from prism_assets.features.blocks import read_blocks
+from prism_assets.features.blocks import is_usable, read_blocks
 from prism_assets.features.index_parts import IndexedShard, indexed_shards, segment_part
 from prism_assets.identity import shard_name
 from prism_assets.resources.lake import Artifact
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from prism_assets.resources.index import SegmentedIndex
     from prism_assets.resources.lake import Lake
-    from prism_assets.settings import RowScale
     from prism_assets.stage import Stage
 
 # Columns of a selection that are those of its candidates.
@@ -183,10 +182,13 @@ class Pool:
         with what `selection.row_scale` makes of its length. No row is computed again."""
         import numpy as np
 
+        from prism_assets.selection.direction import row_factors
+
         scale = self.stage.settings.selection.row_scale
         if scale == "unit":
             return self.scores(query, remember)
-        factors = self.row_factors(scale)
+        tokens = self.column("completion_tokens")["completion_tokens"].to_numpy()
+        factors = row_factors(scale, np.array(self.stored("norm")), tokens)
         found = np.zeros(self.size)
         for checkpoint, factor in enumerate(factors.T):
             block = np.zeros((factors.shape[1], len(query) // factors.shape[1]), np.float32)
@@ -194,26 +196,15 @@ class Pool:
             found += factor * self.scores(block.reshape(-1), remember)
         return found.astype(np.float32)
 
-    def row_factors(self, scale: "RowScale") -> "np.ndarray":
-        """What each row's unit gradients are multiplied with, float64 [n, C]: of `mean` the norm of the gradient of the
-        mean loss, of `sum` that times the supervised tokens, of `unit` one. From what is stored of the rows."""
-        import numpy as np
-
-        norms = []
-        for one, mask in zip(self.segments, self.allowed, strict=True):
-            features = self.lake.get("candidate_features", one.features)
-            assert features is not None, one  # the pool was opened with it
-            norms += [one for one, ranked in zip(self._norms(features), mask, strict=True) if ranked]
-        found = np.array(norms)
-        if scale == "unit":
-            return np.ones_like(found)
-        if scale == "mean":
-            return found
-        return found * self.column("completion_tokens")["completion_tokens"].to_numpy()[:, None]
-
-    def _norms(self, features: Artifact) -> list[list[float]]:
-        """‖Γ‖ of each row of a shard at each checkpoint."""
-        return read_blocks(self.lake, features, ["norm"])["norm"].to_pylist()
+    def stored(self, name: str) -> list[list[float]]:
+        """A column of the stored features of all ranked rows: a number for each checkpoint."""
+        found = []
+        for segment, mask in zip(self.segments, self.allowed, strict=True):
+            features = self.lake.get("candidate_features", segment.features)
+            assert features is not None, segment  # the pool was opened with it
+            values = read_blocks(self.lake, features, [name])[name].to_pylist()
+            found += [one for one, ranked in zip(values, mask, strict=True) if ranked]
+        return found
 
     def shard_scores(self, query: "np.ndarray") -> "Mapping[str, np.ndarray]":
         """Inner products of a query with every row of every indexed shard, float32 [rows of the shard]."""
@@ -287,7 +278,7 @@ def usable_rows(lake: "Lake", segment: IndexedShard) -> "np.ndarray":
         )
     if not features.notes["refused"]:
         return np.ones(segment.rows, dtype=bool)
-    return np.array([reason is None for reason in read_blocks(lake, features, ["refused"])["refused"].to_pylist()])
+    return is_usable(read_blocks(lake, features, ["refused"]))
 
 
 def _canonical(row: Mapping) -> "np.ndarray":

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from prism_assets.features.blocks import read_blocks
 from prism_assets.reference.checkpoints import learning_rates
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.direction_artifacts import load_direction
@@ -57,13 +56,7 @@ class StrategyPool(Pool):
         """Mean log-probability of each ranked row at the last checkpoint, float64 [n], nats per token."""
         import numpy as np
 
-        parts = []
-        for one, mask in zip(self.segments, self.allowed, strict=True):
-            features = self.lake.get("candidate_features", one.features)
-            assert features is not None, one  # the pool was opened with it
-            stored = read_blocks(self.lake, features, ["mean_log_prob"])
-            parts.append(np.array([values[-1] for values in stored["mean_log_prob"].to_pylist()])[mask])
-        return np.concatenate(parts)
+        return np.array([values[-1] for values in self.stored("mean_log_prob")])
 
     def direction_scores(self) -> "np.ndarray":
         """Influence of each ranked row by PRISM's direction, float32 [n]."""

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from prism_assets.corpus.target_set import target_set
 from prism_assets.errors import LakeError, SettingsError
+from prism_assets.features.blocks import is_usable
 from prism_assets.resources.lake import Artifact
 from prism_assets.settings import Settings
 
@@ -53,7 +54,7 @@ def usable_targets(features: "pa.Table") -> "np.ndarray":
     """Positions [m'] of the target examples whose gradient was not refused."""
     import numpy as np
 
-    return np.flatnonzero([reason is None for reason in features["refused"].to_pylist()])
+    return np.flatnonzero(is_usable(features))
 
 
 def as_made(settings: Settings, weights: Artifact) -> Settings:

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from prism_assets.settings.budget import Budget, parse_budget
 from prism_assets.settings.section import Section
 
+GivenBudget = Annotated[Budget, BeforeValidator(parse_budget)]
 RowScale = Literal["unit", "mean", "sum"]
 
 
@@ -29,7 +30,7 @@ class TargetSettings(Section):
         "get rid of: the rows that raise the preference for the unwanted answers most are taken out, and the rest is "
         "what is fine-tuned on. Records name the wanted answer as wanted in both.",
     )
-    budget: Annotated[Budget, BeforeValidator(parse_budget)] | None = Field(
+    budget: GivenBudget | None = Field(
         default=None,
         description="How much is selected, or removed, for this target; a share is one of the mixture where one is "
         "named; null: selection.budget.",
@@ -100,7 +101,7 @@ class CurvatureSettings(Section):
 class SelectionSettings(Section):
     """How the ranking is cut."""
 
-    budget: Annotated[Budget, BeforeValidator(parse_budget)] = Field(
+    budget: GivenBudget = Field(
         default=Budget(kind="share", amount=0.05),
         description="How much is selected: 500 (rows), 5% (of canonical live rows) or 200k tokens (of completions).",
     )
