@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from prism_assets.gradients.batching import Tokenized
+    from prism_assets.settings import RowScale
 
 # Rows of a tier: a few batches' worth.
 TIER = 64
@@ -76,7 +77,7 @@ class ExactScorer:
         self._preconditioners = [work.preconditioner(one) for one in work.checkpoints]
         self._lengths = [norm(vector) for vector in vectors]
         self._rates = relative_rates([one.mean_learning_rate for one in work.checkpoints])
-        self._scale = work.stage.settings.selection.row_scale
+        self._scale: RowScale = work.stage.settings.selection.row_scale
 
     def of(self, examples: "Sequence[Tokenized]") -> "np.ndarray":
         """Scores float64 [n]; not finite where a gradient is unusable."""
