@@ -8,7 +8,15 @@ from typing import NamedTuple, TypeVar
 
 from prism_assets.errors import TooLittleMemory
 from prism_assets.gradients.batching import Tokenized, default_token_budget, plan_batches, tokens_read
-from prism_assets.gradients.memory import Activations, MemoryLimit, halves, is_out_of_memory, release_memory
+from prism_assets.gradients.memory import (
+    TRIMMED_BYTES,
+    Activations,
+    MemoryLimit,
+    halves,
+    is_out_of_memory,
+    release_memory,
+    trim_heap,
+)
 
 Result = TypeVar("Result")
 Run = Callable[[list[int], bool], Result]  # (positions of a batch's examples, whether to recompute activations)
@@ -24,8 +32,9 @@ class Need(NamedTuple):
 class BatchRunner:
     """Plans batches under a token budget, and halves or recomputes those that need more memory than there is.
 
-    recompute: always (True), never (False), or (None) where an example that is alone in its batch would not fit
-    otherwise. `measure` says what a pass keeps; it is asked once. What ran out of memory in spite of the plan is
+    recompute: always (True), never (False), or (None) for an example that is alone in its batch and either has more
+    tokens than the budget, so that no pass keeps more than a batch of the budget does, or would not fit otherwise.
+    `measure` says what a pass keeps; it is asked once. What ran out of memory in spite of the plan is
     remembered, and later batches keep to the size that fitted.
     """
 
@@ -62,6 +71,8 @@ class BatchRunner:
                     raise
                 result = None
             if result is not None:
+                if backward and self.device.type == "cpu":
+                    self._trim(len(positions), width, recompute)
                 yield result
                 continue
             release_memory(self.device)
@@ -78,7 +89,9 @@ class BatchRunner:
         """What gradient passes over examples of these lengths (`tokens_read`) take. Between the two figures batches
         are halved and activations recomputed as memory asks for it."""
         batches = [(len(batch), lengths[batch[0]]) for batch in plan_batches(lengths, self.token_budget)]
-        planned = (self._activations.needed(count, width, bool(self.recompute)) for count, width in batches)
+        planned = (
+            self._activations.needed(count, width, self._is_planned_recomputed(count, width)) for count, width in batches
+        )
         least = self._activations.needed(1, max(lengths, default=1), self.recompute is not False)
         return Need(max(planned, default=least), least)
 
@@ -90,7 +103,9 @@ class BatchRunner:
         """Whether a batch must recompute its activations to fit; None for a batch that must be halved."""
         count = len(positions)
         free_to_choose = self.recompute is None and self._activations.layers > 0
-        recompute = (count == 1 and _exceeds(width, self._fits_kept)) if free_to_choose else bool(self.recompute)
+        recompute = self._is_planned_recomputed(count, width) or (
+            free_to_choose and count == 1 and _exceeds(width, self._fits_kept)
+        )
         if self.memory.fits(self._activations.needed(count, width, recompute)):
             return recompute
         if count > 1:
@@ -99,6 +114,16 @@ class BatchRunner:
         if free_to_choose and self.memory.fits(needed):
             return True
         raise self._too_long(positions[0], width, needed)
+
+    def _trim(self, count: int, width: int, recompute: bool) -> None:
+        if self._activations.needed(count, width, recompute) > TRIMMED_BYTES:
+            trim_heap()
+
+    def _is_planned_recomputed(self, count: int, width: int) -> bool:
+        """Whether a batch recomputes its activations even where memory would do."""
+        if self.recompute is None:
+            return self._activations.layers > 0 and count == 1 and width > self.token_budget
+        return self.recompute
 
     def _too_long(self, position: int, width: int, needed: float | None = None) -> TooLittleMemory:
         free = max(self.memory.free(), 0)
