@@ -305,7 +305,7 @@ ASSETS: list[Asset] = [
     Asset(
         "trust",
         "prism_assets.trust.trust",
-        (Table("trust", 1, "features"),),
+        (Table("trust", 2, "features"),),
         partitions="target",
         reads=("trust", "preference", "training", "features", "model"),
         job="check_trust",

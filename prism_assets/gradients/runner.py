@@ -89,10 +89,9 @@ class BatchRunner:
         """What gradient passes over examples of these lengths (`tokens_read`) take. Between the two figures batches
         are halved and activations recomputed as memory asks for it."""
         batches = [(len(batch), lengths[batch[0]]) for batch in plan_batches(lengths, self.token_budget)]
-        planned = (
-            self._activations.needed(count, width, self._is_planned_recomputed(count, width)) for count, width in batches
-        )
-        least = self._activations.needed(1, max(lengths, default=1), self.recompute is not False)
+        keeps = self._activations
+        planned = (keeps.needed(count, width, self._is_planned_recomputed(count, width)) for count, width in batches)
+        least = keeps.needed(1, max(lengths, default=1), self.recompute is not False)
         return Need(max(planned, default=least), least)
 
     @cached_property

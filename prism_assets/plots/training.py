@@ -125,40 +125,44 @@ def first_order_gains(first_order: Mapping[str, Any]) -> bytes:
 
 
 def growing_steps(growing: Mapping[str, Any]) -> bytes:
-    """Change of J by the size of the step, predicted (dashed) and measured (solid), both axes logarithmic.
+    """Changes of J and of the held-out score by the size of the step, predicted (dashed) and measured (solid), all axes
+    logarithmic.
 
-    `growing`: `probe_step` (the unit of the sizes), `needed` (the size that is asked for), and per direction a list
-    of `{"size", "predicted", "measured"}`. A change that is not positive has no place on the axis and is left out.
+    `growing`: `probe_step` (the unit of the sizes), `needed` (the size that is asked for), `pairs` (whether the
+    held-out score is a margin), and per direction a list of `{"size", "predicted", "measured", "held_out_predicted",
+    "held_out_measured"}`. A change that is not positive has no place on the axis and is left out.
     """
-    unit = growing["probe_step"]
+    score = "mean margin" if growing.get("pairs") else "mean log-probability"
     with rc_context(STYLE):
-        figure, axes = new_figure(5.4, 3.3)
-        sizes = set()
-        for name in ("prism", "uniform"):
-            for kind, style in (("predicted", "--"), ("measured", "-")):
-                points = [(step["size"] / unit, step[kind]) for step in growing.get(name) or [] if step[kind] > 0]
-                if points:
-                    sizes |= {size for size, _ in points}
-                    label = name if kind == "measured" else None
-                    axes.plot(*zip(*points, strict=True), style, color=color_of(name, 0), label=label, marker=".")
-        if sizes:
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(sorted(sizes), [f"{size:g}" for size in sorted(sizes)])
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.axvline(growing["needed"] / unit, color=MUTED, linewidth=1, linestyle=":", label="a training step")
-            axes.legend(loc="upper left")
-        else:
-            show_no_values(axes)
-        finish(
-            axes,
-            "Change of J after steps of growing size",
-            "size in probe steps (dashed: predicted)",
-            "change of J",
-            grid="y",
-        )
+        figure = Figure(figsize=(9.0, 3.3), dpi=DPI, layout="constrained")
+        panels = figure.subplots(1, 2)
+        _growth(panels[0], growing, "", "Change of J after steps of growing size", "change of J")
+        _growth(panels[1], growing, "held_out_", "Held-out records", f"change of the {score}")
         return canvas.png(figure)
+
+
+def _growth(axes: Any, growing: Mapping[str, Any], prefix: str, title: str, ylabel: str) -> None:
+    unit = growing["probe_step"]
+    sizes = set()
+    for position, name in enumerate(name for name, steps in growing.items() if isinstance(steps, list)):
+        for kind, style in (("predicted", "--"), ("measured", "-")):
+            known = [(step["size"] / unit, step.get(prefix + kind, 0.0)) for step in growing[name]]
+            points = [(size, change) for size, change in known if change > 0]
+            if points:
+                sizes |= {size for size, _ in points}
+                label = name if kind == "measured" else None
+                axes.plot(*zip(*points, strict=True), style, color=color_of(name, position), label=label, marker=".")
+    if sizes:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sorted(sizes), [f"{size:g}" for size in sorted(sizes)])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.axvline(growing["needed"] / unit, color=MUTED, linewidth=1, linestyle=":", label="a training step")
+        axes.legend(loc="upper left")
+    else:
+        show_no_values(axes)
+    finish(axes, title, "size in probe steps (dashed: predicted)", ylabel, grid="y")
 
 
 def predicted_and_measured(rows: Sequence[Mapping[str, Any]], *, title: str, xlabel: str) -> bytes:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from prism_assets.features.gradient_pass import GradientPass
 from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.resources.lake import Artifact
-from prism_assets.selection.direction_artifacts import COMPARED, load_direction
+from prism_assets.selection.direction_artifacts import COMPARED, load_direction, make_directions, shown_inputs
 from prism_assets.selection.pool import Pool, indexed_pool
+from prism_assets.selection.strategies import STRATEGIES
 from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 # What a training step and the fine-tunings on subsets depend on; length and accumulation are their own.
 TRAINING_SETTINGS = {"learning_rate", "batch_size", "scheduler", "warmup_ratio", "weight_decay"}
+# Our former weighting of pairs, whose objective is another one: how far does it raise the published J?
+STEPPED = ("prism-sigmoid",)
 
 
 class TrustInputs(NamedTuple):
@@ -23,17 +27,24 @@ class TrustInputs(NamedTuple):
     name: str
     weights: Artifact
     directions: dict[str, Artifact]
+    # Directions along which nothing is measured but steps of growing size: of pairs the former weighting.
+    stepped: dict[str, Artifact]
     targets: Artifact
     eval_examples: Artifact
     features: Artifact
 
 
-def trust_inputs(stage: Stage, name: str) -> TrustInputs:
-    """What the lake shows of a target now. Raises NotMadeYet."""
+def trust_inputs(work: GradientPass, name: str) -> TrustInputs:
+    """What the lake shows of a target now; a direction that is stepped along alone is made where it is missing. Raises
+    NotMadeYet."""
+    stage = work.stage
+    weights = stage.shown("target_weights", name)
+    stepped = [STRATEGIES[one] for one in STEPPED] if weights.notes["kind"] == "pairs" else []
     return TrustInputs(
         name,
-        stage.shown("target_weights", name),
+        weights,
         {one: stage.shown("target_directions", name, one) for one in COMPARED},
+        make_directions(work, shown_inputs(stage, name), stepped).by_strategy,
         shown_anchors(stage, name),
         stage.shown("eval_examples", name),
         stage.shown("target_features", name),

@@ -80,9 +80,9 @@ def measure(
         "checkpoints": len(work.checkpoints),
         "kind": probe.kind,
         "usable_targets": probe.targets.size,
-        "held_out_rows": len(probe.held_out),
+        "held_out_rows": probe.held_out.size,
         "random_steps": _random_steps(record, work, probe, lengths),
-        "growing_steps": _growing_steps(record, inputs, probe, vectors, training_step * singles["largest_cosine"]),
+        "growing_steps": _growing_steps(record, work, inputs, probe, training_step * singles["largest_cosine"]),
         "single_steps": singles,
         "datamodel": None,
     }
@@ -95,8 +95,9 @@ def _probe(work: GradientPass, inputs: TrustInputs, engine: "GradientEngine") ->
     """The usable targets, and at most `trust.held_out` held-out records, drawn at random."""
     lake, settings = work.stage.lake, work.stage.settings
     usable = usable_targets(lake.read_table(inputs.features, ["refused"]))
-    held_out = target_set(lake.read_table(inputs.eval_examples))
-    drawn = np.sort(np.random.default_rng(settings.trust.seed).permutation(held_out.size)[: settings.trust.held_out])
+    held_out = lake.read_table(inputs.eval_examples)
+    order = np.random.default_rng(settings.trust.seed).permutation(held_out.num_rows)
+    drawn = np.sort(order[: settings.trust.held_out])
     notes = inputs.weights.notes
     rows = lake.read_table(inputs.targets).take(usable)
     targets = target_set(rows)
@@ -105,7 +106,7 @@ def _probe(work: GradientPass, inputs: TrustInputs, engine: "GradientEngine") ->
         targets,
         notes["kind"],
         notes["temperature"],
-        [held_out.examples[row] for row in drawn],
+        target_set(held_out.take(drawn)),
         tokens_counted(as_made(settings, inputs.weights), rows, targets.pairs),
     )
 
@@ -142,17 +143,29 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _growing_steps(
-    record: Record, inputs: TrustInputs, probe: Probe, vectors: Mapping[str, Any], needed: float
+    record: Record, work: GradientPass, inputs: TrustInputs, probe: Probe, needed: float
 ) -> dict[str, Any]:
     unit = inputs.weights.notes["first_order"]["step"]
-    gradient = probe.gradient()  # not the PRISM direction, which may have been corrected for curvature
-    notes: dict[str, Any] = {"probe_step": unit, "needed": needed}
+    # ∇J, not the PRISM direction, which may have been corrected for curvature
+    slopes = measures.Slopes(probe.gradient(), probe.held_out_gradient())
+    notes: dict[str, Any] = {"probe_step": unit, "needed": needed, "pairs": probe.held_out.pairs}
     sizes = [unit * multiple for multiple in measures.STEP_MULTIPLES]
     with record.timed("growing_steps"):
-        for name, vector in vectors.items():
-            notes[name] = measures.growing_steps(probe, vector, gradient, sizes)
+        for name, direction in {**inputs.directions, **inputs.stepped}.items():
+            along = load_direction(work.stage.lake, direction).vectors[-1]
+            notes[name] = measures.growing_steps(probe, along, slopes, sizes)
             for multiple, step in zip(measures.STEP_MULTIPLES, notes[name], strict=True):
-                record.add("growing_step", f"{multiple:g}", name, **step)
+                numbers = {key: step[key] for key in ("size", "predicted", "measured", "held_out")}
+                record.add("growing_step", f"{multiple:g}", name, **numbers)
+                predicted, measured = step["held_out_predicted"], step["held_out_measured"]
+                record.add(
+                    "growing_step_held_out",
+                    f"{multiple:g}",
+                    name,
+                    size=step["size"],
+                    predicted=predicted,
+                    measured=measured,
+                )
     return notes
 
 

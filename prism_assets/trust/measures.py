@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from prism_assets.selection.direction import TargetSet, Vector, first_order_gain, inner, norm, target_vector
+from prism_assets.selection.direction import TargetSet, Vector, inner, norm, target_vector
 from prism_assets.selection.preference import PreferenceWeights, TargetKind, preference_weights
 from prism_assets.stats.ranks import flipped_share, spearman
 
@@ -38,13 +38,13 @@ class Objectives(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Targets and held-out examples under the parameters that the engine has at the moment."""
+    """Targets and held-out records under the parameters that the engine has at the moment."""
 
     engine: "GradientEngine"
     targets: TargetSet
     kind: TargetKind
     temperature: float
-    held_out: Sequence[Any]  # tokenised examples
+    held_out: TargetSet
     tokens: np.ndarray | float = (
         1.0  # [m] what makes preference scores of mean log-probabilities: 1, or supervised tokens
     )
@@ -58,7 +58,8 @@ class Probe(NamedTuple):
         """What the model makes of targets and held-out examples now, and the targets' weights [m]."""
         with self.engine.single_precision():
             scores = self._scores()
-            held_out = float(np.mean(self.engine.mean_log_probs(self.held_out)))
+            wanted = self.held_out.examples[: self.held_out.size]
+            held_out = float(np.mean(self.engine.mean_log_probs(wanted)))
         preference = self._preference(scores)
         return Objectives(preference.objective, float(scores.mean()), held_out), preference.weights
 
@@ -72,6 +73,11 @@ class Probe(NamedTuple):
             now = self._preference(self._scores())
             raw = target_vector(self.engine, self.targets, now.weights * self.tokens)
         return {name: tensor * np.exp(now.log_z) for name, tensor in raw.items()}
+
+    def held_out_gradient(self) -> Vector:
+        """The gradient of the mean held-out score: of pairs the mean margin, else the mean log-probability."""
+        with self.engine.single_precision():
+            return target_vector(self.engine, self.held_out, np.full(self.held_out.size, 1 / self.held_out.size))
 
     def _scores(self) -> np.ndarray:
         return self.targets.scores(self.engine.mean_log_probs(self.targets.examples)) * self.tokens
@@ -118,21 +124,38 @@ def weight_stability(probe: Probe, directions: Iterable[Vector], length: float) 
 # -- steps of growing size ---------------------------------------------------------------------------------------
 
 
-def growing_steps(probe: Probe, along: Vector, gradient: Vector, sizes: Sequence[float]) -> list[dict[str, float]]:
-    """Predicted and measured change of J, and of the held-out mean log-probability, after steps along one direction.
+class Slopes(NamedTuple):
+    """What first order predicts by."""
 
-    `gradient` is ∇J. One entry a size: `size`, `predicted`, `measured`, `held_out`.
+    objective: Vector  # ∇J
+    held_out: Vector  # of the mean held-out score (`Probe.held_out_gradient`)
+
+
+def growing_steps(probe: Probe, along: Vector, slopes: Slopes, sizes: Sequence[float]) -> list[dict[str, float]]:
+    """Predicted and measured changes after steps along one direction.
+
+    One entry a size: `size`; `predicted` and `measured`, of J; `held_out_predicted` and `held_out_measured`, of the
+    mean held-out score (of pairs the margin, else the log-probability); `held_out`, measured, of the held-out mean
+    log-probability.
     """
-    now, _ = probe.look()
-    before = (now.prism, now.held_out)
+
+    def look() -> tuple[float, float, float]:
+        log_probs = probe.engine.mean_log_probs(probe.held_out.examples)
+        scores = probe.held_out.scores(log_probs)
+        return probe.weights().objective, float(scores.mean()), float(log_probs[: probe.held_out.size].mean())
+
+    length = norm(along)
+    unit = {name: tensor / length for name, tensor in along.items()}
+    slope, held_out_slope = (inner(one, unit) for one in slopes)
     steps = []
-    for size in sizes:
-        with probe.engine.single_precision():
-            gain = first_order_gain(
-                probe.engine, along, gradient, size, probe.objective, probe.targets, probe.held_out, before
-            )
-        held_out = gain.held_out_mean_log_prob
-        steps.append({"size": size, "predicted": gain.predicted, "measured": gain.measured, "held_out": held_out})
+    with probe.engine.single_precision():
+        before = look()
+        for size in sizes:
+            with probe.engine.step(unit, size):
+                objective, score, log_prob = (now - then for now, then in zip(look(), before, strict=True))
+            predictions = {"predicted": size * slope, "held_out_predicted": size * held_out_slope}
+            measured = {"measured": objective, "held_out_measured": score, "held_out": log_prob}
+            steps.append({"size": size, **predictions, **measured})
     return steps
 
 

@@ -60,7 +60,7 @@ def _measure_target(work: GradientPass, name: str) -> Outcome:
     from prism_assets.trust.measurement import measure
 
     stage = work.stage
-    inputs = trust_inputs(stage, name)
+    inputs = trust_inputs(work, name)
     tried = tried_candidates(stage, inputs)
 
     def measured() -> Rows:
@@ -89,6 +89,7 @@ def _recipe(stage: Stage, inputs: TrustInputs, tried: "tuple[pa.Table, pa.Table]
         },
         {
             **inputs.directions,
+            **inputs.stepped,
             "weights": inputs.weights,
             "targets": inputs.targets,
             "eval_examples": inputs.eval_examples,

@@ -86,33 +86,52 @@ def _stable(steps: Mapping[str, Any], single: Mapping[str, Any], agreement: floa
     return False, said + f", below {LEAST_AGREEMENT}: the weights are still changing. Warm up for longer."
 
 
-def reach(steps: Sequence[Mapping[str, float]]) -> float:
+def reach(steps: Sequence[Mapping[str, float]], of: str = "") -> float:
     """The largest size up to which measured over predicted lies within `FIRST_ORDER_RATIO` at every step; 0 where at
-    none."""
+    none. of: `held_out_` for the held-out score in place of J."""
     reached = 0.0
     for step in sorted(steps, key=lambda one: one["size"]):
-        predicted = step["predicted"]
-        if not predicted or not FIRST_ORDER_RATIO[0] <= step["measured"] / predicted <= FIRST_ORDER_RATIO[1]:
+        predicted = step[f"{of}predicted"]
+        if not predicted or not FIRST_ORDER_RATIO[0] <= step[f"{of}measured"] / predicted <= FIRST_ORDER_RATIO[1]:
             break
         reached = step["size"]
     return reached
 
 
 def _reaches(growing: Mapping[str, Any]) -> tuple[bool, str]:
-    reached = {name: reach(growing[name]) for name in ("prism", "uniform")}
     needed, unit = growing["needed"], growing["probe_step"]
-    passed = reached["prism"] >= needed
+    names = [name for name, steps in growing.items() if isinstance(steps, list)]
+    passed = reach(growing["prism"]) >= needed
+
+    def agreed(of: str) -> str:
+        counts = {name: reach(growing[name], of) / unit for name in names}
+        return _listed([f"{n:g} probe step{'' if n == 1 else 's'} along {name}" for name, n in counts.items()])
+
+    changes = _listed([f"{_change(growing[name], unit)} along {name}" for name in names])
+
+    score = "margin" if growing["pairs"] else "log-probability"
     said = (
-        f"Measured and predicted change of J agree within a factor of two up to {reached['prism'] / unit:g} probe "
-        f"steps along prism and {reached['uniform'] / unit:g} along uniform"
+        f"Measured and predicted change of J agree within a factor of two up to {agreed('')}, and those of the mean "
+        f"held-out {score} up to {agreed('held_out_')}. One probe step changes it by {changes}"
     )
     goes = f"a training step on the best candidate goes {needed / unit:.1f} along prism"
     if passed:
         return True, f"{said}; {goes}."
     return False, (
-        f"{said}, but {goes}: scores describe less than one such step. Lower training.learning_rate, or trust the "
+        f"{said}; but {goes}: scores describe less than one such step. Lower training.learning_rate, or trust the "
         "comparison of strategies on held-out data more than the scores."
     )
+
+
+def _change(steps: Sequence[Mapping[str, float]], unit: float) -> str:
+    """`+0.012 (predicted +0.010)`, after the step whose size is the unit."""
+    step = min(steps, key=lambda one: abs(one["size"] - unit))
+    measured, predicted = (f"{step[f'held_out_{one}']:+.2g}".replace("-", "−") for one in ("measured", "predicted"))
+    return f"{measured} (predicted {predicted})"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(", ".join(parts).rsplit(", ", 1))
 
 
 def _single(single: Mapping[str, Any]) -> tuple[bool | None, str]:

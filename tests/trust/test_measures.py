@@ -13,6 +13,7 @@ from prism_assets.gradients.preconditioner import Moments, Preconditioner
 from prism_assets.selection.direction import TargetSet, target_vector
 from prism_assets.trust.measures import (
     Probe,
+    Slopes,
     growing_steps,
     random_directions,
     single_candidate_steps,
@@ -66,7 +67,8 @@ def tiny_model(dtype):
 
 def probe_of(engine, kind="plain", temperature=0.7):
     pairs = kind == "pairs"
-    return Probe(engine, TargetSet(TARGETS, 3 if pairs else 6, pairs), kind, temperature, HELD_OUT)
+    held_out = TargetSet(HELD_OUT, 2 if pairs else 4, pairs)
+    return Probe(engine, TargetSet(TARGETS, 3 if pairs else 6, pairs), kind, temperature, held_out)
 
 
 # The slow way: transformers' own forward pass, one example at a time, differentiable.
@@ -94,7 +96,8 @@ def slow_outcome(engine, kind="plain", temperature=0.7):
     """J, mean score and held-out mean log-probability."""
     scores = slow_scores(engine, kind)
     objective = slow_phi(scores, kind, temperature)
-    held_out = torch.stack([slow_score(engine, example) for example in HELD_OUT]).mean()
+    wanted = HELD_OUT[:2] if kind == "pairs" else HELD_OUT
+    held_out = torch.stack([slow_score(engine, example) for example in wanted]).mean()
     return objective.mean(), scores.mean(), held_out
 
 
@@ -155,7 +158,7 @@ def test_a_half_precision_model_is_measured_in_single_precision():
     engine = GradientEngine(model)
     outcome, _ = probe_of(engine).look()
     direction = next(random_directions(engine.parameter_shapes, 1, seed=0))
-    (step,) = growing_steps(probe_of(engine), direction, direction, [0.5])
+    (step,) = growing_steps(probe_of(engine), direction, Slopes(direction, direction), [0.5])
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
     half = numbers(slow_outcome(engine))
     model.float()
@@ -196,20 +199,38 @@ def test_flips_are_those_of_weights_formed_anew_at_the_moved_parameters(engine, 
     assert still.flipped == [0, 0, 0]
 
 
-def test_growing_steps_are_predicted_by_autograd_and_measured_by_hand(engine):
-    probe = probe_of(engine)
-    gradient = slow_gradient(engine, lambda: slow_outcome(engine)[0])
-    along = target_vector(engine, probe.targets, np.full(6, 1 / 6))
-    steps = growing_steps(probe, along, gradient, [0.001, 0.05, 1.0])
+def slow_held_out(engine, kind):
+    """The mean held-out margin of pairs, else the mean log-probability."""
+    scores = torch.stack([slow_score(engine, example) for example in HELD_OUT])
+    return (scores[:2] - scores[2:]).mean() if kind == "pairs" else scores.mean()
+
+
+@pytest.mark.parametrize("kind", ["plain", "pairs"])
+def test_growing_steps_are_predicted_by_autograd_and_measured_by_hand(engine, kind):
+    probe = probe_of(engine, kind)
+    slopes = Slopes(probe.gradient(), probe.held_out_gradient())
+    expected = [
+        slow_gradient(engine, lambda: slow_outcome(engine, kind)[0]),
+        slow_gradient(engine, lambda: slow_held_out(engine, kind)),
+    ]
+    along = target_vector(engine, probe.targets, np.full(probe.targets.size, 1 / probe.targets.size))
+    steps = growing_steps(probe, along, slopes, [0.001, 0.05, 1.0])
     length = float(torch.cat([one.flatten() for one in along.values()]).norm())
-    slope = sum(float((gradient[name] * along[name]).sum()) for name in along) / length
-    before = numbers(slow_outcome(engine))
+    slope, held_out_slope = (sum(float((one[name] * along[name]).sum()) for name in along) / length for one in expected)
+
+    def look():
+        with torch.no_grad():
+            return [*numbers(slow_outcome(engine, kind)), slow_held_out(engine, kind).item()]
+
+    before = look()
     for step in steps:
-        with Moved(engine, along, step["size"] / length), torch.no_grad():
-            after = numbers(slow_outcome(engine))
+        with Moved(engine, along, step["size"] / length):
+            after = look()
         assert step["predicted"] == pytest.approx(step["size"] * slope, rel=1e-6)
         assert step["measured"] == pytest.approx(after[0] - before[0], rel=1e-6)
         assert step["held_out"] == pytest.approx(after[2] - before[2], rel=1e-6)
+        assert step["held_out_predicted"] == pytest.approx(step["size"] * held_out_slope, rel=1e-6)
+        assert step["held_out_measured"] == pytest.approx(after[3] - before[3], rel=1e-6)
     # First order: the error vanishes faster than the step.
     errors = [abs(step["measured"] / step["predicted"] - 1) for step in steps]
     assert errors[0] < 0.01 < errors[2]

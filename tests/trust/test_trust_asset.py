@@ -81,6 +81,8 @@ def test_every_question_has_a_check_and_every_number_its_rows(measured):
         "weights_flipped/prism": 4,
         "growing_step/prism": 8,
         "growing_step/uniform": 8,
+        "growing_step_held_out/prism": 8,
+        "growing_step_held_out/uniform": 8,
         "single_step/prism": 16,
         "single_step/uniform": 16,
         "subset/prism": 8,

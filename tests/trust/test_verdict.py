@@ -17,7 +17,14 @@ def correlation(value, low, high, n=40):
 
 def steps(*ratios):
     return [
-        {"size": 0.01 * 2**k, "predicted": 0.02 * 2**k, "measured": 0.02 * 2**k * ratio, "held_out": 0.0}
+        {
+            "size": 0.01 * 2**k,
+            "predicted": 0.02 * 2**k,
+            "measured": 0.02 * 2**k * ratio,
+            "held_out": 0.0,
+            "held_out_predicted": 0.004 * 2**k,
+            "held_out_measured": 0.003 * 2**k / (k + 1),
+        }
         for k, ratio in enumerate(ratios)
     ]
 
@@ -44,6 +51,7 @@ GOOD = {
     "growing_steps": {
         "probe_step": 0.01,
         "needed": 0.035,
+        "pairs": False,
         "prism": steps(1, 0.9, 0.8, 0.4),
         "uniform": steps(1, 0.4, 0.8, 0.4),
     },
@@ -97,13 +105,23 @@ def test_good_numbers_hold_everywhere_and_are_in_the_sentences():
         "flips 5.0%",
         "flips 3.0%",
         "up to 4 probe steps along prism",
-        "1 along uniform",
+        "1 probe step along uniform",
+        "held-out log-probability up to 1 probe step along prism",
+        "changes it by +0.003 (predicted +0.004) along prism",
         "goes 3.5 along prism",
         "0.80 [0.60, 0.90]",
         "uniform's with 0.10 [−0.20, 0.30]",
         "over 32 short fine-tunings on halves of 128",
     ):
         assert figure in text, figure
+
+
+def test_of_pairs_the_former_weighting_is_stepped_along_too_and_the_margin_is_named():
+    notes = copy.deepcopy(GOOD)
+    notes["growing_steps"] |= {"pairs": True, "prism-sigmoid": steps(1, 1, 0.4)}
+    assert not failed(notes)
+    sentence = said(notes, "first_order_reaches")
+    assert "2 probe steps along prism-sigmoid" in sentence and "held-out margin up to" in sentence
 
 
 @pytest.mark.parametrize(
