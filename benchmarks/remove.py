@@ -12,7 +12,7 @@ A strategy here is one of the product's, with the settings that its suffixes nam
     prism, prism-unit, prism-sigmoid, uniform, less     the product's, groups apart, unit rows
     …+pooled     one raw direction over both kinds (mixtures of both only)
     …+sum        rows as long as the gradient of their summed loss; prism+pooled+sum is the published form
-    …+adam, …+fisher, …+datainf     directions corrected for curvature, damped by its default rule
+    …+adam, …+fisher, …+datainf, …+ekfac     directions corrected for curvature, damped by its default rule
     …+wanted     no anchors: plain targets, the harmful answers alone
     length       completion tokens: what a ranking by form would find
 
@@ -49,7 +49,7 @@ NAMES = (*KINDS, "both")
 MODELS = ("smollm2", "gemma3_270m")
 SHARES = (10, 25, 50)
 BASE_STRATEGIES = ("prism", "prism-unit", "prism-sigmoid", "uniform", "less")
-CURVATURES = ("adam", "fisher", "datainf")
+CURVATURES = ("adam", "fisher", "datainf", "ekfac")
 
 
 class Mixture(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prism_assets.progress import uncounted
 from prism_assets.reference.checkpoints import WarmupCheckpoint, read_checkpoints
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from prism_assets.gradients.preconditioner import Preconditioner
     from prism_assets.gradients.sketch import Projection
 
+Value = TypeVar("Value")
+
 
 class GradientPass:
     """Gradients at the warm-up's checkpoints. Loads model, checkpoints and sketch on first use; `gradient_pass` opens
@@ -27,6 +29,7 @@ class GradientPass:
         self._stack = ExitStack()
         self._engine: GradientEngine | None = None
         self._start: dict[str, torch.Tensor] = {}
+        self._remembered: tuple[Any, Any] = (None, None)
 
     def close(self) -> None:
         """Give the model back."""
@@ -48,6 +51,13 @@ class GradientPass:
         peft_model = self._stack.enter_context(self.stage.adapted())
         self._start = {name: value.clone() for name, value in get_peft_model_state_dict(peft_model).items()}
         return gradient_engine(self.stage, peft_model)
+
+    def remember(self, key: Any, make: Callable[[], Value]) -> Value:
+        """What was made last under this key, else what `make` gives: for what several partitions ask for in turn."""
+        if self._remembered[0] != key:
+            self._remembered = (None, None)  # before the next one is made, as it may be large
+            self._remembered = (key, make())
+        return self._remembered[1]
 
     def projection(self, engine: "GradientEngine") -> "Projection":
         """The sketch of the settings, or exact features."""

@@ -191,6 +191,33 @@ class WeighingCollector(Collector):
         self.gradients[name] = gradients
 
 
+class FactorCollector(Collector):
+    """Adds up the second moments, over tokens, of what each parameter multiplies and of the gradients of its outputs.
+
+    sums: parameter name -> (of output gradients [p, p], of inputs [q, q]) for a parameter of shape [p, q]; the batch's
+    are added to them. Tokens that no log-probability depends on, padding among them, are left out.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        dtype: torch.dtype,
+        at_supervised: Set[AdaptedLinear],
+        sums: dict[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        super().__init__(batch, dtype, at_supervised)
+        self.sums = sums
+
+    def collect(self, layer: AdaptedLinear, inputs: Tensor, down: Tensor, output_gradient: Tensor, up: Tensor) -> None:
+        """Add what one use of a layer gives."""
+        self._check_rows(layer, inputs)
+        counted = (output_gradient != 0).any(-1).flatten()[:, None]
+        for name, sides in ((layer.name_a, (up, inputs)), (layer.name_b, (output_gradient, down))):
+            for total, values in zip(self.sums[name], sides, strict=True):
+                rows = values.flatten(0, -2).to(self.dtype) * counted
+                total.addmm_(rows.t(), rows)
+
+
 def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """[b, p, T] @ [b, T, q] -> [b, p, q] in `dtype`, whatever the factors' precision."""
     if left.dtype == right.dtype == dtype:

@@ -38,6 +38,7 @@ from prism_assets.gradients.batching import (
 )
 from prism_assets.gradients.collectors import (
     Collector,
+    FactorCollector,
     SketchingCollector,
     StackingCollector,
     SummingCollector,
@@ -266,6 +267,25 @@ class GradientEngine:
             {name: values[row] * scale for name, values in total.items()}
             for row, scale in enumerate(scales[:, 0].tolist())
         ]
+
+    def kronecker_factors(self, examples: Sequence[Tokenized]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each parameter [p, q] the second moments, summed over the tokens of the examples, of the gradients of its
+        outputs [p, p] and of what it multiplies [q, q], in float32 (float64). The gradients are those of the examples'
+        summed log-probabilities.
+        """
+        self._check(examples)
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, shape in self.parameter_shapes.items():
+            left, right = (torch.zeros(side, side, dtype=self.dtype, device=self.device) for side in shape)
+            sums[name] = (left, right)
+
+        def run_batch(batch: Batch) -> bool:
+            self._backward(batch, FactorCollector(batch, self.dtype, self._at_supervised, sums))
+            return True
+
+        for _ in self._run(examples, run_batch):
+            pass
+        return sums
 
     def directional_derivatives(
         self, examples: Sequence[Tokenized], direction: Mapping[str, Tensor], epsilon: float = 1e-2

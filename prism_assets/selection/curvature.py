@@ -33,7 +33,7 @@ class Corrected(NamedTuple):
 
 def reads_sample(stage: Stage) -> bool:
     """Whether the correction needs gradients of the warm-up sample."""
-    return stage.settings.curvature.kind in ("fisher", "datainf")
+    return stage.settings.curvature.kind in ("fisher", "datainf", "ekfac")
 
 
 def sample_features(work: GradientPass) -> Artifact | None:
@@ -62,7 +62,7 @@ def correct(
 ) -> list[Corrected]:
     """The vectors of a checkpoint, corrected as the settings ask; `sample` are its features where they are needed.
 
-    Raises SettingsError where the sample has no usable gradient.
+    Raises SettingsError where the sample has no usable gradient, TooLittleMemory where EK-FAC's matrices do not fit.
     """
     kind, damping = work.stage.settings.curvature.kind, work.stage.settings.curvature.damping
     if kind == "none":
@@ -77,6 +77,8 @@ def correct(
     wanted = None if damping == "auto" else damping
     if kind == "datainf":
         return _datainf(work, position, vectors, usable, DATAINF_DAMPING if wanted is None else wanted)
+    if kind == "ekfac":
+        return _ekfac(work, position, vectors, sample, usable, wanted)
     return _fisher(work, position, vectors, sample, usable, wanted)
 
 
@@ -232,3 +234,34 @@ def datainf_inverse(
         }
         for vector, total in zip(vectors, sums, strict=True)
     ]
+
+
+# -- EK-FAC -------------------------------------------------------------------------------------------------------
+
+
+def _ekfac(
+    work: GradientPass,
+    position: int,
+    vectors: "list[dict[str, torch.Tensor]]",
+    sample: Artifact,
+    usable: "np.ndarray",
+    damping: float | None,
+) -> list[Corrected]:
+    """EK-FAC's inverse, parameter matrix by parameter matrix, over the sample's rows as they are."""
+    from prism_assets.gradients.memory import MemoryLimit
+    from prism_assets.selection import ekfac
+
+    stage, engine = work.stage, work.at(work.checkpoints[position])
+
+    def make() -> ekfac.EkFac:
+        memory = stage.settings.execution.memory
+        limit = MemoryLimit(engine.device, None if memory == "auto" else int(memory))
+        ekfac.require_memory(engine.parameter_shapes, limit.free())
+        examples = _sample_examples(stage, usable)
+        factors = engine.kronecker_factors(examples)
+        return ekfac.ekfac(factors, lambda: engine.per_example_gradients(examples))
+
+    # Two passes over the sample, which the groups of a target and the next target share.
+    curvature = work.remember(("ekfac", position, sample.fingerprint), make)
+    lam = ekfac.chosen_damping(curvature) if damping is None else damping
+    return [Corrected(ekfac.inverse(vector, curvature, lam), lam) for vector in vectors]

@@ -85,16 +85,17 @@ class PreferenceSettings(Section):
 class CurvatureSettings(Section):
     """How directions are corrected for curvature: t becomes (H + λI)⁻¹ t. The index stays as it is."""
 
-    kind: Literal["none", "adam", "fisher", "datainf"] = Field(
+    kind: Literal["none", "adam", "fisher", "datainf", "ekfac"] = Field(
         default="none",
         description="H: adam (the diagonal of the warm-up's AdamW; for features.optimizer sgd), fisher (the second "
-        "moment of the warm-up sample's unit rows) or datainf (its closed form, parameter by parameter); none: no "
-        "correction.",
+        "moment of the warm-up sample's unit rows), datainf (its closed form, parameter by parameter) or ekfac "
+        "(diagonal in the eigenbases of Kronecker factors; for features.optimizer sgd); none: no correction.",
     )
     damping: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
-        description="λ: of fisher a share of the trace, of datainf of the mean squared entry; auto: of fisher the one "
-        "that serves one half of the sample best for the other, of datainf 0.1. Adam has none.",
+        description="λ: of fisher a share of the trace, of datainf of the mean squared entry, of ekfac of the mean "
+        "eigenvalue; auto: of fisher and ekfac the one under which one half of the sample serves the other best, of "
+        "datainf 0.1. Adam has none.",
     )
 
 

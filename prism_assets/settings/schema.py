@@ -334,6 +334,11 @@ class Settings(Section):
                 "curvature.kind adam is for features.optimizer sgd: with adam the rows have Adam's diagonal already, "
                 "and it would count twice"
             )
+        if kind == "ekfac" and optimizer != "sgd":
+            raise ValueError(
+                f"curvature.kind ekfac needs features.optimizer sgd, not {optimizer}: Kronecker factors are those of "
+                "gradients as they are"
+            )
         return self
 
     @model_validator(mode="after")
