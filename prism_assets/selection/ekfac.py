@@ -51,15 +51,18 @@ def require_memory(shapes: Mapping[str, Sequence[int]], free: float) -> None:
         )
 
 
-def ekfac(factors: "Mapping[str, tuple[torch.Tensor, torch.Tensor]]", gradients: Gradients) -> EkFac:
+def ekfac(factors: "dict[str, tuple[torch.Tensor, torch.Tensor]]", gradients: Gradients) -> EkFac:
     """EK-FAC from the second moments of output gradients [p, p] and inputs [q, q] of each parameter, and the gradients
-    of the same examples.
+    of the same examples. `factors` is emptied on the way, so that no matrix is there beside its eigenvectors.
 
     A sample of one example counts as both halves. Raises ValueError for a sample without an example.
     """
     import torch
 
-    bases = {name: tuple(torch.linalg.eigh(side)[1] for side in sides) for name, sides in factors.items()}
+    bases = {}
+    for name in list(factors):
+        left, right = factors.pop(name)
+        bases[name] = (torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1])
     sums: list[dict[str, Any]] = [{}, {}]
     counts = [0, 0]
     for positions, batch in gradients():
