@@ -128,19 +128,22 @@ def run(config: Path) -> dict[str, Any]:
 def outcome(config: Path) -> dict[str, Any]:
     """What the lake says of the run: cost by table, rows, gains."""
     from prism_assets import load_settings, open_stage
+    from prism_assets.identity import base_key, split_key
 
+    settings = load_settings(config)
+    (target,) = settings.targets
     cost: dict[str, float] = {}
     scores: dict[str, float] = {}
     rows = 0
-    for artifact in open_stage(load_settings(config)).lake.artifacts():
+    for artifact in open_stage(settings).lake.artifacts():
         spent = (artifact.notes.get("cost") or {}).get("cpu_seconds", 0.0)
         cost[artifact.table] = cost.get(artifact.table, 0.0) + spent
         if artifact.table == "evaluations":
             scores[str(artifact.header["partition"])] = artifact.notes["mean_log_prob"]
         if artifact.table == "candidates":
             rows += artifact.notes["rows"]
-    base = next(value for name, value in scores.items() if name.endswith("base"))
-    gain = {name.split("|")[-1]: value - base for name, value in scores.items() if not name.endswith("base")}
+    base = scores.pop(base_key(target))
+    gain = {split_key(name)[1]: value - base for name, value in scores.items()}
     return {"rows": rows, "cost": cost, "base": base, "gain": gain}
 
 
@@ -182,6 +185,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config, origin = build(folder, model, Rows(options.rows, options.targets, options.held_out, options.long))
         found = run(config)
+        print(f"peak {found['peak_gib']:.2f} GiB, {found['wall_seconds']:.0f} s", file=sys.stderr)
         seen = outcome(config)
     spent = seen.pop("cost")
     whole = found["cpu_seconds"].pop("whole process")
