@@ -45,7 +45,10 @@ _RANKED = {
 }
 _REJECTS = {"line": _WHOLE, "field": _TEXT, "reason": _TEXT, "excerpt": _TEXT}
 # What an adapter is judged by on held-out records.
-METRICS = ("target_preference", "mean_log_prob", "exact_match", "pair_accuracy", "margin", "choice_accuracy")
+METRICS = (
+    *("target_preference", "mean_log_prob", "exact_match", "pair_accuracy", "margin"),
+    *("unwanted_avoided", "choice_accuracy"),
+)
 
 # What the trials of an experiment share with everything else.
 _SHARED: tuple[Command, ...] = ("run", "experiment")
@@ -263,10 +266,10 @@ ASSETS: list[Asset] = [
         (
             Table(
                 "evaluations",
-                2,
+                3,
                 columns={
                     **{"id": _TEXT, "mean_log_prob": _NUMBER, "margin": _NUMBER, "prediction": _TEXT},
-                    **{"exact_match": "BOOLEAN", "choice_correct": "BOOLEAN"},
+                    **{"exact_match": "BOOLEAN", "unwanted_answer": "BOOLEAN", "choice_correct": "BOOLEAN"},
                 },
             ),
             Table(

@@ -103,14 +103,15 @@ VIEWS: dict[str, str] = {
         SELECT {_key('h."partition"', seed=True)}, (a.notes->>'target_preference')::DOUBLE AS target_preference,
             (a.notes->>'mean_log_prob')::DOUBLE AS mean_log_prob, (a.notes->>'exact_match')::DOUBLE AS exact_match,
             (a.notes->>'pair_accuracy')::DOUBLE AS pair_accuracy, (a.notes->>'margin')::DOUBLE AS margin,
+            (a.notes->>'unwanted_avoided')::DOUBLE AS unwanted_avoided,
             (a.notes->>'choice_accuracy')::DOUBLE AS choice_accuracy,
             (a.notes->>'records')::BIGINT AS records, a.created, a.run_id, a.fingerprint, a.content_hash
         FROM heads h JOIN artifacts a ON a.table_name = 'evaluations' AND a.fingerprint = h.fingerprint
         WHERE h.table_name = 'evaluations'
     """,
     "evaluation_records": f"""
-        SELECT {_key('"partition"', seed=True)}, id, mean_log_prob, margin, prediction, exact_match, choice_correct,
-            fingerprint
+        SELECT {_key('"partition"', seed=True)}, id, mean_log_prob, margin, prediction, exact_match, unwanted_answer,
+            choice_correct, fingerprint
         FROM raw.evaluations
     """,
     "benchmarks": f"""

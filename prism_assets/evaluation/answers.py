@@ -86,6 +86,17 @@ def _without_punctuation(text: str, start: int, end: int) -> str:
     return "".join(kept)
 
 
+def gives_unwanted_answer(prediction_text: str, unwanted_text: str, answers: Sequence[str]) -> bool | None:
+    """Whether the answer in `prediction_text` is the one in `unwanted_text`, both extracted and normalised.
+
+    None where the unwanted text has one of the accepted `answers`: then the answer does not tell the two apart.
+    """
+    unwanted = normalize_answer(extract_answer(unwanted_text))
+    if any(unwanted == normalize_answer(extract_answer(answer)) for answer in answers):
+        return None
+    return normalize_answer(extract_answer(prediction_text)) == unwanted
+
+
 def exact_match(prediction_text: str, answers: str | Sequence[str]) -> bool:
     """Whether the answer in `prediction_text` equals one of `answers`, both extracted and normalised.
 

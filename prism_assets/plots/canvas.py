@@ -41,6 +41,7 @@ METRIC_AXES = {
     "exact_match": "exact match\n(share of examples)",
     "pair_accuracy": "pair accuracy\n(share of pairs)",
     "margin": "margin\n(nats per token)",
+    "unwanted_avoided": "unwanted answer avoided\n(share of pairs)",
     "choice_accuracy": "choice accuracy\n(share of records)",
 }
 STYLE: dict[RcKeyType, Any] = {

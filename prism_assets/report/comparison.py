@@ -21,6 +21,7 @@ METRIC_LABELS = {
     "exact_match": "exact match",
     "pair_accuracy": "pair accuracy",
     "margin": "margin",
+    "unwanted_avoided": "unwanted answer avoided",
     "choice_accuracy": "choice accuracy",
 }
 ALWAYS_SHOWN = ("target_preference", "mean_log_prob", "exact_match")

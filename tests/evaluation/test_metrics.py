@@ -12,7 +12,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from prism_assets.evaluation.answers import exact_match, extract_answer
+from prism_assets.evaluation.answers import exact_match, extract_answer, gives_unwanted_answer
 from prism_assets.evaluation.metrics import choice_correct, held_out, mean_over_seeds
 from prism_assets.selection.histogram import score_histogram
 from prism_assets.sft import generation
@@ -147,6 +147,17 @@ def test_any_of_several_answers_matches_and_none_at_all_is_an_error():
     assert not exact_match("Paris", ["Lyon", "Nice"])
     with pytest.raises(ValueError, match="at least one answer"):
         exact_match("Paris", [])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "given"), [("so 3 #### 7", True), ("The answer is 7.", True), ("#### 8", False), ("", False)]
+)
+def test_the_unwanted_answer_is_told_by_the_final_answer(prediction, given):
+    assert gives_unwanted_answer(prediction, "2 + 2 = 7\n#### 7", ["4"]) is given
+
+
+def test_an_unwanted_answer_that_is_accepted_tells_nothing():
+    assert gives_unwanted_answer("#### 4", "badly said, but #### 4.0", ["4"]) is None
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,10 @@ def project(make_project, tmp_path_factory):
     good = make_rows(20, 20, "reverse")
     project.add("mixed", [{**row, "source": "mix"} for row in [*good[:10], *HARM, *good[10:]]])
     write_lines(project.folder / "plain" / "target.jsonl", PAIRS[:5])
-    write_lines(project.folder / "plain" / "eval.jsonl", PAIRS[5:])
+    # What the third one's unwanted answer is cannot be told from the wanted one.
+    answers = [PAIRS[5]["completion"], PAIRS[6]["completion"], "zzqzz"]
+    held_out = [{**row, "answer": answer} for row, answer in zip(PAIRS[5:], answers, strict=True)]
+    write_lines(project.folder / "plain" / "eval.jsonl", held_out)
     project.configure(
         targets={
             "plain": {
@@ -119,6 +122,16 @@ def test_the_report_speaks_of_removal(project):
     assert "fine-tuned again, from the base, on the rest; full takes none out" in page
     assert "unwanted answer is preferred" in page and "Removed by prism" in page
     assert all(entry["examples"][0]["completion"] == "zzqzz" for entry in [part["strategies"]["prism"]])
+
+
+def test_whether_the_unwanted_answer_is_given_is_read_from_the_predictions(project):
+    evaluation = project.stage.shown("evaluations", "full|plain/seed-0")
+    rows = project.lake.read_table(evaluation).to_pylist()
+    given = [row["prediction"].strip() == "zzqzz" for row in rows]
+    assert [row["unwanted_answer"] for row in rows] == [given[0], given[1], None]
+    assert evaluation.notes["unwanted_avoided"] == 1 - (given[0] + given[1]) / 2
+    entry = project.report["targets"]["plain"]["strategies"]["full"]
+    assert entry["unwanted_avoided"]["mean"] == evaluation.notes["unwanted_avoided"]
 
 
 def test_rows_without_a_rank_are_kept_and_say_why(project):
