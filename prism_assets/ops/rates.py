@@ -150,7 +150,9 @@ def _spread(count: int) -> list[int]:
 def _rate(run: Callable[[Any], Any], batches: "list[list[TokenizedExample]]", seconds: float) -> Rate:
     """Seconds a token, over batches until so many seconds are gone. A batch that would take longer is cut."""
     short = [min((example for batch in batches for example in batch), key=lambda one: len(one.input_ids))]
-    run(short)  # the first pass allocates
+    first = _timed(lambda: run(short))
+    if first.seconds >= seconds:  # beside which what a first pass allocates is nothing
+        return Rate(first.seconds / len(short[0].input_ids), first.cpu_seconds / len(short[0].input_ids))
     a_token = _timed(lambda: run(short)).seconds / len(short[0].input_ids)
     total, tokens = Rate(0.0, 0.0), 0
     for batch in batches:
