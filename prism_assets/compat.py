@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -239,6 +239,61 @@ def instance_without_captured_output(home: Path) -> Iterator[dg.DagsterInstance]
     reference = InstanceRef.from_dir(str(home), overrides={"compute_logs": no_capture})
     with dg.DagsterInstance.from_ref(reference) as instance:
         yield instance
+
+
+def dagster_dev(options: Sequence[str], webserver: Sequence[str]) -> None:
+    """`dagster dev`, which starts code server, webserver and daemon, with `webserver` as the command of the second.
+
+    dagster 1.13: that command is fixed, `python -m dagster_webserver`, and so is the application that it serves. Raises
+    LibraryChanged where the webserver would be started in another way: it must not run without what stands before it.
+    """
+    changed = LibraryChanged("dagster", "the way in which `dagster dev` starts its webserver")
+    try:
+        from dagster._cli import dev
+
+        start, code = dev.open_ipc_subprocess, dev.dev_command_impl.__code__
+    except (ImportError, AttributeError) as error:
+        raise changed from error
+    if "dagster_webserver" not in code.co_consts or "open_ipc_subprocess" not in code.co_names:
+        raise changed
+    usual = [sys.executable, "-m", "dagster_webserver"]
+
+    def start_one(command: list[str], **more: Any) -> Any:
+        if command[:3] == usual:
+            command = [*webserver, *command[3:]]
+        elif command[1:3] != ["-m", "dagster._daemon"]:
+            raise changed
+        return start(command, **more)
+
+    dev.open_ipc_subprocess = start_one
+    try:
+        dev.dev_command.main(list(options), prog_name="prism ui", standalone_mode=False)
+    finally:
+        dev.open_ipc_subprocess = start
+
+
+def serve_dagster_webserver(options: Sequence[str], before: Callable[[Any], Any]) -> None:
+    """`dagster-webserver`, with `before(app)` served in place of its application.
+
+    dagster-webserver 1.13 hands its application to `uvicorn.run` and has no way to put anything before it. Raises
+    LibraryChanged where it is served in another way.
+    """
+    import uvicorn
+
+    try:
+        from dagster_webserver import cli
+
+        names = cli.host_dagster_ui_with_workspace_process_context.__code__.co_names
+    except (ImportError, AttributeError) as error:
+        raise LibraryChanged("dagster-webserver", "dagster_webserver.cli") from error
+    if getattr(cli, "uvicorn", None) is not uvicorn or not {"uvicorn", "run"} <= set(names):
+        raise LibraryChanged("dagster-webserver", "uvicorn.run in dagster_webserver.cli")
+    serve = uvicorn.run
+    uvicorn.run = lambda app, **more: serve(before(app), **more)  # type: ignore[assignment]
+    try:
+        cli.dagster_webserver.main(list(options), prog_name="dagster-webserver", standalone_mode=False)
+    finally:
+        uvicorn.run = serve
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from prism_assets.project import Project
 from prism_assets.resources.lake import digest
 from prism_assets.settings import Settings, load_settings
 from prism_assets.tables import ASSETS, Asset
+from prism_assets.work import as_resource
 
 
 def build_definitions(
@@ -58,7 +59,7 @@ def build_definitions(
             jobs=build_jobs(project),
             schedules=build_schedules(project),
             sensors=build_sensors(project),
-            resources={project.named(name): engine for name, engine in engines.items()},
+            resources={project.named(name): as_resource(engine) for name, engine in engines.items()},
             executor=executor,
         )
 

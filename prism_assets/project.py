@@ -104,6 +104,7 @@ class Project:
                 dg.AssetCheckSpec(one.name, asset=self.key(name), description=one.description) for one in checks
             ],
             required_resource_keys={self.named(one) for one in ENGINES},
+            config_schema={},  # none: what an asset does is set in prism.yaml alone
             pool=MODEL_POOL if loads_model else None,
             **more,
         )

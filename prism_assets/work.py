@@ -21,7 +21,19 @@ def stage_of(project: Project, context: dg.AssetExecutionContext | dg.SensorEval
 def stage_without_run(project: Project, definitions: dg.Definitions) -> Stage:
     """A Stage for a command: the engines of the definitions, outside of any run."""
     resources = definitions.resources or {}
-    return Stage(project.settings, *(resources[project.named(one)] for one in ENGINES))
+    return Stage(project.settings, *(engine_of(resources[project.named(one)]) for one in ENGINES))
+
+
+def as_resource(engine: Any) -> dg.ResourceDefinition:
+    """An engine as a resource of Dagster that run config cannot change: a launch that gives it any is refused."""
+    return dg.ResourceDefinition(
+        lambda _: engine, config_schema={}, description="Set in prism.yaml alone: it takes no run config."
+    )
+
+
+def engine_of(resource: dg.ResourceDefinition) -> Any:
+    """The engine that `as_resource` was given."""
+    return resource.resource_fn(dg.build_init_resource_context())
 
 
 @dataclass

@@ -168,7 +168,7 @@ class Project:
 
     @property
     def model(self) -> Any:
-        return self.definitions.resources["language_model"]
+        return self.stage.model
 
     @property
     def report(self) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import dagster as dg
 import pytest
@@ -20,6 +22,7 @@ from prism_assets.compat import (
     TrainSampler,
     any_deps_changed,
     bars_for_terminals,
+    dagster_dev,
     delete_scanner,
     forget_adapter,
     harness_yaml_loader,
@@ -27,6 +30,7 @@ from prism_assets.compat import (
     interrupts_at_safe_points,
     names_of_stacked_experts,
     refused_by_name,
+    serve_dagster_webserver,
     sleeping_while_waiting,
     use_one_device,
 )
@@ -272,6 +276,69 @@ def test_an_instance_that_takes_no_other_settings_is_refused(home, monkeypatch):
     monkeypatch.setattr(InstanceRef, "from_dir", staticmethod(lambda base_dir: None))
     with pytest.raises(LibraryChanged, match="InstanceRef.from_dir.overrides"), instance_without_captured_output(home):
         pass
+
+
+def started_by_dagster_dev(monkeypatch, *commands):
+    """What `dagster_dev` starts where `dagster dev` asks for these commands, as it does by `open_ipc_subprocess`."""
+    from dagster._cli import dev
+
+    started = []
+    monkeypatch.setattr(dev, "open_ipc_subprocess", lambda command, **more: started.append((command, more)))
+
+    def main(options, **more):
+        assert options == ["-p", "3000"]
+        for command in commands:
+            dev.open_ipc_subprocess(command, pass_fds=[3])
+
+    monkeypatch.setattr(dev.dev_command, "main", main)
+    dagster_dev(["-p", "3000"], ["our", "server", "--"])
+    return started
+
+
+def test_dagster_dev_starts_our_webserver_in_place_of_its_own_and_its_own_daemon(monkeypatch):
+    daemon = [sys.executable, "-m", "dagster._daemon", "run"]
+    started = started_by_dagster_dev(monkeypatch, [sys.executable, "-m", "dagster_webserver", "--port", "1"], daemon)
+    assert started == [(["our", "server", "--", "--port", "1"], {"pass_fds": [3]}), (daemon, {"pass_fds": [3]})]
+
+
+def test_a_webserver_that_dagster_dev_would_start_otherwise_is_not_started(monkeypatch):
+    with pytest.raises(LibraryChanged, match="starts its webserver"):
+        started_by_dagster_dev(monkeypatch, [sys.executable, "-m", "dagster_webserver.cli"])
+    from dagster._cli import dev
+
+    monkeypatch.setattr(dev, "dev_command_impl", lambda: None)
+    with pytest.raises(LibraryChanged, match="starts its webserver"):
+        started_by_dagster_dev(monkeypatch)
+
+
+def test_what_is_put_before_dagsters_webserver_is_what_is_served(monkeypatch):
+    import uvicorn
+    from dagster_webserver import cli
+
+    served = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **more: served.append((app, more)))
+    # The very function that serves, without the application that it makes.
+    monkeypatch.setattr(cli, "create_app_from_workspace_process_context", lambda *given, **more: "their app")
+    monkeypatch.setattr(cli, "log_action", lambda *given: None)
+    monkeypatch.setattr(cli, "uploading_logging_thread", nullcontext)
+    monkeypatch.setattr(cli, "check", Mock(opt_str_param=lambda value, *given: value))
+
+    def main(options, **more):
+        assert options == ["-p", "3000"]
+        cli.host_dagster_ui_with_workspace_process_context(Mock(), "127.0.0.1", 3000, "", "warning")
+
+    monkeypatch.setattr(cli.dagster_webserver, "main", main)
+    serve_dagster_webserver(["-p", "3000"], lambda app: f"guarded {app}")
+    assert served == [("guarded their app", {"host": "127.0.0.1", "port": 3000, "log_level": "warning"})]
+
+
+def test_a_webserver_that_would_be_served_otherwise_is_not_served(monkeypatch):
+    from dagster_webserver import cli
+
+    monkeypatch.setattr(cli.dagster_webserver, "main", lambda *given, **more: pytest.fail("served"))
+    monkeypatch.setattr(cli, "host_dagster_ui_with_workspace_process_context", lambda *given: None)
+    with pytest.raises(LibraryChanged, match="uvicorn.run"):
+        serve_dagster_webserver([], lambda app: app)
 
 
 def test_a_run_that_waits_by_other_names_is_refused():

@@ -237,11 +237,12 @@ def test_an_experiment_is_never_made_without_a_hand(project, graph):
 def test_engines_can_be_exchanged(project, tmp_path):
     from prism_assets.definitions import build_definitions
     from prism_assets.resources.lake.lake import Lake
+    from prism_assets.work import engine_of
 
     other = Lake(root=str(tmp_path / "other"))
     definitions = build_definitions(project.settings, {"lake": other})
-    assert definitions.resources["lake"] is other
-    assert definitions.resources["language_model"].name == str(project.folder / "model")
+    assert engine_of(definitions.resources["lake"]) is other
+    assert engine_of(definitions.resources["language_model"]).name == str(project.folder / "model")
 
 
 def test_resources_know_nothing_of_the_method_and_of_dagster():

@@ -1,8 +1,6 @@
 """`prism ui`: the Dagster UI and daemon on this project."""
 
 import os
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,17 +12,26 @@ from prism_assets.cli.common import Config, app, expected_failures, read_setting
 def ui(
     config: Config = None,
     port: Annotated[int, typer.Option(help="Port of the webserver.")] = 3000,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; the UI has no log-in.")] = "127.0.0.1",
 ) -> None:
     """Open the Dagster UI and daemon on this project: runs, lineage, plots, checks, automation."""
     with expected_failures():
         settings = read_settings(config)
+        from prism_assets.compat import dagster_dev
+        from prism_assets.ops.guard import is_loopback
         from prism_assets.ops.home import dagster_home, package_file
+        from prism_assets.ops.webserver import webserver_command
 
         os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
-        workspace = package_file("workspace.yaml")
-        dagster = Path(sys.executable).with_name("dagster")
+        if not is_loopback(host):
+            typer.secho(
+                f"{host} is reached from other machines, and the UI has no log-in: whoever opens it can start runs and "
+                "read what this project holds. docs/security.md says how to put a log-in before it.",
+                fg="yellow",
+                err=True,
+            )
         typer.echo(
             f"Dagster UI on http://{host}:{port} (DAGSTER_HOME={os.environ['DAGSTER_HOME']}); stop it with Ctrl-C."
         )
-        os.execv(dagster, [str(dagster), "dev", "-w", str(workspace), "-p", str(port), "-h", host])
+        options = ["-w", str(package_file("workspace.yaml")), "-p", str(port), "-h", host]
+        dagster_dev(options, webserver_command(host, settings.ui.allowed_hosts))

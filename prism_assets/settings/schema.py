@@ -29,6 +29,7 @@ STRATEGIES = (
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
+_HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9a-fA-F:]+")
 
 
 def _installed(trackers: tuple[str, ...]) -> tuple[str, ...]:
@@ -288,6 +289,22 @@ class ExecutionSettings(Section):
     )
 
 
+def _host(name: str) -> str:
+    if not _HOST.fullmatch(name):
+        raise ValueError("a host is a name or an IP address, without scheme, port and path, such as prism.example.org")
+    return name
+
+
+class UiSettings(Section):
+    """`prism ui`; docs/security.md says what it is safe from."""
+
+    allowed_hosts: tuple[Annotated[str, AfterValidator(_host)], ...] = Field(
+        default=(),
+        description="Names, beside those of this machine, under which browsers reach the UI, such as that of a proxy "
+        "with a log-in. Requests for other hosts are refused.",
+    )
+
+
 class Settings(Section):
     """All of `prism.yaml`. Every key is optional but the data: `candidates.inbox` has a default, `targets` none."""
 
@@ -317,6 +334,7 @@ class Settings(Section):
     storage: StorageSettings = StorageSettings()
     trust: TrustSettings = TrustSettings()
     execution: ExecutionSettings = ExecutionSettings()
+    ui: UiSettings = UiSettings()
 
     def budget_of(self, target: str) -> Budget:
         """How much is selected, or removed, for a target."""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,6 +93,13 @@ def ask(address: str, query: str) -> dict[str, Any]:
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)["data"]
+
+
+def test_another_sites_page_gets_nothing_from_prism_ui(served) -> None:
+    """tests/ops/test_webserver.py has the attacks; here it is `prism ui` itself that refuses one."""
+    request = urllib.request.Request(f"{served[1]}/server_info", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=30)
 
 
 @pytest.fixture(scope="module")
