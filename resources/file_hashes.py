@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from prism_assets.resources.regular_files import open_regular
+
 # A hash is remembered only for a file older than this: a younger one may be written again within one tick of
 # the file system's clock, with the same size and modification time.
 YOUNG_SECONDS = 2.0
@@ -34,11 +36,11 @@ class FileHashes:
         self._stored = _read(path)
         self._seen: dict[str, list] = {}  # what this object was asked for, without young files
 
-    def sha256(self, file: Path, status: os.stat_result | None = None) -> str:
+    def sha256(self, file: Path, status: os.stat_result | None = None, inside: Path | None = None) -> str:
         """The SHA-256 of a file's content, in hexadecimal; `status` where the caller has it already.
 
-        Symbolic links are followed to the content, but the hash is remembered under the path as given. Raises OSError
-        where the file cannot be read.
+        Symbolic links are followed to the content, but the hash is remembered under the path as given. With `inside`
+        the file must lie in that folder. Raises OSError where the file cannot be read.
         """
         status = status or file.stat()
         name, stamp = os.path.abspath(file), [status.st_size, status.st_mtime_ns]
@@ -46,7 +48,7 @@ class FileHashes:
         if known and known[:2] == stamp:
             digest = known[2]
         else:
-            with file.open("rb") as content:
+            with open_regular(file, inside) as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
         if seconds_since_change(status) >= YOUNG_SECONDS:
             self._seen[name] = [*stamp, digest]

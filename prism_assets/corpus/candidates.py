@@ -1,11 +1,12 @@
 """The asset `candidates`: every inbox file as rows, validated, de-duplicated and tokenised once."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import RecordFile, encode_file
+from prism_assets.corpus.encoding import RecordFile, encode_file, limits_of, limits_of_recipe
 from prism_assets.errors import StageError, UnreadableFile
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from prism_assets.corpus.inbox import InboxFile, Scan
+    from prism_assets.corpus.limits import Limits
     from prism_assets.corpus.records import Example, Reject
 
 FILE_READABLE = Check("file_readable", "The inbox file can be read at all.", dg.AssetCheckSeverity.ERROR)
@@ -53,12 +55,28 @@ def scan_inbox(stage: Stage, at_rest_seconds: float | None = None) -> "Scan":
 
     settings = stage.settings.candidates
     rest = settings.at_rest_seconds if at_rest_seconds is None else at_rest_seconds
-    return scan(settings.inbox, stage.lake.cache_file("inbox.json"), rest)
+    return scan(settings.inbox, stage.lake.cache_file("inbox.json"), rest, settings.follow_links)
+
+
+def inbox_limits(stage: Stage) -> "Limits":
+    """What may be read of a file of the inbox."""
+    settings = stage.settings.candidates
+    return limits_of(stage, None if settings.follow_links else settings.inbox)
 
 
 def pending_candidates(stage: Stage, keys: Sequence[str]) -> list[str]:
-    """The shards among `keys` that are not ingested under today's tokenizer and settings, or whose rows got damaged."""
-    return [key for key in keys if any(stage.shown_or_none(table, key) is None for table in ("candidates", "rejects"))]
+    """The shards among `keys` that are not ingested under today's tokenizer and settings, whose rows got damaged, or of
+    which a limit that has been changed kept something out."""
+    return [key for key in keys if _is_pending(stage, key)]
+
+
+def _is_pending(stage: Stage, key: str) -> bool:
+    rows, rejects = (stage.shown_or_none(table, key) for table in ("candidates", "rejects"))
+    if rows is None or rejects is None:
+        return True
+    if rejects.header["settings"].get("limits") == limits_of_recipe(stage).get("limits"):
+        return False
+    return any("limits." in reason for reason in stage.lake.read_table(rejects, ["reason"])["reason"].to_pylist())
 
 
 def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outcome:
@@ -72,9 +90,11 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
                 "renamed or removed before it could be read. It will be retired at the next look at the inbox."
             )
         return Outcome([known], 0)
-    file = files[shard]
+    file, limits = files[shard], inbox_limits(stage)
+    read = partial(_read_or_reject, limits=limits)
     rows, rejects, computed = encode_file(
-        stage, RecordFile(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, _read_or_reject)
+        stage,
+        RecordFile(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, read, limits.inside),
     )
     rejected = stage.lake.read_table(rejects).to_pylist()
     trouble = next((one["reason"] for one in rejected if one["field"] == WHOLE_FILE), "")
@@ -97,12 +117,12 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
     )
 
 
-def _read_or_reject(path: "Path") -> "tuple[list[Example], list[Reject]]":
+def _read_or_reject(path: "Path", limits: "Limits") -> "tuple[list[Example], list[Reject]]":
     """The examples of a file; of one that cannot be read none, and one reject for the whole file."""
     from prism_assets.corpus.files import read_examples
     from prism_assets.corpus.records import Reject
 
     try:
-        return read_examples(path, "candidate")
+        return read_examples(path, "candidate", limits=limits)
     except UnreadableFile as error:
         return [], [Reject(0, WHOLE_FILE, str(error), "")]

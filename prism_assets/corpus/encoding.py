@@ -1,12 +1,15 @@
 """How files of records become tables of tokens and rejects: for candidates, targets and held-out files."""
 
+import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from prism_assets.corpus.limits import Limits
 from prism_assets.errors import ModelError, StageError
-from prism_assets.resources.lake import Artifact, Recipe, Rows, hash_file
+from prism_assets.resources.lake import Artifact, Recipe, Rows
+from prism_assets.resources.regular_files import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,6 +40,18 @@ def encoder_of(stage: "Stage") -> "Encoder":
     )
 
 
+def limits_of(stage: "Stage", inside: Path | None = None) -> Limits:
+    """What may be read of a file, which must lie in the folder `inside` where one is given."""
+    return Limits(inside, **stage.settings.limits.model_dump())
+
+
+def limits_of_recipe(stage: "Stage") -> dict[str, dict[str, int]]:
+    """The limits as a setting of what is made of a file: none while all are the default, so that what was read before
+    there were limits is found."""
+    limits = limits_of(stage)
+    return {} if limits == Limits() else {"limits": stage.settings.limits.model_dump()}
+
+
 class RecordFile(NamedTuple):
     """A file to be read into two tables."""
 
@@ -47,6 +62,7 @@ class RecordFile(NamedTuple):
     partition: str
     schema: "pa.Schema"
     read: "Callable[[Path], tuple[list[Example], list[Reject]]]"
+    inside: Path | None = None  # the folder that it must lie in
 
 
 class Encoded(NamedTuple):
@@ -74,12 +90,21 @@ def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
 
 def encoded_recipes(stage: "Stage", source: RecordFile) -> tuple[Recipe, Recipe]:
     """What the rows and the rejects of a file are made from."""
-    settings = stage.settings.tokenization.model_dump()
+    settings = stage.settings.tokenization.model_dump() | limits_of_recipe(stage)
     inputs = {"file": source.sha256, "tokenizer": stage.model_identity.tokenizer}
     return (
         stage.recipe(source.table, settings, inputs, partition=source.partition),
         stage.recipe(source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition),
     )
+
+
+def _hash(source: RecordFile) -> str:
+    """SHA-256 of the file as it is now; empty where it cannot be read any more."""
+    try:
+        with open_regular(source.path, source.inside) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def _read(stage: "Stage", source: RecordFile) -> tuple[Rows, Rows]:
@@ -88,7 +113,7 @@ def _read(stage: "Stage", source: RecordFile) -> tuple[Rows, Rows]:
     from prism_assets.corpus.token_tables import REJECTS_SCHEMA, column_sum, encode_all, to_table
 
     examples, unreadable = source.read(source.path)
-    if hash_file(source.path) != source.sha256:
+    if _hash(source) != source.sha256:
         # Rows of one content must never be published under the fingerprint of another.
         raise StageError(f"{source.path} was changed while it was read. The next run takes it as it is then.")
     with stage.progress(f"tokenising {source.path.name}", len(examples)) as progress:

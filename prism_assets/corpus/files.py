@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
+from prism_assets.corpus.limits import (
+    Limits,
+    TooLong,
+    bounded_lines,
+    bounded_slices,
+    decompressed,
+    require_bounded_parquet,
+    require_depth,
+    text_leaves,
+    too_long,
+)
 from prism_assets.corpus.records import (
     EXCERPT_CHARACTERS,
     KNOWN_FIELDS,
@@ -20,6 +33,7 @@ from prism_assets.corpus.records import (
     type_name,
 )
 from prism_assets.errors import MixedTargets, UnreadableFile
+from prism_assets.resources.regular_files import LeadsOutside, open_regular
 
 JSON_LINES_EXTENSIONS = (".jsonl", ".ndjson")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -30,6 +44,10 @@ DATA_EXTENSIONS = (
     *PARQUET_EXTENSIONS,
 )
 PARQUET_BATCH_ROWS = 1024
+HINTS = 200  # names of other columns that are looked through for one that was meant
+LINK_ADVICE = (
+    "a symbolic link that leads out of the inbox: put the file itself there, or set candidates.follow_links to true"
+)
 DUPLICATE_OF = "duplicate of line "  # what the reason of a record begins with that is there already
 
 
@@ -39,42 +57,68 @@ def data_extension(name: str) -> str | None:
     return next((extension for extension in DATA_EXTENSIONS if lowered.endswith(extension)), None)
 
 
-def read_examples(path: Path | str, kind: Kind, *, mixed: bool = False) -> tuple[list[Example], list[Reject]]:
+def read_examples(
+    path: Path | str, kind: Kind, *, mixed: bool = False, limits: Limits = Limits()
+) -> tuple[list[Example], list[Reject]]:
     """Reads one file; returns its examples in file order and a reject for each record that is none.
 
-    Of records with equal content the first is kept. Raises `UnreadableFile` where the file as a whole cannot
-    be read (so a damaged file never yields half of its records), and `MixedTargets` where a target or eval
+    Of records with equal content the first is kept. Raises `UnreadableFile` where the file as a whole exceeds a limit
+    or cannot be read (so a damaged file never yields half of its records), and `MixedTargets` where a target or eval
     file holds plain records and pairs, unless it may be `mixed`.
     """
     path = Path(path)
-    examples: list[Example] = []
+    # By id: a repeated record is not kept even while the file is read, or a small file could fill the memory.
+    examples: dict[str, Example] = {}
     rejects: list[Reject] = []
     records = 0
-    for line, record, excerpt in _records(path):
+    for line, record, excerpt in _records(path, limits):
         records += 1
         try:
             if isinstance(record, BadRecord):
                 raise record
-            examples.append(example_of(record, line, kind))
+            example = example_of(record, line, kind)
+            kept = examples.setdefault(example.id, example)
+            if kept is not example:
+                reason = f"{DUPLICATE_OF}{kept.line}"
+                rejects.append(Reject(line, "", reason, excerpt_of(example.prompt_text)))
         except BadRecord as bad:
             rejects.append(Reject(line, bad.field, bad.reason, excerpt()))
+        if len(rejects) > limits.rejects:
+            first = rejects[0]
+            raise UnreadableFile(
+                path,
+                f"has more than {limits.rejects:,} rejected or repeated records, all that limits.rejects allows; the "
+                f"first is line {first.line}: {first.reason}",
+            )
     if not records:
         raise UnreadableFile(path, "holds no records; write one record a line, or remove the file")
     if kind != "candidate" and not mixed:
-        require_one_kind(path, [(example.line, example.rejected is not None) for example in examples])
-    examples, duplicates = _drop_duplicates(examples)
-    return examples, sorted(rejects + duplicates)
+        require_one_kind(path, [(example.line, example.rejected is not None) for example in examples.values()])
+    return list(examples.values()), sorted(rejects)
 
 
 # Line number, the record or why there is none, and a function that gives the excerpt (only rejects need one).
 _Record = tuple[int, "dict | BadRecord", Any]
 
 
-def _records(path: Path) -> Iterator[_Record]:
+def _records(path: Path, limits: Limits) -> Iterator[_Record]:
     extension = checked_extension(path)
     if extension in PARQUET_EXTENSIONS:
-        return _parquet_records(path)
-    return _json_records(path, COMPRESSIONS.get(Path(extension).suffix))
+        return _parquet_records(path, limits)
+    return _json_records(path, COMPRESSIONS.get(Path(extension).suffix), limits)
+
+
+@contextmanager
+def opened(path: Path, limits: Limits) -> Iterator[BinaryIO]:
+    """The file, inside of the folder that it must lie in. Raises UnreadableFile."""
+    try:
+        file = open_regular(path, limits.inside)
+    except LeadsOutside as error:
+        raise UnreadableFile(path, LINK_ADVICE) from error
+    except OSError as error:
+        raise UnreadableFile(path, f"cannot be read ({error}); check its permissions and the disk") from error
+    with file:
+        yield file
 
 
 def checked_extension(path: Path) -> str:
@@ -94,10 +138,13 @@ def checked_extension(path: Path) -> str:
     return extension
 
 
-def _json_records(path: Path, compression: str | None) -> Iterator[_Record]:
-    for line, raw in _numbered_lines(path, compression):
+def _json_records(path: Path, compression: str | None, limits: Limits) -> Iterator[_Record]:
+    for line, raw in _numbered_lines(path, compression, limits):
+        if isinstance(raw, TooLong):
+            yield line, too_long(raw.size, limits), lambda raw=raw: _json_excerpt(raw.beginning)
+            continue
         try:
-            record: dict | BadRecord = json_object(raw)
+            record: dict | BadRecord = json_object(raw, limits)
         except BadRecord as bad:
             record = bad
         yield line, record, lambda raw=raw: _json_excerpt(raw)
@@ -107,19 +154,19 @@ def _json_excerpt(raw: bytes) -> str:
     return excerpt_of(raw[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace"))
 
 
-def _numbered_lines(path: Path, compression: str | None) -> Iterator[tuple[int, bytes]]:
+def _numbered_lines(path: Path, compression: str | None, limits: Limits) -> Iterator[tuple[int, bytes | TooLong]]:
     """The lines that are not blank, without line end and byte order mark, numbered from 1.
 
     Split at line feeds alone: JSON strings may hold other line separators, such as U+2028.
     """
     try:
-        with _open(path, compression) as stream:
-            for line, raw in enumerate(stream, start=1):
-                if line == 1:
+        with opened(path, limits) as file:
+            stream = file if compression is None else decompressed(file, compression, path, limits)
+            for line, raw in bounded_lines(stream, path, limits):
+                if line == 1 and isinstance(raw, bytes):
                     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                         raise UnreadableFile(path, "is UTF-16; save it as UTF-8")
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
-                raw = raw.rstrip(b" \t\r\n")
                 if raw:
                     yield line, raw
     except OSError as error:
@@ -130,22 +177,7 @@ def _numbered_lines(path: Path, compression: str | None) -> Iterator[tuple[int, 
         raise UnreadableFile(path, advice) from error
 
 
-def open_bytes(file: Any, compression: str) -> io.BufferedReader:
-    """What an Arrow file holds, decompressed."""
-    import pyarrow as pa  # here, so that listing an inbox needs no pyarrow
-
-    return io.BufferedReader(pa.CompressedInputStream(file, compression), 1 << 16)
-
-
-def _open(path: Path, compression: str | None) -> io.BufferedIOBase:
-    if compression is None:
-        return path.open("rb")
-    import pyarrow as pa
-
-    return open_bytes(pa.OSFile(str(path)), compression)
-
-
-def json_object(raw: bytes) -> dict:
+def json_object(raw: bytes, limits: Limits = Limits()) -> dict:
     """The record of a line. Raises BadRecord."""
     try:
         text = raw.decode("utf-8")
@@ -162,43 +194,74 @@ def json_object(raw: bytes) -> dict:
     if not isinstance(record, dict):
         advice = "; jq -c '.[]' turns an array into lines" if isinstance(record, list) else ""
         raise BadRecord("", f"{type_name(record)}, not an object{advice}")
+    require_depth(record, raw, limits)
     return record
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict:
     record = dict(pairs)
     if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise BadRecord(repeated, "given twice in one object; keep one")
     return record
 
 
-def _parquet_records(path: Path) -> Iterator[_Record]:
+def _parquet_records(path: Path, limits: Limits) -> Iterator[_Record]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            # Other columns may be wide (embeddings) or have no Python value; their names serve as hints.
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise UnreadableFile(path, "has two columns of one name; rename one")
-            columns = [name for name in names if name in KNOWN_FIELDS]
+        with opened(path, limits) as raw, parquet_file(raw, path, limits) as file:
             row = 0
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-                for record in batch_records(batch):
+            for batch in file.parquet.iter_batches(PARQUET_BATCH_ROWS, columns=file.columns):
+                for record in batch_records(batch, file, limits):
                     row += 1
-                    if isinstance(record, dict):
-                        record = {**dict.fromkeys(names), **record}
                     yield row, record, lambda record=record: _parquet_excerpt(record)
+    except pa.ArrowMemoryError:
+        raise  # says nothing of the file
     except (pa.ArrowException, OSError) as error:
         advice = f"is not a whole Parquet file ({error}); write it again, or copy it again"
         raise UnreadableFile(path, advice) from error
 
 
-def batch_records(batch: Any) -> Iterator[dict | BadRecord]:
+class Columns(NamedTuple):
+    """A Parquet file and what is read of it."""
+
+    parquet: Any
+    columns: list[str]
+    schema: Any  # of these columns, with texts as texts
+    hints: list[str]  # names of other columns
+
+
+@contextmanager
+def parquet_file(raw: BinaryIO, path: Path, limits: Limits) -> Iterator[Columns]:
+    """The columns of a Parquet file that a record may have. Raises UnreadableFile."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(raw) as file:
+        # Other columns may be wide (embeddings) or have no Python value; their names serve as hints.
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise UnreadableFile(path, "has two columns of one name; rename one")
+        columns = [name for name in names if name in KNOWN_FIELDS]
+        require_bounded_parquet(file, columns, path, os.fstat(raw.fileno()).st_size, limits)
+        schema = pa.schema([file.schema_arrow.field(name) for name in columns])
+        leaves, metadata = text_leaves(file, columns), file.metadata
+    with pq.ParquetFile(raw, metadata=metadata, read_dictionary=leaves) as file:
+        yield Columns(file, columns, schema, names[:HINTS])
+
+
+def batch_records(batch: Any, file: Columns, limits: Limits) -> Iterator[dict | BadRecord]:
     """The rows of an Arrow batch as records."""
+    for part in bounded_slices(batch, limits):
+        if isinstance(part, int):
+            yield too_long(part, limits)
+            continue
+        for record in _rows_of(part.cast(file.schema) if file.columns else part):
+            yield {**dict.fromkeys(file.hints), **record} if isinstance(record, dict) else record
+
+
+def _rows_of(batch: Any) -> Iterator[dict | BadRecord]:
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # Arrow does not validate strings: find the rows that are not UTF-8
@@ -225,14 +288,3 @@ def require_one_kind(path: Path, records: Sequence[tuple[int, bool]]) -> None:
     pair = next((line for line, pair in records if pair), None)
     if plain is not None and pair is not None:
         raise MixedTargets(path, plain, pair)
-
-
-def _drop_duplicates(examples: list[Example]) -> tuple[list[Example], list[Reject]]:
-    first: dict[str, Example] = {}
-    duplicates: list[Reject] = []
-    for example in examples:
-        kept = first.setdefault(example.id, example)
-        if kept is not example:
-            reason = f"{DUPLICATE_OF}{kept.line}"
-            duplicates.append(Reject(example.line, "", reason, excerpt_of(example.prompt_text)))
-    return list(first.values()), duplicates

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from prism_assets.corpus.files import DATA_EXTENSIONS, data_extension
+from prism_assets.corpus.files import DATA_EXTENSIONS, LINK_ADVICE, data_extension
 from prism_assets.resources.file_hashes import FileHashes, seconds_since_change
+from prism_assets.resources.regular_files import leads_outside
 
 AT_REST_SECONDS = 2.0
 PARTIAL_EXTENSIONS = (".tmp", ".part", ".partial", ".crdownload", "~")
@@ -45,12 +46,18 @@ class Scan(NamedTuple):
     ignored: list[Ignored]
 
 
-def scan(folder: Path | str, cache_path: Path | str | None = None, at_rest_seconds: float = AT_REST_SECONDS) -> Scan:
+def scan(
+    folder: Path | str,
+    cache_path: Path | str | None = None,
+    at_rest_seconds: float = AT_REST_SECONDS,
+    follow_links: bool = False,
+) -> Scan:
     """Lists the data files under ``folder``, its subfolders included.
 
-    Hidden files and folders are passed over; all else that is no data file, symbolic links to folders
-    included, is in ``ignored`` with a reason. Hashes are remembered in the JSON file ``cache_path``, by path,
-    size and modification time. Raises FileNotFoundError or NotADirectoryError where there is no such folder.
+    Hidden files and folders are passed over; all else that is no data file is in ``ignored`` with a reason, symbolic
+    links to folders included, and links out of the inbox unless ``follow_links``. Hashes are remembered in the JSON
+    file ``cache_path``, by path, size and modification time. Raises FileNotFoundError or NotADirectoryError where there
+    is no such folder.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -60,8 +67,10 @@ def scan(folder: Path | str, cache_path: Path | str | None = None, at_rest_secon
     hashes = FileHashes(Path(cache_path) if cache_path is not None else None)
     files: dict[str, InboxFile] = {}
     ignored: list[Ignored] = []
-    for path, problem in _walk(folder):
-        found = Ignored(path, problem) if problem else _inspect(path, hashes, at_rest_seconds)
+    inside = None if follow_links else folder
+    for path in _walk(folder, ignored):
+        problem = _reason_to_ignore(path, inside)
+        found = Ignored(path, problem) if problem else _inspect(path, hashes, at_rest_seconds, inside)
         if isinstance(found, Ignored):
             ignored.append(found)
         elif found.key in files:
@@ -86,23 +95,23 @@ def shard_key(file_name: str, sha256: str) -> str:
     return f"{name or 'shard'}-{sha256[:12]}"
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Visible files in order of their path, each with the reason to ignore it, if any."""
+def _walk(folder: Path, ignored: list[Ignored]) -> Iterator[Path]:
+    """Visible files, and links to folders, in order of their path; folders that cannot be read go to `ignored`."""
     unreadable: list[OSError] = []
     found: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=unreadable.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
         found += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
-    for error in unreadable:
-        yield Path(error.filename), f"the folder cannot be read: {error.strerror}"
-    for path in sorted(found):
-        yield path, _reason_to_ignore(path)
+    ignored += [Ignored(Path(one.filename), f"the folder cannot be read: {one.strerror}") for one in unreadable]
+    yield from sorted(found)
 
 
-def _reason_to_ignore(path: Path) -> str | None:
+def _reason_to_ignore(path: Path, inside: Path | None) -> str | None:
+    if inside is not None and path.is_symlink() and leads_outside(path, inside):
+        return LINK_ADVICE
     if path.is_dir():
-        return "a symbolic link to a folder: put the folder itself, or links to its files, into the inbox"
+        return "a symbolic link to a folder: put the folder itself into the inbox"
     if path.name.lower().endswith(PARTIAL_EXTENSIONS):
         return "a partial or temporary file, by its extension"
     if data_extension(path.name) is None:
@@ -114,13 +123,13 @@ def _reason_to_ignore(path: Path) -> str | None:
     return None
 
 
-def _inspect(path: Path, hashes: FileHashes, at_rest_seconds: float) -> InboxFile | Ignored:
+def _inspect(path: Path, hashes: FileHashes, at_rest_seconds: float, inside: Path | None) -> InboxFile | Ignored:
     try:
         before = path.stat()
         if before.st_size == 0:
             return Ignored(path, "empty")
         age = seconds_since_change(before)
-        sha256 = hashes.sha256(path, before)
+        sha256 = hashes.sha256(path, before, inside)
         after = path.stat()
     except OSError as error:
         return Ignored(path, f"cannot be read: {error.strerror}")

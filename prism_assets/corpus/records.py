@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -38,6 +39,8 @@ PAIR_LAYOUTS = (PAIR_LAYOUT, PREFERENCE_LAYOUT)
 OPTIONAL_FIELDS = ("input", "id", "source", "rejected", "group", "answer", "answers", "choices")
 KNOWN_FIELDS = frozenset(field for layout in (*LAYOUTS, *PAIR_LAYOUTS, OPTIONAL_FIELDS) for field in layout)
 EXCERPT_CHARACTERS = 160
+# Of a record without a layout the names are compared with ours: so many of them, and so much of each.
+_NAMES, _NAME_CHARACTERS = 200, 100
 JSON_TYPE_NAMES = {
     type(None): "null",
     bool: "a boolean",
@@ -192,7 +195,7 @@ def _layout(record: dict, kind: Kind) -> tuple[str, ...]:
     if any(field in record for field in meant):
         raise BadRecord(missing, f"missing; a record with {_present(meant, record)} needs it")
     forms = ", ".join(" + ".join(layout) for layout in layouts)
-    found = ", ".join(map(repr, record)) or "nothing"
+    found = ", ".join(repr(excerpt_of(name)) for name in list(record)[:_NAMES]) or "nothing"
     raise BadRecord(missing, f"missing; a record has one of {forms}; this one has {excerpt_of(found)}")
 
 
@@ -206,7 +209,8 @@ def _present(layout: tuple[str, ...], record: dict) -> str:
 
 
 def _similar(field: str, record: dict) -> str | None:
-    names = {name.lower(): name for name in record if name not in KNOWN_FIELDS}
+    others = [name for name in record if name not in KNOWN_FIELDS]
+    names = {name[:_NAME_CHARACTERS].lower(): name for name in others[:_NAMES]}
     close = difflib.get_close_matches(field, names, n=1, cutoff=0.75)
     return names[close[0]] if close else None
 
@@ -330,8 +334,8 @@ def _choices(record: dict, completion: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise BadRecord("choices", f"{type_name(value)}, not an array of strings")
     choices = tuple(_not_empty(_text_or_number(item, "choices"), "choices") for item in value)
-    repeated = next((one for one in choices if choices.count(one) > 1), None)
-    if repeated is not None:
+    repeated, times = Counter(choices).most_common(1)[0] if choices else ("", 0)
+    if times > 1:
         raise BadRecord("choices", f"holds {excerpt_of(repeated)!r} twice")
     if completion not in choices:
         raise BadRecord(

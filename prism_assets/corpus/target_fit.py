@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.corpus.files import DUPLICATE_OF, read_examples
+from prism_assets.corpus.limits import Limits
 from prism_assets.corpus.template import Untokenizable
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ class TargetFit(NamedTuple):
         return f"tokenization.max_length {words}{limit}"
 
 
-def target_fit(path: Path, kind: "Kind", encoder: "Encoder", *, mixed: bool = False) -> TargetFit:
+def target_fit(
+    path: Path, kind: "Kind", encoder: "Encoder", *, mixed: bool = False, limits: Limits = Limits()
+) -> TargetFit:
     """Read and tokenise a file. Raises UnreadableFile and, unless it may be `mixed`, MixedTargets."""
-    examples, rejects = read_examples(path, kind, mixed=mixed)
+    examples, rejects = read_examples(path, kind, mixed=mixed, limits=limits)
     needed: list[int] = []
     lost = [(one.line, one.reason) for one in rejects if not _is_duplicate(one.reason)]
     for example in examples:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import RecordFile, encode_file, encoder_of
+from prism_assets.corpus.encoding import RecordFile, encode_file, encoder_of, limits_of
 from prism_assets.corpus.target_fit import TargetFit, given_records, target_fit
 from prism_assets.errors import UnusableTargets
 from prism_assets.metadata import preview
@@ -72,7 +72,8 @@ def _read_file(stage: Stage, name: str, kind: "Kind", path: Path) -> tuple[Artif
         raise UnusableTargets(f"targets.{name}: {path} holds no usable row.{why}")
     given = given_records(rows.notes["rows"], rejected)
     if given - rows.notes["rows"] > stage.settings.targets[name].max_rejected * given:
-        fit = target_fit(path, kind, encoder_of(stage), mixed=may_be_mixed(stage.settings.targets[name], kind))
+        mixed = may_be_mixed(stage.settings.targets[name], kind)
+        fit = target_fit(path, kind, encoder_of(stage), mixed=mixed, limits=limits_of(stage))
         raise UnusableTargets(too_few_records(stage, name, path, fit))
     return rows, computed, [{"file": path.name, **one} for one in rejected]
 
@@ -92,7 +93,7 @@ def target_file(stage: Stage, name: str, kind: "Kind") -> RecordFile:
         f"{table}_rejects",
         name,
         TARGET_SCHEMA,
-        lambda file: read_examples(file, kind, mixed=mixed),
+        lambda file: read_examples(file, kind, mixed=mixed, limits=limits_of(stage)),
     )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from prism_assets.corpus.encoder import Encoder, TokenizedExample
     from prism_assets.corpus.inbox import InboxFile
+    from prism_assets.corpus.limits import Limits
     from prism_assets.corpus.records import Kind, Message
 
 MOST_RECORDS = 2_000  # tokenised of files that are not ingested
@@ -96,7 +97,7 @@ class Targets(NamedTuple):
 
 def pool_figures(stage: Stage) -> Pool:
     """Rows and tokens of the inbox's files. Raises SettingsError where it has no file that can be read."""
-    from prism_assets.corpus.candidates import inbox_files, pending_candidates
+    from prism_assets.corpus.candidates import inbox_files, inbox_limits, pending_candidates
     from prism_assets.corpus.encoding import encoder_of
 
     inbox = stage.settings.candidates.inbox
@@ -107,7 +108,7 @@ def pool_figures(stage: Stage) -> Pool:
     encoder = encoder_of(stage)
     waiting = set(pool.pending)
     _add_ingested(stage, pool, encoder, [key for key in sorted(files) if key not in waiting])
-    _add_pending(pool, encoder, [files[key] for key in pool.pending])
+    _add_pending(pool, encoder, [files[key] for key in pool.pending], inbox_limits(stage))
     if not pool.sample:
         raise SettingsError(f"candidates.inbox: no record of the {len(files)} files in {inbox} can be used")
     pool.canonical_rows = _canonical_rows(stage, pool, sorted(files))
@@ -152,7 +153,7 @@ def _add_ingested(stage: Stage, pool: Pool, encoder: "Encoder", keys: Sequence[s
         pool.bytes_a_row, pool.text_bytes = size / total, _TWICE * text / looked_at
 
 
-def _add_pending(pool: Pool, encoder: "Encoder", files: "Sequence[InboxFile]") -> None:
+def _add_pending(pool: Pool, encoder: "Encoder", files: "Sequence[InboxFile]", limits: "Limits") -> None:
     """Tokenise a sample of files that are not ingested, and scale what it gave by their bytes."""
     import pyarrow.parquet as pq
 
@@ -168,7 +169,7 @@ def _add_pending(pool: Pool, encoder: "Encoder", files: "Sequence[InboxFile]") -
     clock, processor = time.perf_counter(), time.process_time()
     for file in looked_into:
         try:
-            found = sample_file(file.path, max(32, round(MOST_RECORDS * file.size / size)))
+            found = sample_file(file.path, max(32, round(MOST_RECORDS * file.size / size)), limits)
         except UnreadableFile:
             continue  # `candidates` reports it, with its reason
         pool.extrapolated |= found.share < 1
@@ -222,7 +223,7 @@ def target_figures(stage: Stage, names: Sequence[str]) -> Mapping[str, Targets]:
 
 
 def _file(stage: Stage, name: str, kind: "Kind") -> TargetFile:
-    from prism_assets.corpus.encoding import encoded_recipes, encoder_of
+    from prism_assets.corpus.encoding import encoded_recipes, encoder_of, limits_of
     from prism_assets.corpus.files import read_examples
     from prism_assets.corpus.target_set import target_set
     from prism_assets.corpus.targets import may_be_mixed, target_file, too_few_records
@@ -236,9 +237,9 @@ def _file(stage: Stage, name: str, kind: "Kind") -> TargetFile:
         return found
     encoder = encoder_of(stage)
     try:
-        mixed = may_be_mixed(settings, kind)
-        found.fit = target_fit(path, kind, encoder, mixed=mixed)
-        examples, _ = read_examples(path, kind, mixed=mixed)
+        mixed, limits = may_be_mixed(settings, kind), limits_of(stage)
+        found.fit = target_fit(path, kind, encoder, mixed=mixed, limits=limits)
+        examples, _ = read_examples(path, kind, mixed=mixed, limits=limits)
     except (UnreadableFile, MixedTargets) as error:
         found.problem = str(error)
         return found

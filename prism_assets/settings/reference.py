@@ -62,6 +62,8 @@ def _yaml(value: Any) -> str:
         return f"[{', '.join(map(_yaml, value))}]"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, int) and value >= 100_000:
+        return f"{value:_}"
     if isinstance(value, Budget | Path):
         return str(value)
     assert not isinstance(value, BaseModel), value

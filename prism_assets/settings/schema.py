@@ -211,6 +211,31 @@ class CandidateSettings(Section):
         ge=0,
         description="Seconds for which a file must not have changed before the sensor takes it.",
     )
+    # Left out of what is dumped: how a file got into the inbox is no part of what is made of it.
+    follow_links: bool = Field(
+        default=False,
+        exclude=True,
+        description="Whether a symbolic link in the inbox may lead to a file outside of it.",
+    )
+
+
+class LimitSettings(Section):
+    """What a file of records may take; what exceeds it, a record or the whole file (`file_readable`), is rejected."""
+
+    record: ByteSize = Field(
+        default=ByteSize(16_000_000), ge=1000, description="Bytes of a line, or of the texts of a row."
+    )
+    expansion: int = Field(
+        default=200,
+        ge=1,
+        description="Times its size that a compressed or Parquet file may expand to, where that is more than 64 MiB.",
+    )
+    expanded: ByteSize = Field(
+        default=ByteSize(32_000_000_000), ge=1, description="Bytes that a compressed or Parquet file may expand to."
+    )
+    blank_lines: int = Field(default=1_000_000, ge=0, description="Blank lines in a file.")
+    depth: int = Field(default=64, ge=2, le=500, description="Arrays and objects of a record within each other.")
+    rejects: int = Field(default=1_000_000, ge=0, description="Rejected records of a file, repetitions included.")
 
 
 class EvaluationSettings(Section):
@@ -314,6 +339,7 @@ class Settings(Section):
     warmup: WarmupSettings = WarmupSettings()
     features: FeatureSettings = FeatureSettings()
     candidates: CandidateSettings = CandidateSettings()
+    limits: LimitSettings = LimitSettings()
     targets: dict[Annotated[str, AfterValidator(_safe_name)], TargetSettings] = Field(
         min_length=1, description="What to select for, by name; each has `examples` and `eval`."
     )

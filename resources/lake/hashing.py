@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_assets.resources.lake.recipe import FINGERPRINT_LENGTH, SIDECAR
+from prism_assets.resources.regular_files import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,5 +67,5 @@ def hash_folder(folder: Path) -> str:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, 64 hex digits."""
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

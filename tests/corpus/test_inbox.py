@@ -67,6 +67,48 @@ def test_what_is_no_data_file_is_reported_and_hidden_files_are_passed_over(tmp_p
     assert "regular" in ignored["pipe.jsonl"] and "link to nothing" in ignored["gone.jsonl"]
 
 
+def test_a_link_out_of_the_inbox_is_followed_only_where_it_is_allowed(tmp_path):
+    inbox = tmp_path / "inbox"
+    secret = put(tmp_path / "secret.jsonl", b"secret")
+    inside = put(inbox / "sub" / "a.jsonl", b"inside")
+    (inbox / "b.jsonl").symlink_to(inside)
+    (inbox / "c.jsonl").symlink_to(secret)
+    (inbox / "d.jsonl").symlink_to(tmp_path / "elsewhere")
+    (inbox / "folder").symlink_to(tmp_path)
+    found = scan(inbox)
+    assert [file.path.name for file in found.files] == ["a.jsonl", "b.jsonl"]
+    ignored = reasons(found, inbox)
+    assert set(ignored) == {"c.jsonl", "d.jsonl", "folder"}
+    assert all("leads out of the inbox" in why and "candidates.follow_links" in why for why in ignored.values())
+    allowed = scan(inbox, follow_links=True)
+    assert {file.path.name: file.sha256 for file in allowed.files}["c.jsonl"] == hashlib.sha256(b"secret").hexdigest()
+    assert "link to a folder" in reasons(allowed, inbox)["folder"]
+
+
+def test_an_inbox_that_is_a_link_itself_is_the_users_own(tmp_path):
+    put(tmp_path / "elsewhere" / "a.jsonl")
+    (tmp_path / "inbox").symlink_to(tmp_path / "elsewhere")
+    found = scan(tmp_path / "inbox")
+    assert [file.path.name for file in found.files] == ["a.jsonl"] and not found.ignored
+
+
+def test_a_link_that_takes_the_place_of_a_file_is_not_hashed(tmp_path, monkeypatch):
+    from prism_assets.corpus import inbox as module
+
+    path = put(tmp_path / "inbox" / "a.jsonl")
+    put(tmp_path / "secret", b"secret")
+    inspect = module._inspect
+
+    def exchanged(found, *more):
+        path.unlink()
+        path.symlink_to(tmp_path / "secret")
+        return inspect(found, *more)
+
+    monkeypatch.setattr(module, "_inspect", exchanged)
+    found = scan(tmp_path / "inbox")
+    assert not found.files and "leads out of" in found.ignored[0].reason
+
+
 def test_equal_files_of_one_name_are_one_shard_and_of_two_names_two(tmp_path):
     put(tmp_path / "b" / "x.jsonl")
     first = put(tmp_path / "a" / "x.jsonl", age=0)
