@@ -7,11 +7,17 @@ loop (a bad record, an example that cannot be tokenised) is no error of the user
 from importlib.metadata import version
 from pathlib import Path
 
+from prism_assets.text import visible
+
 
 class PrismError(Exception):
     """Something that was asked for could not be done; the message says what, where and what to do."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        """The message, which may quote data: nothing in it acts on the terminal or log that it is shown in."""
+        return visible(super().__str__())
 
 
 # -- what the user must change ------------------------------------------------------------------------------------

@@ -6,9 +6,23 @@ from typing import Any
 import dagster as dg
 
 from prism_assets.project import Project
-from prism_assets.text import one_line
+from prism_assets.text import one_line, visible
 
 _CELL_WIDTH = 100
+
+
+def harmless(value: Any) -> Any:
+    """A value of an asset's or a check's metadata with its texts as `text.visible`; Markdown is made harmless where it
+    is written."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dg.JsonMetadataValue):
+        return dg.MetadataValue.json(harmless(value.data))
+    if isinstance(value, Mapping):
+        return {harmless(name): harmless(one) for name, one in value.items()}
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return [harmless(one) for one in value]
+    return value
 
 
 def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8) -> dg.MetadataValue:
@@ -23,8 +37,8 @@ def preview(rows: Sequence[Mapping[str, Any]], limit: int = 8) -> dg.MetadataVal
             return float(f"{value:.4g}")
         return one_line(str(value), _CELL_WIDTH)
 
-    records = [dg.TableRecord({str(name): cell(row.get(name)) for name in rows[0]}) for row in rows[:limit]]
-    columns = [dg.TableColumn(str(name), _kind(row.get(name) for row in rows[:limit])) for name in rows[0]]
+    records = [dg.TableRecord({visible(str(name)): cell(row.get(name)) for name in rows[0]}) for row in rows[:limit]]
+    columns = [dg.TableColumn(visible(str(name)), _kind(row.get(name) for row in rows[:limit])) for name in rows[0]]
     return dg.MetadataValue.table(records, dg.TableSchema(columns=columns))
 
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from prism_assets.text import visible
+
 _LOG_EVERY_SECONDS = 15.0
 
 
@@ -67,7 +69,7 @@ class Progress:
     """Rows done, rate and time left: a bar on a terminal, and a line in the log every 15 seconds."""
 
     def __init__(self, log: logging.Logger, what: str, total: int, unit: str = "rows") -> None:
-        self.log, self.what, self.total, self.unit = log, what, total, unit
+        self.log, self.what, self.total, self.unit = log, visible(what), total, unit
         self.done, self.note = 0, ""
         self.started = self.logged = time.monotonic()
         self._bar: Callable[[int], None] | None = None
@@ -109,12 +111,12 @@ def progress(log: logging.Logger, what: str, total: int, unit: str = "rows") -> 
     tracker = Progress(log, what, total, unit)
     _under_way.append(tracker)
     try:
-        yield from _shown(tracker, what, total)
+        yield from _shown(tracker, total)
     finally:
         _under_way.remove(tracker)
 
 
-def _shown(tracker: Progress, what: str, total: int) -> Iterator[Progress]:
+def _shown(tracker: Progress, total: int) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield tracker
         return
@@ -122,8 +124,8 @@ def _shown(tracker: Progress, what: str, total: int) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=total)
+        task = bars.add_task(tracker.what, total=total)
         tracker._bar = lambda done: bars.update(task, completed=done)
         yield tracker

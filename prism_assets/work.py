@@ -6,9 +6,11 @@ from typing import Any
 
 import dagster as dg
 
+from prism_assets.metadata import harmless
 from prism_assets.project import ENGINES, CheckResult, Project
 from prism_assets.resources.lake import Artifact, Lake, digest
 from prism_assets.stage import Stage
+from prism_assets.text import as_code, visible
 
 
 def stage_of(project: Project, context: dg.AssetExecutionContext | dg.SensorEvaluationContext) -> Stage:
@@ -69,7 +71,7 @@ def each_partition(
         except Exception as error:
             if len(keys) == 1:
                 raise
-            context.log.error(f"{key}: {type(error).__name__}: {error}")
+            context.log.error(visible(f"{key}: {type(error).__name__}: {error}"))
             failures[key] = error
     metadata = {key: _metadata(stage.lake, outcome) for key, outcome in outcomes.items()}
     if failures:
@@ -81,7 +83,7 @@ def each_partition(
             )
         reasons = "\n".join(f"{key}: {type(error).__name__}: {error}" for key, error in failures.items())
         raise dg.Failure(
-            f"{len(failures)} of {len(keys)} partitions failed; the others are finished and kept.\n{reasons}"
+            f"{len(failures)} of {len(keys)} partitions failed; the others are finished and kept.\n{visible(reasons)}"
         ) from next(iter(failures.values()))
     if len(outcomes) == 1:
         return the_whole(context, stage, next(iter(outcomes.values())))
@@ -105,12 +107,13 @@ def the_whole(context: dg.AssetExecutionContext, stage: Stage, outcome: Outcome)
 def _metadata(lake: Lake, outcome: Outcome) -> dict[str, Any]:
     """The metadata of a partition with what all have: computed or found, fingerprints, files, columns."""
     fingerprints = [artifact.fingerprint for artifact in outcome.artifacts]
+    files = [f"- {as_code(str(lake.local(artifact)))}" for artifact in outcome.artifacts]
     return {
-        **outcome.metadata,
+        **harmless(outcome.metadata),
         "computed": outcome.computed,
         "reused": outcome.computed == 0,
         "fingerprint": fingerprints[0] if len(fingerprints) == 1 else ", ".join(fingerprints),
-        "files": dg.MetadataValue.md("\n".join(f"- `{lake.local(artifact)}`" for artifact in outcome.artifacts)),
+        "files": dg.MetadataValue.md("\n".join(files)),
         **_column_schema(lake, outcome.artifacts),
     }
 
@@ -143,7 +146,7 @@ def _checks(context: dg.AssetExecutionContext, outcomes: Mapping[str, Outcome]) 
             asset_key=context.asset_key,
             passed=all(result.passed for result in results.values()),
             severity=check.severity,
-            metadata=metadata,
+            metadata=harmless(metadata),
         )
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from prism_assets.text import one_line
+from prism_assets.text import one_line, visible
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -98,4 +98,4 @@ def _name_of(one: dict[str, Any]) -> str:
 def _escape(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(visible(text))

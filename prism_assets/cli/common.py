@@ -12,10 +12,11 @@ import typer
 
 from prism_assets.cli.heartbeat import Heartbeat
 from prism_assets.errors import PrismError, UnknownThing
-from prism_assets.text import one_line
+from prism_assets.text import in_json, one_line, visible
 
 if TYPE_CHECKING:
     import dagster as dg
+    from rich.console import Console
 
     from prism_assets.ops.estimate import Estimate
     from prism_assets.ops.pipeline import Step, StepResult
@@ -51,7 +52,7 @@ def expected_failures() -> Iterator[None]:
 
 def _said(message: str, status: int) -> typer.Exit:
     """Say what went wrong, in red; raise what is returned."""
-    typer.secho(message, fg="red", err=True)
+    say(message, fg="red", err=True)
     return typer.Exit(status)
 
 
@@ -98,39 +99,38 @@ def run_steps(
     settings: "Settings", targets: Sequence[str] | None, steps: "Sequence[Step] | None" = None, quiet: bool = False
 ) -> "tuple[Loaded, list[StepResult]]":
     """Run the steps (by default all of `prism run`) and print the result of each."""
-    from rich.console import Console
     from rich.markup import escape
 
     from prism_assets.compat import interrupts_at_safe_points
     from prism_assets.ops.home import dagster_home, instance_of
     from prism_assets.ops.pipeline import Listener, run_pipeline
 
-    console = Console(stderr=True)
+    terminal = console(err=True)
     os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
     loaded = load_project(settings)
 
-    heartbeat = Heartbeat(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    heartbeat = Heartbeat(lambda line: terminal.print(line, highlight=False, markup=False, soft_wrap=True))
 
     def on_step(step: "Step") -> None:
         heartbeat.step(step.title)
-        if console.is_terminal:
-            console.print(f"[dim]… {step.title}[/]", highlight=False)
+        if terminal.is_terminal:
+            terminal.print(f"[dim]… {step.title}[/]", highlight=False)
 
     def on_result(result: "StepResult") -> None:
         done = f"{result.computed} computed" if result.computed else "up to date"
-        console.print(f"[green]✓[/] {result.step.title:<40} {done:>14}  {result.seconds:6.1f} s", highlight=False)
+        terminal.print(f"[green]✓[/] {result.step.title:<40} {done:>14}  {result.seconds:6.1f} s", highlight=False)
         for check in result.failed_checks:
-            console.print(f"  [yellow]![/] {escape(one_line(check, _CHECK_WIDTH))}", highlight=False, soft_wrap=True)
+            terminal.print(f"  [yellow]![/] {escape(one_line(check, _CHECK_WIDTH))}", highlight=False, soft_wrap=True)
 
     def on_wait(holders: str) -> None:
-        console.print(f"[yellow]waiting for the model: {escape(holders)}[/]", highlight=False)
+        terminal.print(f"[yellow]waiting for the model: {escape(holders)}[/]", highlight=False)
 
     def on_estimate(found: "Estimate") -> None:
-        console.print(f"[dim]{escape(found.line())}[/]", highlight=False, soft_wrap=True)
+        terminal.print(f"[dim]{escape(found.line())}[/]", highlight=False, soft_wrap=True)
 
     whole = steps is None  # the estimate is of a whole run
     listener = Listener() if quiet else Listener(on_step, on_result, on_wait, on_estimate if whole else None)
-    shown = nullcontext() if quiet or console.is_terminal else heartbeat
+    shown = nullcontext() if quiet or terminal.is_terminal else heartbeat
     with shown, interrupts_at_safe_points() as interrupts, instance_of(settings) as instance:
         results = run_pipeline(
             loaded.project,
@@ -143,12 +143,23 @@ def run_steps(
     return loaded, results
 
 
-# -- printing -----------------------------------------------------------------------------------------------------
+# -- printing: everything that a command prints goes through one of these -----------------------------------------
+
+
+def say(message: str = "", fg: str | None = None, err: bool = False) -> None:
+    """Print a message, in a colour where one is given."""
+    typer.secho(visible(message), fg=fg, err=err)
+
+
+def console(err: bool = False) -> "Console":
+    """A Rich console: what is printed on it has to be `Text`, or escaped, where it may come from data."""
+    from rich.console import Console
+
+    return Console(stderr=True) if err else Console(width=None if sys.stdout.isatty() else 140)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
     """A table on the terminal; numbers with four digits."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -156,12 +167,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
         if isinstance(cell, Text):
             return cell
         # Text, not str: brackets in data are no markup.
-        return Text("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell))
+        return Text("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else visible(str(cell)))
 
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(title=shown(title) if title else None, title_justify="left")
+    for column in columns:
+        table.add_column(shown(column))
     for row in rows:
         table.add_row(*map(shown, row))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console().print(table)
 
 
 def short(value: Any, width: int = 48) -> Any:
@@ -171,7 +184,7 @@ def short(value: Any, width: int = 48) -> Any:
 
 def print_json(value: Any) -> None:
     """Strict JSON: what it has no form for becomes text, and numbers that are not finite become null."""
-    print(json.dumps(_jsonable(value), ensure_ascii=False))
+    print(in_json(json.dumps(_jsonable(value), ensure_ascii=False)))
 
 
 def _jsonable(value: Any) -> Any:

@@ -15,6 +15,7 @@ from prism_assets.cli.common import (
     print_json,
     print_table,
     read_settings,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -49,18 +50,18 @@ def _print(found: "Estimate") -> None:
     from prism_assets.ops.estimate import size_text, time_text
 
     pool = found.pool
-    typer.echo(f"Pool: {found.pool_text()}.")
+    say(f"Pool: {found.pool_text()}.")
     if pool.pending:
         how = f"extrapolated by bytes from {pool.sampled:,}" if pool.extrapolated else f"from all {pool.sampled:,}"
-        typer.echo(f"  {len(pool.pending):,} of {pool.files:,} files are not ingested yet: {how} records of them.")
+        say(f"  {len(pool.pending):,} of {pool.files:,} files are not ingested yet: {how} records of them.")
     if round(pool.truncated):
-        typer.echo(f"  {pool.truncated:,.0f} rows lose the start of their prompt to max_length {found.max_length}.")
+        say(f"  {pool.truncated:,.0f} rows lose the start of their prompt to max_length {found.max_length}.")
     for file in found.files:
         if found.lost(file) and not file.problem:
             role = "examples" if file.kind == "target" else "eval"
-            typer.echo(f"targets.{file.name}.{role}: {found.lost(file)}.")
+            say(f"targets.{file.name}.{role}: {found.lost(file)}.")
     if found.measured is None:
-        typer.echo("Everything is up to date.")
+        say("Everything is up to date.")
     else:
         rows = [
             [
@@ -73,12 +74,12 @@ def _print(found: "Estimate") -> None:
         if found.stages:
             print_table(["stage", "rows or parts", "tokens", "new tokens", "CPU time", "time, as busy as now"], rows)
         memory = found.measured.memory
-        typer.echo(
+        say(
             f"Memory ({memory.device}): {size_text(memory.expected)} at the peak, at least "
             f"{size_text(memory.smallest)}; {size_text(memory.allowed)} may be held."
         )
-        typer.echo(f"Disk: {size_text(found.disk.total)} to be written; {size_text(found.disk.free)} are free.")
+        say(f"Disk: {size_text(found.disk.total)} to be written; {size_text(found.disk.free)} are free.")
         if found.benchmarks:
-            typer.echo("Benchmarks are not in the time.")
+            say("Benchmarks are not in the time.")
     for problem in found.problems:
-        typer.secho(problem, fg="red", err=True)
+        say(problem, fg="red", err=True)

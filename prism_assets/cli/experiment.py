@@ -2,8 +2,6 @@
 
 import json
 
-import typer
-
 from prism_assets.cli.common import (
     AsJson,
     Config,
@@ -15,6 +13,7 @@ from prism_assets.cli.common import (
     print_table,
     read_settings,
     run_steps,
+    say,
 )
 
 
@@ -47,6 +46,6 @@ def experiment(
             title = f"{name}: {over}; differences in target preference, 95% intervals"
             print_table(header[1:], shown, title=title)
             for sentence in one["verdict"]:
-                typer.echo(f"  {sentence}")
-            typer.echo()
-        typer.echo(f"Page:  {page}")
+                say(f"  {sentence}")
+            say()
+        say(f"Page:  {page}")

@@ -14,6 +14,7 @@ from prism_assets.cli.common import (
     print_json,
     print_table,
     read_settings,
+    say,
     short,
 )
 
@@ -46,10 +47,10 @@ def explain(
 
 
 def _print_explanation(found: Any, removes: bool) -> None:
-    typer.echo(f"{found.id}: {short(found.prompt, 60)} → {short(found.completion, 60)}")
-    typer.echo(f"{found.shard}, row {found.row} (line {found.line} of its file); feature version {found.version}")
+    say(f"{found.id}: {short(found.prompt, 60)} → {short(found.completion, 60)}")
+    say(f"{found.shard}, row {found.row} (line {found.line} of its file); feature version {found.version}")
     for note in found.notes:
-        typer.echo(note)
+        say(note)
     exact = (
         f"exact score {found.exact_score:.4g}"
         if found.exact_score is not None
@@ -57,7 +58,7 @@ def _print_explanation(found: Any, removes: bool) -> None:
     )
     role = "makes the shortlist that exact scores rank" if found.reranked else "ranks"
     which = "Score" if found.exact_score is None else "Exact score"
-    typer.echo(f"score {found.score:.4g}, from the sketch, which {role}; {exact}")
+    say(f"score {found.score:.4g}, from the sketch, which {role}; {exact}")
     print_table(
         ["target", "weight", "influence", "contribution"],
         [[short(what, 72), *numbers] for what, *numbers in found.score_rows(limit=20)],

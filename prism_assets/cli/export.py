@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import Config, app, expected_failures, load_project, read_settings
+from prism_assets.cli.common import Config, app, expected_failures, load_project, read_settings, say
 from prism_assets.errors import UnknownThing
 
 
@@ -27,5 +27,5 @@ def export(
         from prism_assets.export.export import export as write_export
 
         adapter, data = write_export(stage, target, strategy, to, force=force)
-        typer.echo(f"Adapter: {adapter}  (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))")
-        typer.echo(f"Data:    {data}  (datasets: load_dataset({str(data)!r}, split='train'))")
+        say(f"Adapter: {adapter}  (peft: PeftModel.from_pretrained(base, {str(adapter)!r}))")
+        say(f"Data:    {data}  (datasets: load_dataset({str(data)!r}, split='train'))")

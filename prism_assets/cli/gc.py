@@ -14,6 +14,7 @@ from prism_assets.cli.common import (
     print_json,
     print_table,
     read_settings,
+    say,
 )
 from prism_assets.errors import UserMistake
 
@@ -48,23 +49,21 @@ def gc(
             print_json(summary(lake, found, removed if yes else None, running))
             return
         for run in running:
-            typer.secho(f"Run {run.run_id} is in progress: what it may need is kept.", fg="yellow", err=True)
+            say(f"Run {run.run_id} is in progress: what it may need is kept.", fg="yellow", err=True)
         tables = removed if yes else found.by_table()
         if tables:
             rows = [[table, count, f"{size / 2**20:,.2f}"] for table, (count, size) in tables.items()]
             print_table(["table", "artefacts", "MiB"], rows, title="Removed" if yes else "Not needed")
         total = sum(size for _, size in tables.values()) / 2**20
-        typer.echo(
+        say(
             f"{total:,.2f} MiB "
             f"{'freed.' if yes else 'can be freed; `prism gc --yes` frees them.' if tables else 'can be freed.'}"
         )
-        typer.echo(f"Feature versions kept: {', '.join(found.kept_versions) or 'none'}.")
+        say(f"Feature versions kept: {', '.join(found.kept_versions) or 'none'}.")
         if found.dropped_versions:
-            typer.echo(
-                f"Feature versions {'removed' if yes else 'to be removed'}: {', '.join(found.dropped_versions)}."
-            )
+            say(f"Feature versions {'removed' if yes else 'to be removed'}: {', '.join(found.dropped_versions)}.")
         if found.spared_for_age:
-            typer.echo(f"{found.spared_for_age} more artefacts are not needed but younger than {min_age}.")
+            say(f"{found.spared_for_age} more artefacts are not needed but younger than {min_age}.")
 
 
 def _seconds(text: str) -> float:

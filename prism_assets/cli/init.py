@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import app, expected_failures
+from prism_assets.cli.common import app, expected_failures, say
 from prism_assets.errors import UserMistake
 
 
@@ -24,4 +24,4 @@ def init(
             raise UserMistake(f"{path} is there already: name another path, or use --force to overwrite it.")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(package_file("example.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-        typer.echo(f"Wrote {path}. Put candidates into its inbox, name your targets, then: prism run --config {path}")
+        say(f"Wrote {path}. Put candidates into its inbox, name your targets, then: prism run --config {path}")

@@ -1,11 +1,10 @@
 """`prism lineage`: what an artefact was made from."""
 
-import sys
 from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import AsJson, Config, app, expected_failures, print_json, read_settings
+from prism_assets.cli.common import AsJson, Config, app, console, expected_failures, print_json, read_settings
 
 
 @app.command()
@@ -33,6 +32,4 @@ def lineage(
         if as_json:
             print_json(traced)
             return
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 140).print(draw(traced, everything))
+        console().print(draw(traced, everything))

@@ -18,6 +18,7 @@ from prism_assets.cli.common import (
     print_table,
     read_settings,
     run_steps,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ def run_everything(settings: "Settings", targets: Sequence[str] | None = None, a
 
     header, *rows = comparison_table(data)
     print_table(header, rows, title="Held-out results (mean ± standard deviation over seeds)")
-    typer.echo("\nSelected data (JSON Lines, ready for training):")
+    say("\nSelected data (JSON Lines, ready for training):")
     for name, part in data["targets"].items():
         for strategy, entry in part["strategies"].items():
-            typer.echo(f"  {name}/{strategy}: {entry['selected_jsonl']}")
+            say(f"  {name}/{strategy}: {entry['selected_jsonl']}")
             if entry.get("removed_rows"):
-                typer.echo(f"    without {entry['removed_rows']} removed rows: {entry['removed_jsonl']}")
+                say(f"    without {entry['removed_rows']} removed rows: {entry['removed_jsonl']}")
     config = os.environ["PRISM_CONFIG"]
-    typer.echo(f"\nReport:  {report.with_suffix('.html')}")
-    typer.echo(f"Browse the same history in the Dagster UI:  prism ui --config {config}")
+    say(f"\nReport:  {report.with_suffix('.html')}")
+    say(f"Browse the same history in the Dagster UI:  prism ui --config {config}")

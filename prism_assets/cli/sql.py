@@ -12,6 +12,7 @@ from prism_assets.cli.common import (
     print_json,
     print_table,
     read_settings,
+    say,
     short,
 )
 
@@ -45,4 +46,4 @@ def sql(
         else:
             print_table(answer.columns, [[short(cell) for cell in row] for row in answer.rows])
         if answer.more:
-            typer.secho(f"There are more than {limit} rows; --limit prints more.", fg="yellow", err=True)
+            say(f"There are more than {limit} rows; --limit prints more.", fg="yellow", err=True)

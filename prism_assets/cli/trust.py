@@ -14,6 +14,7 @@ from prism_assets.cli.common import (
     print_table,
     read_settings,
     run_steps,
+    say,
 )
 
 
@@ -43,4 +44,4 @@ def trust(
         marks = {True: "holds", False: "does not hold", None: "not measured"}
         rows = [[one.question, marks[one.passed], one.sentence] for one in found]
         print_table(["question", "", "what the measurements say"], rows, title=f"Trust in {target}")
-        typer.echo("The report shows this from the next `prism run` on.")
+        say("The report shows this from the next `prism run` on.")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from prism_assets.cli.common import Config, app, expected_failures, read_settings
+from prism_assets.cli.common import Config, app, expected_failures, read_settings, say
 
 
 @app.command()
@@ -24,14 +24,12 @@ def ui(
 
         os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
         if not is_loopback(host):
-            typer.secho(
+            say(
                 f"{host} is reached from other machines, and the UI has no log-in: whoever opens it can start runs and "
                 "read what this project holds. docs/security.md says how to put a log-in before it.",
                 fg="yellow",
                 err=True,
             )
-        typer.echo(
-            f"Dagster UI on http://{host}:{port} (DAGSTER_HOME={os.environ['DAGSTER_HOME']}); stop it with Ctrl-C."
-        )
+        say(f"Dagster UI on http://{host}:{port} (DAGSTER_HOME={os.environ['DAGSTER_HOME']}); stop it with Ctrl-C.")
         options = ["-w", str(package_file("workspace.yaml")), "-p", str(port), "-h", host]
         dagster_dev(options, webserver_command(host, settings.ui.allowed_hosts))

@@ -14,7 +14,7 @@ from prism_assets.experiment.summary import (
     with_interval,
 )
 from prism_assets.report.comparison import shown_metrics
-from prism_assets.report.wording import mean_and_std
+from prism_assets.report.wording import mean_and_std, visible_value
 
 FORMAT = 1
 
@@ -30,6 +30,7 @@ def build_page(data: Mapping[str, Any]) -> str:
         loader=FileSystemLoader([here, here.parent / "report"]),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=visible_value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

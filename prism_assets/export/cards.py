@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prism_assets.report.comparison import METRIC_LABELS
+from prism_assets.text import as_cell, as_code, visible
 
 
 class CitedArtifact(NamedTuple):
@@ -53,12 +54,12 @@ def adapter_card(facts: Facts) -> str:
         datasets=_repository_names(facts.composition) or None,
         metrics=[metric for metric, value in facts.figures.items() if value],
     )
-    start = f", with the adapter {facts.starting_adapter} to start from" if facts.starting_adapter else ""
+    start = f", with the adapter {as_code(facts.starting_adapter)} to start from" if facts.starting_adapter else ""
     return "\n".join(
         [
             f"---\n{front.to_yaml()}\n---\n",
-            f"# {facts.base_model}, fine-tuned for {facts.target} on data selected by {facts.strategy}\n",
-            f"A LoRA adapter for `{facts.base_model}`{start}, trained for {facts.steps:,} optimiser steps "
+            f"# {as_code(facts.base_model)}, fine-tuned for {facts.target} on data selected by {facts.strategy}\n",
+            f"A LoRA adapter for {as_code(facts.base_model)}{start}, trained for {facts.steps:,} optimiser steps "
             f"(seed {facts.seed}) on {_data_sentence(facts)}\n",
             "```python",
             "from peft import PeftModel",
@@ -124,7 +125,7 @@ def _capital(text: str) -> str:
 
 def _composition_section(facts: Facts) -> list[str]:
     ordered = sorted(facts.composition.items(), key=lambda item: (-item[1], item[0]))
-    rows = [f"| {_cell(name)} | {count:,} |" for name, count in ordered]
+    rows = [f"| {as_cell(name)} | {count:,} |" for name, count in ordered]
     return ["## Data by source\n", "| source | rows |", "|---|---|", *rows, ""]
 
 
@@ -166,7 +167,8 @@ def _lineage_section(facts: Facts, sources: Sequence[CitedArtifact]) -> list[str
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """A label of ours or of the harness."""
+    return visible(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
 
 
 def _repository_names(composition: Mapping[str, int]) -> list[str]:

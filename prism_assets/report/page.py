@@ -28,6 +28,7 @@ from prism_assets.report.wording import (
     mixture_text,
     pretty,
     signed,
+    visible_value,
 )
 
 _SHOWN_WEIGHTS = 8
@@ -77,6 +78,7 @@ def build_report(data: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=visible_value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

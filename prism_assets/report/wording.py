@@ -7,7 +7,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from prism_assets.text import visible
+
 MISSING = "–"
+
+
+def visible_value(value: Any) -> Any:
+    """What a page shows of a value, as `text.visible`; for Jinja's `finalize`. Finished HTML stays as it is."""
+    return visible(value) if type(value) is str else value
 
 
 # ---- text of numbers

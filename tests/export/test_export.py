@@ -163,7 +163,7 @@ def test_the_datas_card_ends_its_lineage_with_the_selection():
 
 def test_front_matter_names_only_what_can_be_the_name_of_a_data_set():
     assert front_matter(adapter_card(FACTS))["datasets"] == ["open/sums"]
-    assert "| web text: 2\\|3 | 10 |" in adapter_card(FACTS)
+    assert "| `web text: 2\\|3` | 10 |" in adapter_card(FACTS)
     assert "datasets" not in front_matter(
         adapter_card(FACTS._replace(composition={"no name!": 1, "a/b c": 1, "label": 1}))
     )
