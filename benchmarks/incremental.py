@@ -10,8 +10,8 @@ From every figure the CPU time of a run with nothing to do, on the same lake, is
 addition over the cost of the whole lake.
 
 Bytes are those of files that are new or changed below the lake's root, the Dagster instance left out; they are compared
-with the artefacts of the new shards alone (candidates, rejects, feature blocks and their list, index segment). The
-catalogue file, which is written anew at the end of every run, is counted on its own and in
+with the artefacts of the new shards alone (candidates, rejects, other fields, feature blocks and their list, index
+segment). The catalogue file, which is written anew at the end of every run, is counted on its own and in
 `bytes_ratio_with_catalogue`.
 
 Reads are counted at the doors of the lake and of the vector store: a feature block or a segment that was there before
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from benchmarks.project import ModelSize, build, records, run_project, write_records
 
 # The artefacts that belong to a shard.
-SHARD_TABLES = ("candidates", "rejects", "feature_blocks", "candidate_features", "index_segments")
+SHARD_TABLES = ("candidates", "rejects", "candidate_fields", "feature_blocks", "candidate_features", "index_segments")
 CATALOGUE = "prism.duckdb"
 
 

@@ -44,6 +44,8 @@ _RANKED = {
     **_TOKENS,
 }
 _REJECTS = {"line": _WHOLE, "field": _TEXT, "reason": _TEXT, "excerpt": _TEXT}
+# `fields` is the JSON text of what a record holds beside its conversation; a row for each candidate row, in order.
+_FIELDS = {"id": _TEXT, "line": _WHOLE, "fields": _TEXT}
 # What an adapter is judged by on held-out records.
 METRICS = (
     *("target_preference", "mean_log_prob", "exact_match", "pair_accuracy", "margin"),
@@ -70,6 +72,7 @@ ASSETS: list[Asset] = [
         (
             Table("candidates", 1, "corpus", _RECORDS, by_shard=True),
             Table("rejects", 1, "corpus", _REJECTS, by_shard=True),
+            Table("candidate_fields", 1, "corpus", _FIELDS, by_shard=True),
         ),
         partitions="shard",
         condition="when_missing",

@@ -327,7 +327,7 @@ def test_two_runs_on_different_shards_at_once(undisturbed, processes, tmp_path):
         alone.add(f"late{name}", make_rows(30, seed=500 + name))
     pass_over(alone, alone.definitions.resources, ("candidates", "candidate_features"))
     assert now == contents(alone.lake)
-    assert len(now) - len(before) == 2 * 4  # rows, rejects, a block and a list of blocks of each
+    assert len(now) - len(before) == 2 * 5  # rows, rejects, other fields, a block and a list of blocks of each
 
 
 @pytest.mark.parametrize("strategy", ["prism", "random"])
@@ -367,6 +367,7 @@ def test_a_selection_in_flight_finishes_against_the_manifest_that_it_started_fro
 DAMAGED = {
     "candidates": None,
     "rejects": None,
+    "candidate_fields": None,
     "feature_blocks": None,
     "index_segments": "segment.faiss",
     "target_directions": None,

@@ -4,6 +4,7 @@ Beside the lake's own tables (`raw.<table>`, and `<table>` where no view below h
 and `lineage` there are
 
     candidates          rows of all shards, with why they are excluded: shard, row, id, …, status
+    candidate_fields    what their records hold beside the conversation, as JSON: shard, row, id, line, fields
     rejects             records that were not accepted, of shards, target files and held-out files
     features            rows of gradient features: shard, row, id, vector, norm, …
     weights             weight of every target example under each strategy
@@ -52,6 +53,10 @@ VIEWS: dict[str, str] = {
         LEFT JOIN raw.live_pool p ON p.version = c.version AND p.shard = c."partition"
         LEFT JOIN excluded e
             ON e.version = c.version AND e.shard = c."partition" AND e."row" = c.file_row_number
+    """,
+    "candidate_fields": """
+        SELECT "partition" AS shard, file_row_number AS "row", id, line, fields::JSON AS fields, version
+        FROM raw.candidate_fields
     """,
     "rejects": """
         SELECT 'candidates' AS kind, "partition" AS name, line, field, reason, excerpt, version FROM raw.rejects

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FILE_READABLE = Check("file_readable", "The inbox file can be read at all.", dg.AssetCheckSeverity.ERROR)
 ROWS_ACCEPTED = Check("rows_accepted", "No row of the file was rejected.")
+TABLES = ("candidates", "rejects", "candidate_fields")
 # The field of a reject that is about a whole file.
 WHOLE_FILE = "file"
 
@@ -33,8 +34,9 @@ def build(project: Project) -> dg.AssetsDefinition:
     def candidates(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Candidate examples of one inbox file, validated, de-duplicated within the file and tokenised once.
 
-        A record that is not accepted is in the table `rejects` with line, field and reason. A file that cannot be read
-        at all yields no rows and fails the check `file_readable`; other files go on.
+        A record that is not accepted is in the table `rejects` with line, field and reason. What a row's record holds
+        beside its conversation is in the table `candidate_fields`. A file that cannot be read at all yields no rows and
+        fails the check `file_readable`; other files go on.
         """
         stage = stage_of(project, context)
         files = inbox_files(stage, at_rest_seconds=0)
@@ -71,8 +73,8 @@ def pending_candidates(stage: Stage, keys: Sequence[str]) -> list[str]:
 
 
 def _is_pending(stage: Stage, key: str) -> bool:
-    rows, rejects = (stage.shown_or_none(table, key) for table in ("candidates", "rejects"))
-    if rows is None or rejects is None:
+    rows, rejects, fields = (stage.shown_or_none(table, key) for table in TABLES)
+    if rows is None or rejects is None or fields is None:
         return True
     if rejects.header["settings"].get("limits") == limits_of_recipe(stage).get("limits"):
         return False
@@ -92,10 +94,8 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
         return Outcome([known], 0)
     file, limits = files[shard], inbox_limits(stage)
     read = partial(_read_or_reject, limits=limits)
-    rows, rejects, computed = encode_file(
-        stage,
-        RecordFile(file.path, file.sha256, "candidates", "rejects", shard, CANDIDATE_SCHEMA, read, limits.inside),
-    )
+    source = RecordFile(file.path, file.sha256, *TABLES[:2], shard, CANDIDATE_SCHEMA, read, limits.inside, TABLES[2])
+    rows, rejects, computed = encode_file(stage, source)
     rejected = stage.lake.read_table(rejects).to_pylist()
     trouble = next((one["reason"] for one in rejected if one["field"] == WHOLE_FILE), "")
     shown = stage.lake.read_table(rows, ["line", "source", "prompt", "completion", "tokens"]).slice(0, 8)

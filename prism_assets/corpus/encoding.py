@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,10 +63,11 @@ class RecordFile(NamedTuple):
     schema: "pa.Schema"
     read: "Callable[[Path], tuple[list[Example], list[Reject]]]"
     inside: Path | None = None  # the folder that it must lie in
+    fields: str | None = None  # table of the accepted records' other fields; None: they are not kept
 
 
 class Encoded(NamedTuple):
-    """The two tables of a file, and how many artefacts were made for it."""
+    """The tables of a file, and whether any of them was made for it now (1) or all were found (0)."""
 
     rows: Artifact
     rejects: Artifact
@@ -74,18 +75,25 @@ class Encoded(NamedTuple):
 
 
 def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
-    """Read a file into accepted rows and rejects; both are found where they exist already.
+    """Read a file into accepted rows, rejects and, where they are kept, the rows' other fields; what exists is found.
 
     Raises StageError where the file changes while it is read.
     """
     recipe, rejects_recipe = encoded_recipes(stage, source)
-    read = cache(lambda: _read(stage, source))
+    reading = _Reading(stage, source)
     # The rejects first: where the rows are published, their rejects are too.
-    rejects, rejects_made = stage.make(rejects_recipe, lambda: read()[1])
-    rows, rows_made = stage.make(recipe, lambda: read()[0])
+    rejects, rejects_made = stage.make(rejects_recipe, lambda: reading.tables[1])
+    rows, rows_made = stage.make(recipe, lambda: reading.tables[0])
     stage.show(rows, source.partition)
     stage.show(rejects, source.partition)
-    return Encoded(rows, rejects, max(rejects_made, rows_made))
+    computed = max(rejects_made, rows_made)
+    if source.fields is not None:
+        inputs = {"file": source.sha256, "rows": rows}
+        fields_recipe = stage.recipe(source.fields, inputs=inputs, partition=source.partition)
+        fields, fields_made = stage.make(fields_recipe, lambda: Rows(reading.fields_of(stage, rows)))
+        stage.show(fields, source.partition)
+        computed = max(computed, fields_made)
+    return Encoded(rows, rejects, computed)
 
 
 def encoded_recipes(stage: "Stage", source: RecordFile) -> tuple[Recipe, Recipe]:
@@ -107,22 +115,45 @@ def _hash(source: RecordFile) -> str:
         return ""
 
 
-def _read(stage: "Stage", source: RecordFile) -> tuple[Rows, Rows]:
-    import pyarrow as pa
+class _Reading:
+    """A file as it is read once, when the first of its tables is asked for."""
 
-    from prism_assets.corpus.token_tables import REJECTS_SCHEMA, column_sum, encode_all, to_table
+    def __init__(self, stage: "Stage", source: RecordFile):
+        self.stage, self.source = stage, source
 
-    examples, unreadable = source.read(source.path)
-    if _hash(source) != source.sha256:
-        # Rows of one content must never be published under the fingerprint of another.
-        raise StageError(f"{source.path} was changed while it was read. The next run takes it as it is then.")
-    with stage.progress(f"tokenising {source.path.name}", len(examples)) as progress:
-        tokenized, untokenizable = encode_all(examples, encoder_of(stage), lambda done, _: progress.update(done))
-    table = to_table(examples, tokenized, source.schema)
-    rejects = sorted([*unreadable, *untokenizable], key=lambda reject: reject.line)
-    notes = {
-        "completion_tokens": column_sum(table, "completion_tokens"),
-        "tokens": column_sum(table, "tokens"),
-        "duplicates": sum("duplicate" in one.reason for one in rejects),
-    }
-    return Rows(table, notes), Rows(pa.Table.from_pylist([one._asdict() for one in rejects], REJECTS_SCHEMA))
+    @cached_property
+    def records(self) -> "tuple[list[Example], list[Reject]]":
+        """The examples and the records that are none. Raises StageError where the file changed meanwhile."""
+        found = self.source.read(self.source.path)
+        if _hash(self.source) != self.source.sha256:
+            # Rows of one content must never be published under the fingerprint of another.
+            raise StageError(f"{self.source.path} was changed while it was read. The next run takes it as it is then.")
+        return found
+
+    @cached_property
+    def tables(self) -> tuple[Rows, Rows]:
+        """The accepted rows, tokenised, and the rejects."""
+        import pyarrow as pa
+
+        from prism_assets.corpus.token_tables import REJECTS_SCHEMA, column_sum, encode_all, to_table
+
+        examples, unreadable = self.records
+        what = f"tokenising {self.source.path.name}"
+        with self.stage.progress(what, len(examples)) as progress:
+            tokenized, untokenizable = encode_all(
+                examples, encoder_of(self.stage), lambda done, _: progress.update(done)
+            )
+        table = to_table(examples, tokenized, self.source.schema)
+        rejects = sorted([*unreadable, *untokenizable], key=lambda reject: reject.line)
+        notes = {
+            "completion_tokens": column_sum(table, "completion_tokens"),
+            "tokens": column_sum(table, "tokens"),
+            "duplicates": sum("duplicate" in one.reason for one in rejects),
+        }
+        return Rows(table, notes), Rows(pa.Table.from_pylist([one._asdict() for one in rejects], REJECTS_SCHEMA))
+
+    def fields_of(self, stage: "Stage", rows: Artifact) -> "pa.Table":
+        """The other fields of each accepted row, in the order of the rows. Nothing is tokenised for it."""
+        from prism_assets.corpus.token_tables import fields_table
+
+        return fields_table(self.records[0], stage.lake.read_table(rows, ["line"])["line"].to_pylist())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from prism_assets.corpus.arrow_values import readable
 from prism_assets.corpus.limits import (
     Limits,
     TooLong,
@@ -24,6 +25,7 @@ from prism_assets.corpus.limits import (
 from prism_assets.corpus.records import (
     EXCERPT_CHARACTERS,
     KNOWN_FIELDS,
+    TEXT_FIELDS,
     BadRecord,
     Example,
     Kind,
@@ -71,7 +73,7 @@ def read_examples(
     examples: dict[str, Example] = {}
     rejects: list[Reject] = []
     records = 0
-    for line, record, excerpt in _records(path, limits):
+    for line, record, excerpt in _records(path, limits, KNOWN_FIELDS if kind != "candidate" else None):
         records += 1
         try:
             if isinstance(record, BadRecord):
@@ -101,10 +103,11 @@ def read_examples(
 _Record = tuple[int, "dict | BadRecord", Any]
 
 
-def _records(path: Path, limits: Limits) -> Iterator[_Record]:
+def _records(path: Path, limits: Limits, wanted: Collection[str] | None) -> Iterator[_Record]:
+    """The records of a file, of Parquet with the `wanted` columns' values alone (None: all)."""
     extension = checked_extension(path)
     if extension in PARQUET_EXTENSIONS:
-        return _parquet_records(path, limits)
+        return _parquet_records(path, limits, wanted)
     return _json_records(path, COMPRESSIONS.get(Path(extension).suffix), limits)
 
 
@@ -206,11 +209,11 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict:
     return record
 
 
-def _parquet_records(path: Path, limits: Limits) -> Iterator[_Record]:
+def _parquet_records(path: Path, limits: Limits, wanted: Collection[str] | None) -> Iterator[_Record]:
     import pyarrow as pa
 
     try:
-        with opened(path, limits) as raw, parquet_file(raw, path, limits) as file:
+        with opened(path, limits) as raw, parquet_file(raw, path, limits, wanted) as file:
             row = 0
             for batch in file.parquet.iter_batches(PARQUET_BATCH_ROWS, columns=file.columns):
                 for record in batch_records(batch, file, limits):
@@ -233,17 +236,19 @@ class Columns(NamedTuple):
 
 
 @contextmanager
-def parquet_file(raw: BinaryIO, path: Path, limits: Limits) -> Iterator[Columns]:
-    """The columns of a Parquet file that a record may have. Raises UnreadableFile."""
+def parquet_file(
+    raw: BinaryIO, path: Path, limits: Limits, wanted: Collection[str] | None = KNOWN_FIELDS
+) -> Iterator[Columns]:
+    """The `wanted` columns of a Parquet file (None: all). Raises UnreadableFile."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(raw) as file:
-        # Other columns may be wide (embeddings) or have no Python value; their names serve as hints.
+        # Where other columns (embeddings) are not kept, their names alone serve as hints.
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
             raise UnreadableFile(path, "has two columns of one name; rename one")
-        columns = [name for name in names if name in KNOWN_FIELDS]
+        columns = [name for name in names if wanted is None or name in wanted]
         require_bounded_parquet(file, columns, path, os.fstat(raw.fileno()).st_size, limits)
         schema = pa.schema([file.schema_arrow.field(name) for name in columns])
         leaves, metadata = text_leaves(file, columns), file.metadata
@@ -262,20 +267,23 @@ def batch_records(batch: Any, file: Columns, limits: Limits) -> Iterator[dict | 
 
 
 def _rows_of(batch: Any) -> Iterator[dict | BadRecord]:
+    batch = readable(batch, as_they_are=TEXT_FIELDS)
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # Arrow does not validate strings: find the rows that are not UTF-8
+    except ValueError:  # Arrow does not validate strings: find the rows that are not UTF-8
         for row in range(batch.num_rows):
             try:
                 yield batch.slice(row, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
                 yield BadRecord("", f"invalid UTF-8 at byte {error.start + 1} of a value; write UTF-8")
+            except ValueError as error:  # a time in nanoseconds
+                yield BadRecord("", f"a value that cannot be read: {error}")
 
 
 def _parquet_excerpt(record: dict | BadRecord) -> str:
     if isinstance(record, BadRecord):
         return ""
-    given = {name: value for name, value in record.items() if value is not None}
+    given = {name: value for name, value in record.items() if value is not None and name in KNOWN_FIELDS}
     return excerpt_of(json.dumps(given, ensure_ascii=False, default=str))
 
 

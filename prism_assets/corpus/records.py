@@ -23,7 +23,10 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any, Literal, NamedTuple
+
+from prism_assets.corpus.record_fields import other_fields
 
 Kind = Literal["candidate", "target", "eval"]  # what the records of a file are for
 
@@ -32,12 +35,14 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in
 
 # What a turn says outside its content. Dropping it would train on something else than the file holds.
 UNSUPPORTED_TURN_FIELDS = ("tool_calls", "function_call", "reasoning_content", "thinking")
-LAYOUTS = (("prompt", "completion"), ("messages",), ("conversations",), ("instruction", "output"))
+ALPACA_LAYOUT = ("instruction", "output")
+LAYOUTS = (("prompt", "completion"), ("messages",), ("conversations",), ALPACA_LAYOUT)
 PAIR_LAYOUT = ("prompt", "safe", "unsafe")
 PREFERENCE_LAYOUT = ("chosen", "rejected")
 PAIR_LAYOUTS = (PAIR_LAYOUT, PREFERENCE_LAYOUT)
 OPTIONAL_FIELDS = ("input", "id", "source", "rejected", "group", "answer", "answers", "choices")
 KNOWN_FIELDS = frozenset(field for layout in (*LAYOUTS, *PAIR_LAYOUTS, OPTIONAL_FIELDS) for field in layout)
+TEXT_FIELDS = KNOWN_FIELDS - {"id", "source", "group"}  # no date is text of a conversation, but it may be a name
 EXCERPT_CHARACTERS = 160
 # Of a record without a layout the names are compared with ours: so many of them, and so much of each.
 _NAMES, _NAME_CHARACTERS = 200, 100
@@ -85,6 +90,8 @@ class Example:
     group: str | None = None
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    # The fields of the record that are no part of the conversation, as JSON text; no part of the content either.
+    fields: str = dataclass_field(default="{}", compare=False)
 
     @classmethod
     def create(cls, messages: Sequence[Message], rejected: str | None = None, **fields: Any) -> Example:
@@ -170,7 +177,8 @@ def example_of(record: dict, line: int, kind: Kind) -> Example:
         messages = _single_turn(record, layout)
     fields = {"record_id": _label(record, "id"), "source": _label(record, "source"), "line": line}
     if kind == "candidate":
-        return Example.create(messages, **fields)
+        used = (*layout, "input") if layout == ALPACA_LAYOUT else layout
+        return Example.create(messages, fields=other_fields(record, used), **fields)
     return Example.create(
         messages,
         _rejected(record, layout, messages[-1].content) if unwanted is None else unwanted,

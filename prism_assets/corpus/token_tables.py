@@ -23,6 +23,7 @@ TARGET_SCHEMA = pa.schema(
     ]
 )
 REJECTS_SCHEMA = schema_of("rejects")
+FIELDS_SCHEMA = schema_of("candidate_fields")
 
 
 def completion_tokens(example: TokenizedExample | TokenizedPair) -> int:
@@ -79,6 +80,14 @@ def to_table(
     choices = [example.choices or None for example, _ in kept]
     # Not in the schema: tables of records without them are what they were.
     return table.append_column("choices", pa.array(choices, pa.list_(pa.string()))) if any(choices) else table
+
+
+def fields_table(examples: Sequence[Example], lines: Sequence[int]) -> pa.Table:
+    """The other fields of the examples that became rows, one row each: those at the `lines` of the rows, in order."""
+    accepted = set(lines)
+    rows = [(one.id, one.line, one.fields) for one in examples if one.line in accepted]
+    columns = zip(*rows, strict=True) if rows else [()] * len(FIELDS_SCHEMA)
+    return pa.table([list(column) for column in columns], schema=FIELDS_SCHEMA)
 
 
 def choices_of(table: pa.Table) -> list[list[str]]:

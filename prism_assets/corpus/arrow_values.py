@@ -1,0 +1,39 @@
+"""Arrow columns as Python values: what pandas alone could read becomes text first."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def readable(batch: pa.RecordBatch, as_they_are: Collection[str] = ()) -> pa.RecordBatch:
+    """The batch with times, dates and durations as text, at any depth, but for the columns `as_they_are`: Python has
+    no value for nanoseconds."""
+    import pyarrow as pa
+
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        kind = column.type if name in as_they_are else _readable_type(column.type)
+        columns.append(column if kind == column.type else column.cast(kind))
+    return pa.record_batch(columns, names=batch.schema.names)
+
+
+def _readable_type(kind: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    if pa.types.is_duration(kind):
+        return pa.int64()  # Arrow writes no duration as text: its number of units
+    if pa.types.is_temporal(kind) and not pa.types.is_interval(kind):
+        return pa.string()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_readable_type(field.type)) for field in kind.fields])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_readable_type(kind.value_type)), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_readable_type(kind.value_type)))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_readable_type(kind.value_type)))
+    return kind
