@@ -29,6 +29,7 @@ def build_engines(settings: Settings) -> dict[str, Any]:
             adapter=model.adapter,
             adapter_base=model.adapter_base,
             dtype=model.dtype,
+            quantization=model.quantization,
             device=model.device,
             trust_remote_code=model.trust_remote_code,
             known_hashes=str(lake.cache_file("model-files.json")),

@@ -78,8 +78,9 @@ class Stage:
 
     @cached_property
     def dtype(self) -> str:
-        """The type of the base weights."""
-        return str(self.model.torch_dtype())
+        """The type of the base weights, and how they are quantised. Raises ModelError."""
+        parts = (str(self.model.torch_dtype()), self.model_identity.quantized)
+        return " ".join(part for part in parts if part)
 
     @cached_property
     def corpus_version(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prism_assets.report.comparison import METRIC_LABELS
+from prism_assets.resources.model.quantization import ASKED
 from prism_assets.text import as_cell, as_code, visible
 
 
@@ -40,6 +41,7 @@ class Facts(NamedTuple):
     benchmarks: Sequence[tuple[str, float, Mapping[str, Any]]]  # label, base model, mean, std and seeds
     made_from: Sequence[CitedArtifact]  # the selection, and what it was made from
     results: Sequence[CitedArtifact]  # what the figures are from: adapters, evaluations and benchmarks of all seeds
+    quantization: str = "none"  # of the base model as it was loaded: the setting model.quantization
 
 
 def adapter_card(facts: Facts) -> str:
@@ -63,9 +65,7 @@ def adapter_card(facts: Facts) -> str:
             f"(seed {facts.seed}) on {_data_sentence(facts)}\n",
             "```python",
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(facts.base_model)})",
+            *_load_base(facts),
             'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
             "```\n",
             *_composition_section(facts),
@@ -75,6 +75,24 @@ def adapter_card(facts: Facts) -> str:
             *_lineage_section(facts, [*facts.made_from, *facts.results]),
         ]
     )
+
+
+def _load_base(facts: Facts) -> list[str]:
+    """Code that loads the base model as it was trained and evaluated."""
+    name = json.dumps(facts.base_model)
+    if facts.quantization == "none":
+        return [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({name})",
+        ]
+    options = ", ".join(f"{key}={value!r}" for key, value in ASKED[facts.quantization].items())
+    return [
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
+        "",
+        f"quantized = BitsAndBytesConfig({options})",
+        f"base = AutoModelForCausalLM.from_pretrained({name}, quantization_config=quantized)",
+    ]
 
 
 def data_card(facts: Facts) -> str:

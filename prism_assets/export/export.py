@@ -164,6 +164,7 @@ def _facts(stage: Stage, exported: Exported) -> Facts:
             _cited("selection", selection),
         ],
         results=[_cited(what, artifact) for what, artifact in [*made, *scored]],
+        quantization=settings.model.quantization,
     )
 
 

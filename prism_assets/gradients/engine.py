@@ -54,6 +54,7 @@ from prism_assets.gradients.runner import BatchRunner, Need
 from prism_assets.gradients.sketch import Projection
 from prism_assets.gradients.transfer import HostCopy, Result, a_batch_late, to_device
 from prism_assets.gradients.vectors import norm
+from prism_assets.resources.model.quantized import largest, quantized_weights
 
 # Below this norm a gradient is rounding noise of float32 log-probabilities; its direction means nothing.
 NORM_FLOOR = 1e-7
@@ -86,8 +87,8 @@ class GradientEngine:
     always (True), never (False) or, by default, where an example would not fit otherwise. No result depends on it.
 
     Raises UnsupportedModelError, naming the module, for what it cannot do: DoRA and other variants, adapted
-    embeddings, convolutions or stacked experts, routed experts, modules_to_save, trained biases, quantised or
-    offloaded weights, several active adapters.
+    embeddings, convolutions or stacked experts, routed experts, modules_to_save, trained biases, offloaded
+    weights and those quantised by others than bitsandbytes, several active adapters.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class GradientEngine:
         self.parameter_names = list(self.parameters)
         self.parameter_shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
         self.num_parameters = sum(value.numel() for value in self.parameters.values())
-        self.device = self.layers[0].weight.device
+        self.device = self.layers[0].device
         self._modules, self._all_parameters = list(model.modules()), list(model.parameters())
         self._config = model.config.get_text_config()
         self._head = OutputEmbeddings(model, self.layers)
@@ -121,12 +122,12 @@ class GradientEngine:
     @property
     def dtype(self) -> torch.dtype:
         """Of gradients and rows: float32, or float64 for a float64 model."""
-        return torch.float64 if self.layers[0].weight.dtype == torch.float64 else torch.float32
+        return torch.float64 if self.layers[0].dtype == torch.float64 else torch.float32
 
     @property
     def half_precision(self) -> bool:
         """Whether the model's weights are narrower than float32."""
-        return self.layers[0].weight.dtype in (torch.float16, torch.bfloat16)
+        return self.layers[0].dtype in (torch.float16, torch.bfloat16)
 
     def mean_log_probs(self, examples: Sequence[Tokenized]) -> np.ndarray:
         """s of each example, float64 [n], by forward passes alone."""
@@ -409,7 +410,8 @@ class GradientEngine:
                 return self._token_log_probs(build_batch([_Probe(ids, np.arange(width + 1) > 0)], [0], self.device))
 
         with self._prepared():
-            return measure_activations(self._modules, self._all_parameters, longest, forward)
+            found = measure_activations(self._modules, self._all_parameters, longest, forward)
+        return found._replace(product=largest(self.model) * self.layers[0].dtype.itemsize)
 
     # The model's state
 
@@ -435,7 +437,8 @@ class GradientEngine:
     def single_precision(self) -> Iterator[None]:
         """Half-precision parameters and buffers as float32 for a while; the way there and back keeps every
         bit."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        codes = quantized_weights(self.model)  # may be stored as bfloat16, and are no numbers
+        tensors = [one for one in (*self.model.parameters(), *self.model.buffers()) if id(one) not in codes]
         narrow = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
         for tensor, _ in narrow:
             tensor.data = tensor.data.float()

@@ -8,18 +8,19 @@ another's positions,
     dX = dY W + U A
 
 so the gradients of every example separately cost what the summed ones would, and no gradient of W is ever
-formed.
+formed. Of a quantised base W is made from its codes in either pass (`resources/model/quantized`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, PeftType
+from peft.tuners import lora
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prism_assets.errors import UnsupportedModelError
 from prism_assets.gradients.row_order import RowOrder
+from prism_assets.resources.model.quantized import dequantized, is_quantized, is_settled
 
 
 class GradientCollector(Protocol):
@@ -38,25 +40,46 @@ class GradientCollector(Protocol):
 
 
 class AdaptedLinear:
-    """One LoRA layer: its frozen weight as [out, in], its factors, their canonical names."""
+    """One LoRA layer: its frozen weight as [out, in], its factors, their canonical names.
 
-    def __init__(self, name: str, module: PeftLoraLinear, adapter: str) -> None:
+    dtype: what a quantised layer computes in.
+    """
+
+    def __init__(self, name: str, module: Any, adapter: str, dtype: torch.dtype) -> None:
         self.name = name
         self.module = module
         self.name_a = f"{name}.lora_A.weight"
         self.name_b = f"{name}.lora_B.weight"
-        self.factor_a: nn.Parameter = module.lora_A[adapter].weight  # [r, in]  # pyright: ignore[reportAttributeAccessIssue]
-        self.factor_b: nn.Parameter = module.lora_B[adapter].weight  # [out, r]  # pyright: ignore[reportAttributeAccessIssue]
+        self.factor_a: nn.Parameter = module.lora_A[adapter].weight  # [r, in]
+        self.factor_b: nn.Parameter = module.lora_B[adapter].weight  # [out, r]
         self.scaling = float(module.scaling[adapter])
         self.dropout: nn.Module = module.lora_dropout[adapter]  # in front of A; nothing where it has none
-        self.base: Any = module.get_base_layer()  # a linear layer or GPT-2's Conv1D
+        self.base: Any = module.get_base_layer()  # a linear layer, quantised or not, or GPT-2's Conv1D
+        self.quantized = is_quantized(self.base)
+        self._dtype = dtype
         self.collector: GradientCollector | None = None  # where the next backward pass reports to
         self.uses = 1  # calls in a forward pass over text; this and the next are what the probe has found
         self.row_order = RowOrder()
 
     @property
-    def weight(self) -> Tensor:
-        """The frozen weight, [out, in] (a transposed view for GPT-2's Conv1D)."""
+    def device(self) -> torch.device:
+        """Where the frozen weight is."""
+        return self.base.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weight; of a quantised one, what it is made in."""
+        return self._dtype if self.quantized else self.base.weight.dtype
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.factor_b.shape[0], self.factor_a.shape[1]
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight, [out, in] (a transposed view for GPT-2's Conv1D); a quantised one is made, in `dtype`."""
+        if self.quantized:
+            return dequantized(self.base, dtype)
         return self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight
 
     def noise(self, inputs: Tensor) -> Tensor | None:
@@ -68,7 +91,10 @@ class AdaptedLinear:
     def forward(self, inputs: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """inputs [..., in] -> outputs [..., out], down = s (noise * X) A^T [..., r] in the adapter's dtype."""
         factor_a, factor_b = self.factor_a, self.factor_b
-        outputs = F.linear(inputs, self.weight, self.base.bias)
+        bias = self.base.bias
+        if self.quantized and bias is not None:
+            bias = bias.to(inputs.dtype)
+        outputs = F.linear(inputs, self.weight(inputs.dtype), bias)
         down = F.linear(_times(inputs.to(factor_a.dtype), noise), factor_a) * self.scaling
         if outputs.dtype == down.dtype:  # one product that adds in place, no pass over the outputs
             outputs.view(-1, outputs.shape[-1]).addmm_(down.view(-1, down.shape[-1]), factor_b.t())
@@ -86,7 +112,7 @@ class AdaptedLinear:
         up = F.linear(output_gradient.to(factor_b.dtype), scaled)
         if not needs_input_gradient:
             return None, up
-        gradient = output_gradient @ self.weight
+        gradient = output_gradient @ self.weight(output_gradient.dtype)
         if gradient.dtype == up.dtype and noise is None:
             gradient.view(-1, gradient.shape[-1]).addmm_(up.view(-1, up.shape[-1]), factor_a)
         else:
@@ -156,9 +182,10 @@ def find_adapted_layers(model: PeftModel) -> list[AdaptedLinear]:
     supported."""
     adapter = _check_configuration(model)
     layers = []
+    dtype = cast("nn.Embedding", model.get_input_embeddings()).weight.dtype
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            layer = _check_layer(name, module, adapter)
+            layer = _check_layer(name, module, adapter, dtype)
             if layer is not None:
                 layers.append(layer)
     if not layers:
@@ -173,7 +200,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     A subclass with a forward of its own (Falcon has one) counts if it gives the same result on a random
     input.
     """
-    if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
+    if not isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module) or not module.weight.is_floating_point():
         return False
     if module.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return False
@@ -223,17 +250,20 @@ def _check_configuration(model: PeftModel) -> str:
     return adapter
 
 
-def _check_layer(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear | None:
+def _check_layer(name: str, module: LoraLayer, adapter: str, dtype: torch.dtype) -> AdaptedLinear | None:
     """One LoRA layer as an AdaptedLinear; None where the active adapter does not touch it."""
     kind = type(module).__name__
     held = {**module.lora_A, **module.lora_B, **module.lora_embedding_A}
     if adapter not in held:
         return None
     base = module.get_base_layer()
-    if type(module) is not PeftLoraLinear:
+    quantized = is_quantized(base)
+    # PEFT has these two where bitsandbytes is installed.
+    kinds = (getattr(lora, "Linear4bit", None), getattr(lora, "Linear8bitLt", None)) if quantized else (PeftLoraLinear,)
+    if type(module) not in kinds:
         raise UnsupportedModelError(
             f"{name}: LoRA on {type(base).__name__} (PEFT layer {kind}) is not supported: only linear "
-            "layers that are neither quantised nor stacked experts, embeddings or convolutions",
+            "layers, quantised by bitsandbytes or not, and no stacked experts, embeddings or convolutions",
             module=name,
         )
     if module.merged or module.disable_adapters:
@@ -241,15 +271,21 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear | 
     if adapter in module.lora_variant or module.use_dora.get(adapter):
         variant = type(module.lora_variant.get(adapter)).__name__
         raise UnsupportedModelError(f"{name}: the LoRA variant {variant} is not supported, only plain LoRA and rsLoRA")
-    if module.lora_bias.get(adapter):
-        raise UnsupportedModelError(f"{name}: lora_bias is not supported")
-    if not is_plain_linear(base):
+    if quantized and not is_settled(base):
         raise UnsupportedModelError(
-            f"{name}: base layer {type(base).__name__} with weights of {base.weight.dtype} is no plain "
-            "linear layer (quantised bases are not supported: load the model in bfloat16 or float32)",
+            f"{name}: {type(base).__name__} computes by bitsandbytes' own products, whose rows depend on each other: "
+            "call prism_assets.resources.model.quantized.settle on the base model first",
             module=name,
         )
-    return AdaptedLinear(name, module, adapter)
+    if module.lora_bias.get(adapter):
+        raise UnsupportedModelError(f"{name}: lora_bias is not supported")
+    if not quantized and not is_plain_linear(base):
+        raise UnsupportedModelError(
+            f"{name}: base layer {type(base).__name__} with weights of {base.weight.dtype} is no plain "
+            "linear layer (of quantised bases only those by bitsandbytes are supported: nf4, fp4 and int8)",
+            module=name,
+        )
+    return AdaptedLinear(name, module, adapter, dtype)
 
 
 def _check_parameters(model: PeftModel, layers: list[AdaptedLinear], adapter: str) -> None:

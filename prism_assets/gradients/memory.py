@@ -49,6 +49,7 @@ class Activations(NamedTuple):
     per_pair: float  # of two tokens of one example
     per_layer_input: float  # of one token: all that a recomputed layer keeps
     layers: int  # decoder layers that can be recomputed; 0 where the model has none that can
+    product: int = 0  # of the largest weight that a product makes of its codes: a quantised layer's
 
     def needed(self, examples: int, width: int, recompute: bool) -> float:
         """Peak bytes of a backward pass over so many examples of `width` tokens, beside model and results."""
@@ -56,7 +57,7 @@ class Activations(NamedTuple):
         overhead = OVERHEAD * kept + FIXED_BYTES
         if recompute and self.layers:
             kept = examples * width * self.per_layer_input * self.layers
-        return kept + overhead
+        return kept + overhead + self.product
 
 
 def measure_activations(

@@ -24,13 +24,14 @@ from prism_assets.gradients.row_order import (
     recorded,
     tolerance,
 )
+from prism_assets.resources.model.quantized import is_quantized, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class OutputEmbeddings:
-    """A model's output embeddings (`lm_head`): the module, and its layer where the adapter changes it.
+    """A model's output embeddings (`lm_head`): the module, its layer where the adapter changes it, V, place and type.
 
     Raises UnsupportedModelError where the model has none.
     """
@@ -43,11 +44,14 @@ class OutputEmbeddings:
             )
         self.module: nn.Module = module
         self.layer = next((layer for layer in layers if layer.module is module), None)
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight, [V, H]."""
-        return cast("Tensor", self.module.weight) if self.layer is None else self.layer.weight
+        weight = cast("Tensor", module.weight if self.layer is None else self.layer.base.weight)
+        self.device = weight.device
+        if self.layer is not None:
+            self.vocabulary, self.dtype = self.layer.features[0], self.layer.dtype
+        elif is_quantized(module):  # codes say neither
+            self.vocabulary, self.dtype = shape_of(module)[0], model.get_input_embeddings().weight.dtype
+        else:
+            self.vocabulary, self.dtype = weight.shape[0], weight.dtype
 
 
 @torch.no_grad()
@@ -57,12 +61,11 @@ def probe(model: PeftModel, layers: list[AdaptedLinear], head: OutputEmbeddings)
     Notes in each layer how often it is used and how its rows lie. Raises UnsupportedModelError for models in which a
     token sees later ones or those of other examples, and for adapted layers whose rows do not go by example.
     """
-    weight = head.weight
     ids = ordinary_ids(model.config.to_dict(), model.get_input_embeddings().num_embeddings)
-    small = _observe(model, layers, head, Runs.of(SMALL, ids, weight.device))
+    small = _observe(model, layers, head, Runs.of(SMALL, ids, head.device))
     _check_causal(model, small)
     flattened = [layer for layer in layers if not small.goes_by_example(layer)]
-    larger = _observe(model, flattened, head, Runs.of(LARGER, ids, weight.device)) if flattened else None
+    larger = _observe(model, flattened, head, Runs.of(LARGER, ids, head.device)) if flattened else None
     for layer in layers:
         layer.uses = small.uses(layer)
         if not layer.uses:  # a vision tower, say: no log-probability of text has a gradient by it
@@ -115,7 +118,7 @@ class _Observed(NamedTuple):
 
 
 def _observe(model: PeftModel, layers: list[AdaptedLinear], head: OutputEmbeddings, runs: Runs) -> _Observed:
-    ramp = ramp_logits(head.weight.shape[0], head.weight.device, head.weight.dtype)
+    ramp = ramp_logits(head.vocabulary, head.device, head.dtype)
     at_head: list[Tensor] = []
 
     def show_ramp(hidden: Tensor) -> Tensor:
@@ -154,7 +157,7 @@ def find_last_layer(model: PeftModel, layers: list[AdaptedLinear], head: OutputE
     """The last decoder layer if it can run at supervised positions only; tried on 2 x 3 tokens after `probe`."""
     decoder = cast("PreTrainedModel", model.get_base_model()).get_decoder()
     last = LastLayer.find(getattr(decoder, "layers", None))
-    ids = torch.arange(6, device=head.weight.device).view(SMALL) % head.weight.shape[0]
+    ids = torch.arange(6, device=head.device).view(SMALL) % head.vocabulary
     if last is None or not last.agrees(lambda: model(input_ids=ids, use_cache=False)):
         return None
     per_token = [layer for layer in layers if layer.module in last.per_token]

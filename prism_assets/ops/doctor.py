@@ -11,6 +11,7 @@ from prism_assets.stage import Stage
 
 _MEASURED_SECONDS = 0.25  # of each kind of pass
 PACKAGES = ("dagster", "torch", "transformers", "peft", "faiss", "duckdb", "pyarrow")
+OPTIONAL = ("bitsandbytes",)
 
 
 class Finding(NamedTuple):
@@ -46,6 +47,7 @@ def _versions() -> list[Finding]:
             found.append(Finding("problem", package, "faiss-cpu and faiss-gpu are both installed: uninstall one"))
         else:
             found.append(Finding("problem", package, "is not installed: run `make install`"))
+    found += [Finding("ok", name, f"{name} {number}") for name in OPTIONAL if (number := _installed(name))]
     return found
 
 
@@ -75,11 +77,12 @@ def _model(stage: Stage) -> list[Finding]:
     except ModelError as error:
         return [Finding("problem", "model", str(error))]
     size = identity.parameters_on_disk / 2**20
+    name = f"{identity.fingerprint[:12]}{f', linear layers in {identity.quantized}' if identity.quantized else ''}"
     found = [
         Finding(
             "ok",
             "model",
-            f"{stage.settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {identity.fingerprint[:12]}",
+            f"{stage.settings.model.name}: {identity.architecture}, {size:,.1f} MiB, {name}",
         )
     ]
     try:

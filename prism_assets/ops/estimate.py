@@ -80,7 +80,7 @@ class Estimate:
             found.append(
                 f"memory: the longest example alone takes {size_text(memory.smallest)}, and the process may hold "
                 f"{size_text(memory.allowed)}: raise execution.memory, lower tokenization.max_length, or load the "
-                "model in bfloat16 (model.dtype)"
+                "model in bfloat16 (model.dtype) or quantised (model.quantization)"
             )
         if self.disk.total > self.disk.free:
             found.append(

@@ -219,6 +219,7 @@ def _memory(stage: Stage, engine: "GradientEngine", planned: float, least: float
     import torch
 
     from prism_assets.gradients.memory import MemoryLimit
+    from prism_assets.resources.model.quantized import state_bytes
 
     device = engine.device
     setting = stage.settings.execution.memory
@@ -226,6 +227,7 @@ def _memory(stage: Stage, engine: "GradientEngine", planned: float, least: float
     adapter = {id(parameter) for parameter in engine.parameters.values()}
     tensors = [*engine.model.parameters(), *engine.model.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if id(tensor) not in adapter)
+    size += state_bytes(engine.model)
     on_gpu = device.type == "cuda"
     held = torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
     # On a host the files stay mapped while tensors of another type are made of them; else they are the tensors.
@@ -258,7 +260,7 @@ def _generation_bytes(stage: Stage, engine: "GradientEngine", prompts: "Sequence
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = (getattr(config, "num_key_value_heads", None) or heads) * width
     longest = sorted((len(prompt) for prompt in prompts), reverse=True)[: options.batch_size]
-    size = engine.layers[0].weight.element_size()
+    size = engine.layers[0].dtype.itemsize
     cached = 2 * config.num_hidden_layers * keys * size * (longest[0] + options.max_new_tokens)
     layer = size * longest[0] * (4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", 0) or 0))
     return len(longest) * (cached + layer) + FIXED_BYTES

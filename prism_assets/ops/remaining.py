@@ -232,7 +232,7 @@ class Remaining:
         rows, tokens = self._sample
         has_sample = self._warmed_up and self.stage.shown_or_none("warmup_sample_features") is not None
         curvature = tokens * checkpoints if corrected and missing and not has_sample else 0.0
-        half = self.stage.dtype in ("torch.float16", "torch.bfloat16")
+        half = str(self.stage.model.torch_dtype()) in ("torch.float16", "torch.bfloat16")
         training = forward = 0.0
         for name, strategies in missing.items():
             count = len(strategies)

@@ -21,6 +21,7 @@ def build(project: Project) -> dg.AssetsDefinition:
             "name": model.name,
             "architecture": stage.model_identity.architecture,
             "weight_bytes": stage.model_identity.parameters_on_disk,
+            "precision": stage.dtype,
             "adapter": model.adapter or "none",
             "rows": preview(stage.lake.read_table(artifact).to_pylist()),
         }

@@ -11,10 +11,12 @@ from prism_assets.stage import Stage
 
 def page_head(stage: Stage) -> dict[str, Any]:
     """What the JSON of every page begins with: when, of which model and with which settings it was made."""
+    kind = stage.model_identity.quantized
+    quantized = f" in {kind}" if kind else ""
     return {
         "format": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "model": {"name": stage.settings.model.name, "fingerprint": stage.model_identity.fingerprint},
+        "model": {"name": f"{stage.settings.model.name}{quantized}", "fingerprint": stage.model_identity.fingerprint},
         "settings": stage.settings.model_dump(mode="json"),
     }
 

@@ -46,6 +46,15 @@ def _harness_installed(tasks: tuple[str, ...]) -> tuple[str, ...]:
     return tasks
 
 
+def _bitsandbytes_installed(quantization: str) -> str:
+    if quantization != "none" and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"bitsandbytes is not installed, which makes {quantization} of a model: "
+            "`pip install 'prism-assets[quantized]'`, or leave quantization out"
+        )
+    return quantization
+
+
 class ModelSettings(Section):
     """The causal language model, from the Hugging Face hub or from a folder."""
 
@@ -66,12 +75,23 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="The type of the base weights; auto: bfloat16 on a GPU, else float32."
     )
+    quantization: Annotated[Literal["none", "nf4", "int8"], AfterValidator(_bitsandbytes_installed)] = Field(
+        default="none",
+        description="Whether the linear layers are quantised when they are loaded, by bitsandbytes (QLoRA): nf4, in 4 "
+        "bits, or int8; none: the checkpoint as it is, which may be quantised by bitsandbytes already.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where the model runs; auto: a GPU where torch finds one, else the CPU."
     )
     trust_remote_code: bool = Field(
         default=False, description="Whether Python code that comes with the model is run: leave it off."
     )
+
+    @model_serializer(mode="wrap")
+    def _as_before_unless_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is dumped says whether assets are stale, so a setting that came later counts where it is not the
+        default."""
+        return {key: value for key, value in dump(self).items() if key != "quantization" or value != "none"}
 
 
 class LoraSettings(Section):

@@ -42,6 +42,7 @@ class ModelIdentity(NamedTuple):
     parameters_on_disk: int  # bytes of the weight files
     folder: str
     context_length: int | None  # tokens, where the configuration says so
+    quantized: str | None = None  # how the linear layers are, by the checkpoint or the setting: nf4, fp4 or int8
 
     @property
     def fingerprint(self) -> str:

@@ -26,6 +26,7 @@ from prism_assets.resources.model.identity import (
     tokenizer_files,
 )
 from prism_assets.resources.model.lora_targets import lora_targets
+from prism_assets.resources.model.quantization import kind_of, loading
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ class LanguageModel:
     adapter: str | None = None
     adapter_base: str | None = None
     dtype: str = "auto"
+    quantization: str = "none"
     device: str = "auto"
     trust_remote_code: bool = False
     known_hashes: str | None = None
@@ -93,10 +95,8 @@ class LanguageModel:
                 f" It has {pickled[0]}: convert it with `save_pretrained`; pickles are not read." if pickled else ""
             )
             raise ModelError(f"model.name: {folder} holds no .safetensors weights.{advice}")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model.name: {folder} has no readable config.json: {error}") from error
+        config = _read_config(folder)
+        quantized = kind_of(self.quantization, config, folder)
         weights = self._hash(folder, weight_files)
         return ModelIdentity(
             weights=weights,
@@ -106,6 +106,7 @@ class LanguageModel:
             parameters_on_disk=sum(file.stat().st_size for file in weight_files if file.suffix == ".safetensors"),
             folder=str(folder),
             context_length=context_length(config.get("text_config") or config),
+            quantized=quantized,
         )
 
     def _hash_adapter(self, weights: str) -> str | None:
@@ -167,17 +168,21 @@ class LanguageModel:
         from transformers.utils.logging import disable_progress_bar
 
         identity = self.identify()
-        key = ("model", identity.weights, str(self.torch_dtype()), str(self.torch_device()))
+        dtype, device = self.torch_dtype(), self.torch_device()
+        key = ("model", identity.weights, str(dtype), identity.quantized, str(device))
         if key not in _loaded:
             _forget_model()  # one model a process: two rarely fit
+            config = _read_config(Path(identity.folder))
+            options = loading(identity.quantized, config, dtype, device) if identity.quantized else {}
             disable_progress_bar()  # a bar over the weights in the middle of a step's own progress
             try:
                 model, info = _class_for(identity.folder, self.trust_remote_code).from_pretrained(
                     identity.folder,
-                    dtype=self.torch_dtype(),
+                    dtype=dtype,
                     use_safetensors=True,
                     trust_remote_code=self.trust_remote_code,
                     output_loading_info=True,
+                    **options,
                 )
             except Exception as error:  # each library has its own for a broken model
                 raise ModelError(f"model.name: {identity.folder} cannot be loaded as a causal LM: {error}") from error
@@ -186,7 +191,12 @@ class LanguageModel:
                     f"model.name: {identity.folder} has no weights for {missing[0]} of {type(model).__name__} "
                     f"({len(missing)} tensors in all): its files are incomplete, or are those of another model."
                 )
-            model = cast("torch.nn.Module", model).to(self.torch_device())
+            if identity.quantized:  # on its device already: bitsandbytes moves no codes from one to another
+                from prism_assets.resources.model.quantized import settle
+
+                settle(model)
+            else:
+                model = cast("torch.nn.Module", model).to(device)
             _loaded[key] = model.eval().requires_grad_(False)
         return _loaded[key]
 
@@ -249,6 +259,13 @@ class LanguageModel:
             model.unload()
             forget_adapter(base)
             base.eval().requires_grad_(False)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name: {folder} has no readable config.json: {error}") from error
 
 
 def _class_for(folder: str, trust_remote_code: bool) -> Any:
