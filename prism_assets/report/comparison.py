@@ -23,6 +23,9 @@ METRIC_LABELS = {
     "margin": "margin",
     "unwanted_avoided": "unwanted answer avoided",
     "choice_accuracy": "choice accuracy",
+    # Of the ranking, not of what was fine-tuned: how it finds the rows that a label calls harmful.
+    "auroc": "AUROC of the label",
+    "average_precision": "average precision of the label",
 }
 ALWAYS_SHOWN = ("target_preference", "mean_log_prob", "exact_match")
 

@@ -8,6 +8,8 @@ from prism_assets.evaluation.benchmark_scores import benchmarks_of, shown_scores
 from prism_assets.identity import base_key, join_key, seed_partition
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.json_lines import json_lines_of
+from prism_assets.selection.labels import found_by, harmful_rows
+from prism_assets.selection.pool import Pool
 from prism_assets.stage import Stage
 from prism_assets.tables import METRICS
 from prism_assets.trust.verdict import findings
@@ -138,8 +140,10 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
     columns = ["rank", "score", "source", "prompt", "completion"]
     taken = _taken(stage, target, strategy)
     removed = None if taken.fingerprint == selection.fingerprint else taken
+    judged = _judged_by_label(stage, target, selection, removed) if removed else {}
     entry = {
         **{metric: mean_over_seeds([one.notes[metric] for one in scores]) for metric in METRICS},
+        **judged,
         "per_seed": [
             {"seed": seed, **{metric: one.notes[metric] for metric in METRICS}}
             for seed, one in zip(stage.settings.seeds, scores, strict=True)
@@ -165,6 +169,22 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
     }
     data = {name: value for name, value in entry.items() if value is not None or name in METRICS}
     return ReportPart(data, [selection, *([removed] if removed else []), *adapters, *scores])
+
+
+def _judged_by_label(stage: Stage, target: str, kept: Artifact, removed: Artifact) -> dict[str, Any]:
+    """How well the ranking finds the rows that the target's label calls harmful; nothing where it has none."""
+    from prism_assets.evaluation.metrics import mean_over_seeds
+
+    if stage.settings.targets[target].label is None:
+        return {}
+    pool = Pool(stage, stage.shown("live_pool"), source=stage.settings.targets[target].mixture)
+    found = found_by(stage.lake, kept, removed, harmful_rows(stage, pool, target))
+    # One ranking, whatever the seeds of fine-tuning.
+    figures = {"auroc": mean_over_seeds([found.auroc]), "average_precision": mean_over_seeds([found.average_precision])}
+    return {
+        **figures,
+        "labels": {key: getattr(found, key) for key in ("labelled", "harmful", "removed_harmful")},
+    }
 
 
 def _taken(stage: Stage, target: str, strategy: str) -> Artifact:

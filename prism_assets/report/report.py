@@ -44,7 +44,10 @@ def build(project: Project) -> dg.AssetsDefinition:
 def _write_target(stage: Stage, name: str) -> Outcome:
     content = target_content(stage, name)
     # A report shows names: equal inputs under another name, or of other strategies, are another report.
-    shown = {"target": name, "strategies": stage.settings.strategies, "seeds": stage.settings.seeds}
+    shown: dict[str, Any] = {"target": name, "strategies": stage.settings.strategies, "seeds": stage.settings.seeds}
+    target = stage.settings.targets[name]
+    if target.label is not None:
+        shown["label"] = [target.label, *target.label_values]
     recipe = stage.recipe("report", shown, {"shown": content.shown}, partition=name)
     report, computed = stage.make(recipe, lambda: Folder(lambda folder: _write_page(stage, name, content, folder)))
     stage.show(report, name)

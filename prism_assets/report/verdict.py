@@ -8,6 +8,7 @@ from typing import Any
 from prism_assets.report.comparison import METRIC_LABELS
 from prism_assets.report.wording import (
     as_number,
+    count_text,
     figure_text,
     gap_text,
     listed,
@@ -55,6 +56,18 @@ def _removal_sentences(target: Mapping[str, Any], strategies: Mapping[str, Any])
         f"Each strategy takes rows out of {mixture_text(target)}, and the model is fine-tuned again, from the base, on "
         "the rest" + ("; full takes none out: it is the mixture as it is." if "full" in strategies else ".")
     ]
+    labels = next((entry["labels"] for entry in strategies.values() if entry.get("labels")), None)
+    if labels:
+        taken = ", ".join(
+            f"{name} {count_text(entry['labels']['removed_harmful'])} of {count_text(entry.get('removed_rows'))}"
+            for name, entry in strategies.items()
+            if entry.get("labels")
+        )
+        said.append(
+            f"Of {count_text(labels['labelled'])} labelled rows {count_text(labels['harmful'])} are harmful. Harmful "
+            f"ones among the rows that each strategy removes: {taken}. Rows without a rank count as equal in its AUROC "
+            "and average precision."
+        )
     rates = {
         name: 1 - mean for name, entry in strategies.items() if (mean := mean_of(entry, "pair_accuracy")) is not None
     }

@@ -38,16 +38,24 @@ def divide(
     rerank: float,
     representations: "Representations",
     source: str | None,
+    harmful: Mapping[str, bool] | None = None,
 ) -> Divided:
     """Take the top of a strategy's ranking out of a mixture (the rows of a source, or all).
 
     The tables are as a selection's with a column `reason`. A strategy that takes the whole pool removes nothing: it is
-    the mixture as it is. Rows whose gradient was refused are not ranked, and kept.
+    the mixture as it is; one that goes by a label removes the rows that `harmful` names (id -> label), whatever the
+    budget. Rows whose gradient was refused are not ranked, and kept.
     """
+    import numpy as np
     import pyarrow as pa
 
     everything = Pool(stage, inputs["pool"], source=source)
-    if strategy.whole_pool:
+    if strategy.by_label:
+        assert harmful is not None
+        named = np.array([position for position, one in enumerate(everything.ids) if harmful.get(one)], dtype=np.int64)
+        none = {"non_positive_influence": None, "refused_rows": 0}
+        removed = TopRows(ranked_table(everything.rows_at(named), None), none)
+    elif strategy.whole_pool:
         rows = everything.rows_at(_all(everything))
         removed = TopRows(ranked_table(rows.slice(0, 0), None), {"non_positive_influence": None, "refused_rows": 0})
     else:
@@ -56,10 +64,16 @@ def divide(
         )
     taken = removed.table.num_rows
     words = f"of {everything.canonical:,} rows by {strategy.name}"
-    gone = _with_reason(removed.table, [f"rank {rank:,} {words}" for rank in removed.table["rank"].to_pylist()])
+    gone = _with_reason(
+        removed.table,
+        ["its label calls it harmful"] * taken
+        if strategy.by_label
+        else [f"rank {rank:,} {words}" for rank in removed.table["rank"].to_pylist()],
+    )
     kept, ranks, scores = _rest(stage, strategy, inputs, everything, removed.table, source)
     reasons = [
         "nothing is removed" if strategy.whole_pool
+        else "its label does not call it harmful" if strategy.by_label
         else f"not among the first {taken:,} {words}" if rank is None and strategy.rank is not None
         else "its gradient was refused, so it was not ranked" if rank is None
         else f"rank {rank:,} {words}"

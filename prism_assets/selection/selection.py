@@ -12,10 +12,11 @@ from prism_assets.identity import hidden_state_identity, split_key, target_of_sp
 from prism_assets.metadata import column_lineage, picture, preview
 from prism_assets.project import Check, Project
 from prism_assets.reference.base_model import base_model_recipe
-from prism_assets.resources.lake import Artifact, Recipe, Rows
+from prism_assets.resources.lake import Artifact, Recipe, Rows, digest
 from prism_assets.selection.direction_artifacts import COMPARED
 from prism_assets.selection.json_lines import JSON_LINES, json_lines_of, write_json_lines
-from prism_assets.selection.pool import COPIED
+from prism_assets.selection.labels import harmful_rows
+from prism_assets.selection.pool import COPIED, Pool
 from prism_assets.selection.ranking import TopRows, top_of_ranking
 from prism_assets.selection.removal import Divided, divide
 from prism_assets.selection.representations import Representations
@@ -112,6 +113,7 @@ def make_selection(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Arti
             rerank=rerank,
             representations=states,
             source=stage.settings.targets[target].mixture,
+            harmful=_labels(stage, inputs, target) if strategy.by_label else None,
         )
 
     # The removed rows first: where what is left is published, they are too.
@@ -119,6 +121,11 @@ def make_selection(stage: Stage, strategy: "Strategy", inputs: Mapping[str, Arti
     removed, first = stage.make(of_removed, lambda: _rows(divided().removed), lineage=looked_at)
     kept, second = stage.make(recipe, lambda: _rows(divided().kept), lineage=looked_at)
     return MadeSelection(kept, removed, max(first, second))
+
+
+def _labels(stage: Stage, inputs: Mapping[str, Artifact], target: str) -> dict[str, bool]:
+    pool = Pool(stage, inputs["pool"], source=stage.settings.targets[target].mixture)
+    return harmful_rows(stage, pool, target)
 
 
 def _rows(top: TopRows) -> Rows:
@@ -140,6 +147,8 @@ def selection_recipe(
         "budget": stage.settings.budget_of(target).model_dump(),
         **_removal_identity(stage, target),
     }
+    if strategy.by_label:
+        identity["labels"] = digest(sorted(_labels(stage, inputs, target).items()))
     if "seed" in strategy.reads:
         identity["seed"] = options.seed
     if "target_features" in strategy.reads:

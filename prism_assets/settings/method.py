@@ -39,6 +39,15 @@ class TargetSettings(Section):
         default=None,
         description="With use: remove, the `source` of the candidates that rows are removed from; null: all of them.",
     )
+    label: str | None = Field(
+        default=None,
+        description="With use: remove, a field of the candidates' records that says whether a row is harmful (true or "
+        "false, 1 or 0), for judging alone: no ranking sees it. The report then says how well each ranking finds such "
+        "rows, and the strategy oracle removes exactly them.",
+    )
+    label_values: tuple[str, ...] = Field(
+        default=(), description="The values of `label` that are harmful, where it is not true or false."
+    )
     anchors: Literal["given", "choices", "generated", "shuffled", "none"] | None = Field(
         default=None,
         description="Where the unwanted answer of a target example without one comes from: choices (each other option "
@@ -51,6 +60,10 @@ class TargetSettings(Section):
     def _a_mixture_is_removed_from(self) -> "TargetSettings":
         if self.mixture is not None and self.use != "remove":
             raise ValueError("mixture has a meaning with use: remove only; leave it out, or set use: remove")
+        if self.label is not None and self.use != "remove":
+            raise ValueError("label has a meaning with use: remove only; leave it out, or set use: remove")
+        if self.label_values and self.label is None:
+            raise ValueError("label_values needs label, the field whose values they are")
         if self.use == "remove" and self.anchors == "none":
             raise ValueError("use: remove needs pairs of a wanted and an unwanted answer: leave anchors: none out")
         return self

@@ -25,6 +25,7 @@ STRATEGIES = (
     *("prism-mmr",),  # one direction, and candidates among each other
     *("bm25", "rds"),  # texts or hidden states, no gradients
     *("random", "length", "perplexity", "full"),  # no targets
+    "oracle",  # labels
 )
 
 
@@ -385,6 +386,16 @@ class Settings(Section):
     def budget_of(self, target: str) -> Budget:
         """How much is selected, or removed, for a target."""
         return self.targets[target].budget or self.selection.budget
+
+    @model_validator(mode="after")
+    def _oracle_has_labels(self) -> "Settings":
+        without = [name for name, target in self.targets.items() if target.label is None]
+        if "oracle" in (*self.strategies, *(self.experiment.strategies or ())) and without:
+            raise ValueError(
+                f"the strategy oracle removes the rows that a label names, and targets.{without[0]} has no label: name "
+                "one (use: remove), or leave oracle out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _curvature_fits_the_rows(self) -> "Settings":

@@ -66,6 +66,32 @@ def _of_draws(left: np.ndarray, right: np.ndarray, axis: int) -> np.ndarray:
     return stats.pearsonr(stats.rankdata(left, axis=axis), stats.rankdata(right, axis=axis), axis=axis).statistic  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The probability that a labelled item scores above another, ties counting half: the area under the ROC curve
+    (Mann and Whitney 1947).
+
+    scores, labels (bool): [n]; −∞ is a score like others. NaN where all labels are the same."""
+    labels = np.asarray(labels, dtype=bool)
+    above, below = int(labels.sum()), int((~labels).sum())
+    if not above or not below:
+        return float("nan")
+    ranks = stats.rankdata(scores)
+    return float((ranks[labels].sum() - above * (above + 1) / 2) / (above * below))
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Σ_k (R_k − R_k−1) P_k over the distinct scores, highest first: precision and recall of all items at or above each
+    (as scikit-learn's `average_precision_score`). scores, labels (bool): [n]. NaN where no item is labelled."""
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, dtype=bool)
+    if not labels.any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.append(scores[order][1:] != scores[order][:-1], True))  # of each group of ties
+    hits = np.cumsum(labels[order])[last]
+    recall = hits / labels.sum()
+    return float(np.sum(np.diff(recall, prepend=0.0) * hits / (last + 1)))
+
+
 @contextmanager
 def _constant_allowed() -> Iterator[None]:
     """SciPy warns of a constant side, which here is an answer (NaN) and no mistake."""

@@ -10,6 +10,8 @@ from prism_assets.corpus.anchors import swapped
 from prism_assets.corpus.target_set import target_set
 from prism_assets.errors import RunRefused, SettingsError
 from prism_assets.identity import join_key
+from prism_assets.selection.labels import harmful_rows
+from prism_assets.selection.pool import Pool
 from prism_assets.selection.removal import divide
 from prism_assets.selection.representations import Representations
 from prism_assets.selection.selection import query_index, selection_inputs
@@ -19,7 +21,14 @@ from prism_assets.tables import table_named
 
 HARM = [{"prompt": row["prompt"], "completion": "zzqzz"} for row in make_rows(6, 500, "reverse")]
 PAIRS = [{**row, "rejected": "zzqzz"} for row in make_rows(8, 700, "reverse")]
-STRATEGIES_RUN = ["prism", "random", "full", "prism-cover"]
+STRATEGIES_RUN = ["prism", "random", "full", "prism-cover", "oracle"]
+
+
+def labelled(good):
+    """Rows in the order of the file, each with its label; the last one has none."""
+    rows = [*((row, {"bad": False}) for row in good), *((row, {"bad": 1}) for row in HARM)]
+    order = [*range(10), *range(20, 26), *range(10, 20)]
+    return [(rows[position][0], {} if position == 19 else rows[position][1]) for position in order]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,7 @@ def project(make_project, tmp_path_factory):
         warmup={"epochs": 8, "share": 1.0},
     )
     good = make_rows(20, 20, "reverse")
-    project.add("mixed", [{**row, "source": "mix"} for row in [*good[:10], *HARM, *good[10:]]])
+    project.add("mixed", [{**row, "source": "mix", **label} for row, label in labelled(good)])
     write_lines(project.folder / "plain" / "target.jsonl", PAIRS[:5])
     # What the third one's unwanted answer is cannot be told from the wanted one.
     answers = [PAIRS[5]["completion"], PAIRS[6]["completion"], "zzqzz"]
@@ -43,7 +52,7 @@ def project(make_project, tmp_path_factory):
         targets={
             "plain": {
                 **{"examples": "plain/target.jsonl", "eval": "plain/eval.jsonl", "use": "remove"},
-                **{"mixture": "mix", "budget": 6},
+                **{"mixture": "mix", "budget": 6, "label": "bad"},
             }
         }
     )
@@ -114,7 +123,7 @@ def test_the_report_speaks_of_removal(project):
     part = project.report["targets"]["plain"]
     assert part["use"] == "remove" and part["mixture"] == "mix" and part["mixture_rows"] == 26
     assert {name: entry["removed_rows"] for name, entry in part["strategies"].items()} == {
-        "prism": 6, "random": 6, "full": 0, "prism-cover": 6,
+        "prism": 6, "random": 6, "full": 0, "prism-cover": 6, "oracle": 6,
     }  # fmt: skip
     accuracy = part["strategies"]["full"]["pair_accuracy"]["mean"]
     assert accuracy in (0, 1 / 3, 2 / 3, 1)
@@ -132,6 +141,61 @@ def test_whether_the_unwanted_answer_is_given_is_read_from_the_predictions(proje
     assert evaluation.notes["unwanted_avoided"] == 1 - (given[0] + given[1]) / 2
     entry = project.report["targets"]["plain"]["strategies"]["full"]
     assert entry["unwanted_avoided"]["mean"] == evaluation.notes["unwanted_avoided"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES_RUN)
+def test_labels_judge_each_ranking_and_no_ranking_sees_them(project, strategy):
+    kept, removed = parts(project, strategy)
+    harm = {row["prompt"] + row["completion"] for row in HARM}
+    unlabelled = make_rows(20, 20, "reverse")[-1]["prompt"]
+    rows = [*zip(text_of(removed), removed["rank"].to_pylist(), [True] * removed.num_rows, strict=True),
+            *zip(text_of(kept), kept["rank"].to_pylist(), [False] * kept.num_rows, strict=True)]  # fmt: skip
+    rows = [row for row in rows if not row[0].startswith(unlabelled)]
+    assert len(rows) == 25
+    entry = project.report["targets"]["plain"]["strategies"][strategy]
+    bad, good = ([-np.inf if rank is None else -rank for text, rank, _ in rows if (text in harm) is one]
+                 for one in (True, False))  # fmt: skip
+    pairs = [(left > right) + (left == right) / 2 for left in bad for right in good]
+    assert entry["auroc"]["mean"] == pytest.approx(np.mean(pairs))
+    taken = sum(text in harm for text, _, gone in rows if gone)
+    assert entry["labels"] == {"labelled": 25, "harmful": 6, "removed_harmful": taken}
+    if strategy == "oracle":
+        assert set(text_of(removed)) == harm and entry["auroc"]["mean"] == 1 == entry["average_precision"]["mean"]
+        assert set(removed["reason"].to_pylist()) == {"its label calls it harmful"}
+        assert set(kept["reason"].to_pylist()) == {"its label does not call it harmful"}
+
+
+def test_the_report_says_how_well_rankings_find_the_labelled_rows(project):
+    page = (project.settings.storage.report / "report.html").read_text()
+    assert "Of 25 labelled rows 6 are harmful" in page and "AUROC of the label" in page
+
+
+def test_labels_that_tell_nothing_are_refused(project):
+    stage = project.stage
+    for label, values, words in (
+        ("nothing", (), "no row of the mixture has it"),
+        ("source", (), r"'source' is 'mix' \(mixed.*line 1\), neither true nor false"),
+        ("source", ("mix",), "all 26 rows that have it say the same"),
+    ):
+        target = stage.settings.targets["plain"].model_copy(update={"label": label, "label_values": values})
+        asked = stage.with_settings(targets={"plain": target})
+        pool = Pool(asked, asked.shown("live_pool"), source="mix")
+        with pytest.raises(SettingsError, match=words):
+            harmful_rows(asked, pool, "plain")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use": "keep"}, "label has a meaning with use: remove only"),
+        ({"label": None, "label_values": ["a"]}, "label_values needs label"),
+        ({"label": None}, "oracle removes the rows that a label names, and targets.a has no label"),
+    ],
+)
+def test_labels_and_the_oracle_need_each_other_and_removal(tmp_path, change, words):
+    target = {"examples": "a.jsonl", "eval": "b.jsonl", "use": "remove", "label": "bad", **change}
+    with pytest.raises(SettingsError, match=words):
+        from_mapping({"targets": {"a": target}, "strategies": ["oracle"]}, tmp_path / "prism.yaml")
 
 
 def test_rows_without_a_rank_are_kept_and_say_why(project):

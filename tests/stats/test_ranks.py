@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from prism_assets.stats.ranks import FEWEST, flipped_share, rank_correlation, spearman
+from prism_assets.stats.ranks import (
+    FEWEST,
+    area_under_curve,
+    average_precision,
+    flipped_share,
+    rank_correlation,
+    spearman,
+)
 
 
 def slow_ranks(values):
@@ -99,3 +106,25 @@ def test_flipped_pairs_are_counted_one_by_one():
     assert flipped_share(before, after) == flips / len(pairs)
     assert flipped_share(np.arange(6), -np.arange(6)) == 1 and flipped_share(np.arange(6), np.arange(6) ** 3) == 0
     assert flipped_share(np.ones(4), np.arange(4)) is None and flipped_share(np.ones(1), np.ones(1)) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_area_and_average_precision_are_those_of_every_pair_and_threshold(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 6, 40).astype(float)  # with ties
+    scores[:3] = -np.inf
+    labels = rng.random(40) < 0.3
+    pairs = [(a > b) + (a == b) / 2 for a in scores[labels] for b in scores[~labels]]
+    assert area_under_curve(scores, labels) == pytest.approx(np.mean(pairs))
+    expected = recall = 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        above = scores >= threshold
+        now = (labels & above).sum() / labels.sum()
+        expected, recall = expected + (now - recall) * labels[above].mean(), now
+    assert average_precision(scores, labels) == pytest.approx(expected)
+
+
+def test_where_labels_are_all_the_same_there_is_no_area():
+    assert np.isnan(area_under_curve(np.ones(3), np.ones(3, bool)))
+    assert np.isnan(average_precision(np.ones(3), np.zeros(3, bool)))
+    assert average_precision(np.ones(3), np.ones(3, bool)) == 1

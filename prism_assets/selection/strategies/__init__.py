@@ -23,5 +23,6 @@ STRATEGIES: dict[str, Strategy] = {
         bm25.BM25,
         rds.RDS,
         plain.FULL,
+        plain.ORACLE,
     )
 }

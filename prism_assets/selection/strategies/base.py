@@ -114,6 +114,7 @@ class Strategy(NamedTuple):
     rank: Callable[[PoolView], Ranking] | None = None
     reads: frozenset[Input] = frozenset()
     whole_pool: bool = False  # takes every row, whatever the budget
+    by_label: bool = False  # removes the rows that `targets.<name>.label` names, whatever the budget
 
     @property
     def needs_direction(self) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prism_assets.errors import UnsuitableSetting
 from prism_assets.selection.strategies.base import PoolView, Ranking, Strategy, by_scores
 
 
@@ -26,10 +27,17 @@ def _length(pool: PoolView) -> Ranking:
     return by_scores(pool.completion_tokens.astype(np.float64), pool.ids)
 
 
+def _oracle(pool: PoolView) -> Ranking:
+    raise UnsuitableSetting("the strategy oracle is for targets with use: remove and a label")
+
+
 RANDOM = Strategy(
     "random", "a keyed hash of (seed, id): arrivals disturb it least", rank=_random, reads=frozenset({"seed"})
 )
 FULL = Strategy("full", "the whole pool, for comparison; never automated", rank=_full, whole_pool=True)
+ORACLE = Strategy(
+    "oracle", "the rows that a label calls harmful, to compare with; for use: remove", rank=_oracle, by_label=True
+)
 LENGTH = Strategy(
     "length", "the longest completions, in tokens (a strong baseline of instruction tuning)", rank=_length
 )
