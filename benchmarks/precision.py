@@ -111,7 +111,8 @@ def _overlap(left: np.ndarray, right: np.ndarray, share: int) -> float:
 def measured(model: Path, data: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All arms on one model. What is finished is found again in the lake of its folder."""
     found, spent = {}, {}
-    for name, arm in ARMS.items():
+    arms = {name: arm for name, arm in ARMS.items() if name == "float32" or name in options.arms}
+    for name, arm in arms.items():
         config = build(work / f"{model.name}-{name}", model, data, arm, options.rows, options.examples)
         stage = run(config, "Target directions", TARGETS)
         found[name] = scores(stage)
@@ -125,7 +126,7 @@ def measured(model: Path, data: Path, options: argparse.Namespace, work: Path) -
             }
             for target in TARGETS
         }
-        for name in ARMS
+        for name in arms
         if name != "float32"
     }
     return {"rows": options.rows, "cpu_seconds_a_row": spent, "against_float32": against}
@@ -144,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="float32 always runs")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--examples", type=int, default=24, help="of a target")
     parser.add_argument("--folder", type=Path, default=Path("runs/models"), help="where the models are, or are put")
