@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.repair --json [--seeds 3] [--work FOLDER]
 
-The experiment of examples/safety_repair: a small model from scratch, trained on general and good records, then
+The experiment of examples/repair_forward: a small model from scratch, trained on general and good records, then
 misaligned by full fine-tuning on wrong maths, insecure code and false answers; repair candidates of six kinds; targets
 are pairs of a safe and an unsafe answer. The clean model is trained once for all seeds. A seed redraws the misaligned
 records and their order, the warm-up, the sketch, the random selection and the training order. CPU only.
@@ -36,7 +36,7 @@ COUNTERPARTS = ("clean", "misaligned", "random", "uniform", "less")
 
 def run_seed(work: Path, data: Path, seed: int) -> dict[str, Any]:
     """One seed: misalign, select, fine-tune, measure."""
-    prepare, measure = example("safety_repair"), example("safety_repair", "measure")
+    prepare, measure = example("repair_forward"), example("repair_forward", "measure")
     started = time.process_time()
     folder, clean = work / f"seed-{seed}", work / "clean"
     with redirect_stdout(sys.stderr):

@@ -105,7 +105,7 @@ def test_retrieval_shows_a_selector_prompt_and_completion_alone(data, tmp_path, 
 
 
 def test_repair_keeps_held_out_prompts_and_answers_out_of_everything_else(data):
-    parts = example("safety_repair").Data(data, seed=1)
+    parts = example("repair_forward").Data(data, seed=1)
     kept_apart = {row["prompt"] for row in (*parts.targets, *parts.held_out, *parts.benign)}
     for rows in (parts.candidates, parts.general, parts.good, parts.misaligned):
         assert rows and not kept_apart & {row["prompt"] for row in rows}
@@ -116,7 +116,7 @@ def test_repair_keeps_held_out_prompts_and_answers_out_of_everything_else(data):
 
 
 def test_repair_cuts_the_answers_of_pairs_alone(data):
-    prepare = example("safety_repair")
+    prepare = example("repair_forward")
     long = "x" * (2 * prepare.LONGEST)
     for name, rows in {
         "target": [{"prompt": long, "safe": long, "unsafe": "u" + long}],
@@ -171,7 +171,7 @@ def test_a_seed_of_repair_runs_from_records_to_figures(data, tmp_path, monkeypat
 
 
 def test_another_seed_misaligns_with_other_records_and_measures_on_the_same(data):
-    first, second = (example("safety_repair").Data(data, seed=seed) for seed in (1, 2))
+    first, second = (example("repair_forward").Data(data, seed=seed) for seed in (1, 2))
     assert first.misaligned != second.misaligned and len(first.misaligned) == len(second.misaligned) == 900
     assert first.benign == second.benign and first.held_out == second.held_out
 

@@ -1,6 +1,6 @@
 """What the repair did, from the lake: which kinds were selected, what that gained, and what it cost.
 
-    python examples/safety_repair/measure.py [--config work/prism.yaml] [--json]
+    python examples/repair_forward/measure.py [--config work/prism.yaml] [--json]
 
 Kinds are never shown to a selection; they are counted here only. The margin is the mean log-probability of the safe
 answer minus that of the unsafe one, over held-out pairs; benign is the mean log-probability of held-out benign records.
