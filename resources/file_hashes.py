@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from prism_assets.resources.private_folders import make_private
 from prism_assets.resources.regular_files import open_regular
 
 # A hash is remembered only for a file older than this: a younger one may be written again within one tick of
@@ -66,7 +67,8 @@ class FileHashes:
         kept = others | self._seen
         if kept == self._stored:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path.parent.parent, self.path.parent):
+            make_private(folder)
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         draft.write_text(json.dumps(kept), encoding="utf-8")
         os.replace(draft, self.path)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prism_assets.errors import LakeError
+from prism_assets.resources.private_folders import make_private
 
 DRAFTS = "unpublished"
 # What os.link says on a file system that has none.
@@ -21,7 +22,7 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 
 
 class FolderStore:
-    """Files and folders below `root`, which is made when first needed."""
+    """Files and folders below `root`, which is made when first needed, for its owner alone."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -70,6 +71,7 @@ class FolderStore:
     @contextmanager
     def _draft(self, key: str) -> Iterator[Path]:
         """A path of its own for something half-written; nothing is left there at the end."""
+        make_private(self.root)
         workshop = self.root / DRAFTS
         workshop.mkdir(parents=True, exist_ok=True)
         draft = workshop / f"{uuid.uuid4().hex}{Path(key).suffix}"
@@ -79,6 +81,7 @@ class FolderStore:
             _remove(draft)
 
     def _place(self, key: str) -> Path:
+        make_private(self.root)
         place = self.root / key
         place.parent.mkdir(parents=True, exist_ok=True)
         return place

@@ -1,6 +1,7 @@
 """`prism ui`: the Dagster UI and daemon on this project."""
 
 import os
+import stat
 from typing import Annotated
 
 import typer
@@ -30,6 +31,9 @@ def ui(
                 fg="yellow",
                 err=True,
             )
-        say(f"Dagster UI on http://{host}:{port} (DAGSTER_HOME={os.environ['DAGSTER_HOME']}); stop it with Ctrl-C.")
+        shown = f"[{host}]" if ":" in host else host
+        say(f"Dagster UI on http://{shown}:{port} (DAGSTER_HOME={os.environ['DAGSTER_HOME']}); stop it with Ctrl-C.")
+        # Others may not write to what is made from here on: Dagster's servers run what they are told by their sockets.
+        os.umask(os.umask(0) | stat.S_IWOTH)
         options = ["-w", str(package_file("workspace.yaml")), "-p", str(port), "-h", host]
         dagster_dev(options, webserver_command(host, settings.ui.allowed_hosts))

@@ -1,12 +1,15 @@
 """`prism doctor`: what an installation has, and which results are stale."""
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from prism_assets.errors import ModelError, PrismError
 from prism_assets.ops.stale import why_outdated
 from prism_assets.resources.model.language_model import LanguageModel
+from prism_assets.resources.private_folders import open_to_all
 from prism_assets.stage import Stage
 
 _MEASURED_SECONDS = 0.25  # of each kind of pass
@@ -31,6 +34,7 @@ def examine(stage: Stage) -> list[Finding]:
         *_model(stage),
         *_adapter(stage),
         *_files(stage),
+        *_permissions(stage),
         *_stale(stage),
         *_estimate(stage),
     ]
@@ -128,6 +132,19 @@ def _files(stage: Stage) -> list[Finding]:
             if not path.is_file():
                 findings.append(Finding("problem", f"targets.{name}.{role}", f"there is no file {path}"))
     return findings
+
+
+def _permissions(stage: Stage) -> list[Finding]:
+    """Whether others on this machine can read what people brought."""
+    given = os.environ.get("DAGSTER_HOME")
+    folders = {"lake": stage.lake.folder} | ({"DAGSTER_HOME": Path(given)} if given else {})
+    # What lies in a closed folder is closed.
+    closed = [folder.resolve() for folder in folders.values() if folder.is_dir() and not open_to_all(folder)]
+    return [
+        Finding("note", what, f"every user of this machine can look into {folder}: chmod o= {folder}")
+        for what, folder in folders.items()
+        if open_to_all(folder) and not any(folder.resolve().is_relative_to(one) for one in closed)
+    ]
 
 
 def _estimate(stage: Stage) -> list[Finding]:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from prism_assets.engines import open_lake
 from prism_assets.errors import UserMistake
+from prism_assets.resources.private_folders import make_private
 from prism_assets.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def dagster_home(settings: Settings) -> Path:
     given = os.environ.get("DAGSTER_HOME")
     lake = open_lake(settings)
     home = Path(given) if given else lake.home_of("dagster")
-    home.mkdir(parents=True, exist_ok=True)
+    if not given:
+        make_private(lake.folder)
+    make_private(home)
     claim_home(home, lake.folder)
     instance_file = home / "dagster.yaml"
     if not instance_file.exists():
