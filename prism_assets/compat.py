@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prism_assets.errors import LibraryChanged
 
@@ -74,6 +74,20 @@ def use_one_device(arguments: TrainingArguments) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)
     if arguments.n_gpu > 1:
         raise LibraryChanged("transformers", "TrainingArguments._n_gpu")
+
+
+def names_with_decay(model: Any) -> list[str]:
+    """Names of the parameters that the transformers Trainer decays; it has the others in a group of their own.
+
+    transformers 5.23: a public method of the Trainer that uses nothing of it, so none is made, which would want
+    arguments and a folder.
+    """
+    from transformers import Trainer
+
+    found = getattr(Trainer, "get_decay_parameter_names", None)
+    if found is None or list(inspect.signature(found).parameters) != ["self", "model"]:
+        raise LibraryChanged("transformers", "Trainer.get_decay_parameter_names(model)")
+    return found(cast("Any", None), model)
 
 
 class TrainSampler:

@@ -30,8 +30,9 @@ def lora_identity(settings: Settings) -> dict[str, Any]:
     return {"adapter": True} if settings.model.adapter else settings.lora.model_dump()
 
 
-def warmup_scope(settings: Settings, model: "ModelIdentity", dtype: str) -> str:
-    """What the pinned warm-up belongs to: model, tokens, LoRA and warm-up settings with their generation, no pool."""
+def warmup_scope(settings: Settings, model: "ModelIdentity", dtype: str, optimizer_state: str | None = None) -> str:
+    """What the pinned warm-up belongs to: model, tokens, LoRA and warm-up settings with their generation, the content
+    of an optimiser state where moments are taken from one; no pool."""
     return digest(
         [
             _stage("warmup_sample"),
@@ -39,8 +40,9 @@ def warmup_scope(settings: Settings, model: "ModelIdentity", dtype: str) -> str:
             model.fingerprint,
             corpus_version(settings, model),
             lora_identity(settings),
-            settings.warmup.model_dump(),
+            settings.warmup.model_dump(exclude={"optimizer_state"}),
             dtype,
+            *([optimizer_state] if optimizer_state else []),
         ]
     )[:_VERSION_LENGTH]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prism_assets import identity
 from prism_assets.progress import Progress, Stopwatch, progress, uncounted
 from prism_assets.resources.lake import Artifact, Content, Folder, Lake, Recipe
+from prism_assets.resources.model.optimizer_place import content_hash
 from prism_assets.tables import table_named
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ DERIVED_FROM: dict[str, set[str]] = {
     "corpus_version": _CORPUS,
     "lora_identity": _LORA,
     "warmup_scope": _WARMUP,
+    "optimizer_state": {"warmup"},
     "warmup": _WARMUP,
     "feature_identity": _WARMUP | {"features"},
     "feature_version": _WARMUP | {"features"},
@@ -95,7 +97,14 @@ class Stage:
     @cached_property
     def warmup_scope(self) -> str:
         """The scope of the pinned warm-up: model, tokens, LoRA and warm-up settings, dtype."""
-        return identity.warmup_scope(self.settings, self.model_identity, self.dtype)
+        return identity.warmup_scope(self.settings, self.model_identity, self.dtype, self.optimizer_state)
+
+    @cached_property
+    def optimizer_state(self) -> str | None:
+        """The hash of the optimiser state that Adam's moments are taken from; None: the warm-up makes them. Raises
+        UnreadableFile where none is found."""
+        path = self.settings.warmup.optimizer_state
+        return None if path is None else content_hash(path, self.lake.cache_file("model-files.json"))
 
     @cached_property
     def warmup(self) -> Artifact:

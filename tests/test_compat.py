@@ -29,6 +29,7 @@ from prism_assets.compat import (
     instance_without_captured_output,
     interrupts_at_safe_points,
     names_of_stacked_experts,
+    names_with_decay,
     refused_by_name,
     serve_dagster_webserver,
     sleeping_while_waiting,
@@ -119,6 +120,22 @@ def test_a_trainer_that_asks_for_no_sampler_is_refused():
 
     with pytest.raises(LibraryChanged, match="Trainer._get_train_sampler"):
         type("Ordered", (TrainSampler, Without), {})
+
+
+def test_the_trainers_groups_are_those_with_decay_and_those_without(tmp_path, monkeypatch):
+    model = tiny_model()
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "weight_decay": 0.1}
+    trainer = Trainer(model=model, args=TrainingArguments(**options))
+    decayed, others = trainer.create_optimizer().param_groups
+    decay = set(names_with_decay(model))
+    parameters = dict(model.named_parameters())
+    expected = [[one for name, one in parameters.items() if (name in decay) == kind] for kind in (True, False)]
+    assert expected[0] and expected[1]  # a norm's weights are not decayed
+    for group, ours in zip((decayed, others), expected, strict=True):
+        assert [id(one) for one in group["params"]] == [id(one) for one in ours]
+    monkeypatch.setattr(Trainer, "get_decay_parameter_names", lambda model: [])
+    with pytest.raises(LibraryChanged, match="get_decay_parameter_names"):
+        names_with_decay(model)
 
 
 def test_a_model_forgets_its_adapter():

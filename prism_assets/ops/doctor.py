@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from prism_assets.errors import ModelError, PrismError
+from prism_assets.errors import ModelError, PrismError, UnreadableFile
 from prism_assets.ops.stale import why_outdated
 from prism_assets.resources.model.language_model import LanguageModel
 from prism_assets.resources.private_folders import open_to_all
@@ -33,6 +33,7 @@ def examine(stage: Stage) -> list[Finding]:
         *_device(stage.model),
         *_model(stage),
         *_adapter(stage),
+        *_optimizer_state(stage),
         *_files(stage),
         *_permissions(stage),
         *_stale(stage),
@@ -113,6 +114,24 @@ def _adapter(stage: Stage) -> list[Finding]:
     return [Finding("ok", "adapter", words + left_out)]
 
 
+def _optimizer_state(stage: Stage) -> list[Finding]:
+    """Whether Adam's moments can be taken from the state that the settings name."""
+    path = stage.settings.warmup.optimizer_state
+    if path is None:
+        return []
+    from prism_assets.sft.optimizer_state import read_optimizer_state
+
+    try:
+        with stage.adapted() as peft_model:
+            found = read_optimizer_state(path, peft_model)
+    except PrismError as error:
+        return [Finding("problem", "optimizer_state", str(error))]
+    words = (
+        f"moments of {len(found.exp_avg)} parameters after {found.step:,} steps, betas {found.betas}, eps {found.eps:g}"
+    )
+    return [Finding("ok", "optimizer_state", f"{path}: {words}; matched by {found.form}")]
+
+
 def _files(stage: Stage) -> list[Finding]:
     from prism_assets.corpus.candidates import scan_inbox
 
@@ -188,9 +207,9 @@ def _stale(stage: Stage) -> list[Finding]:
 
     settings = stage.settings
     try:
-        _ = stage.corpus_version, stage.dtype
-    except ModelError:
-        return []  # reported by `_model`
+        _ = stage.corpus_version, stage.dtype, stage.optimizer_state
+    except (ModelError, UnreadableFile):
+        return []  # reported by `_model` and `_optimizer_state`
     if not settings.candidates.inbox.is_dir():
         return []
     keys = sorted(inbox_files(stage, at_rest_seconds=0))

@@ -96,6 +96,9 @@ class Remaining:
 
         warmup = self.stage.settings.warmup
         rows, tokens = self._sample
+        if warmup.optimizer_state is not None:
+            texts = rows if self.stage.shown_or_none("warmup_sample") is None else 0
+            return Work("warm-up", rows, parameters=3, texts=texts)
         training = Training(epochs=warmup.epochs, batch_size=warmup.batch_size)
         stored = rows if self.stage.shown_or_none("warmup_sample") is None else 0
         return Work(

@@ -15,7 +15,9 @@ from prism_assets.stage import Stage
 from prism_assets.stats.losses import quarter_means
 from prism_assets.work import Outcome, stage_of, the_whole
 
-LEARNED = Check("warmup_learned", "The loss fell during the warm-up.")
+LEARNED = Check(
+    "warmup_learned", "The loss fell during the warm-up; passes where an optimiser state took the place of a training."
+)
 
 
 def build(project: Project) -> dg.AssetsDefinition:
@@ -33,13 +35,15 @@ def build(project: Project) -> dg.AssetsDefinition:
         sample = stage.shown("warmup_sample")
         settings = {
             "lora": stage.lora_identity,
-            "warmup": stage.settings.warmup.model_dump(exclude={"share", "min_rows", "generation"}),
+            "warmup": stage.settings.warmup.model_dump(exclude={"share", "min_rows", "generation", "optimizer_state"}),
             "dtype": stage.dtype,
         }
         inputs = {"model": stage.model_identity.fingerprint, "sample": sample}
+        if stage.optimizer_state:  # then no row is trained on, and none decides anything
+            inputs = {"model": stage.model_identity.fingerprint, "optimizer_state": stage.optimizer_state}
         checkpoints, computed = stage.make(
             stage.recipe("warmup_checkpoints", settings, inputs),
-            lambda: Folder(lambda folder: _train(stage, sample, folder)),
+            lambda: Folder(lambda folder: (_take if stage.optimizer_state else _train)(stage, sample, folder)),
         )
         stage.show(checkpoints)
         return the_whole(context, stage, _outcome(stage, checkpoints, computed))
@@ -75,10 +79,31 @@ def _train(stage: Stage, sample: Artifact, folder: Path) -> dict[str, Any]:
     }
 
 
+def _take(stage: Stage, _: Artifact, folder: Path) -> dict[str, Any]:
+    """Write the starting adapter as it is, with the moments of the run that made it; returns what is noted of them."""
+    from prism_assets.sft.optimizer_state import read_optimizer_state
+
+    adapted, path = rehearse(stage), stage.settings.warmup.optimizer_state
+    assert path is not None
+    with stage.adapted() as peft_model:
+        state = read_optimizer_state(path, peft_model)
+        write_checkpoints(folder, [state.at(peft_model)])
+    return {
+        "steps": state.step,
+        "losses": [],
+        "optimizer_state": {"path": str(path), "matched_by": state.form, "betas": list(state.betas), "eps": state.eps},
+        "adapted": adapted._asdict(),
+    }
+
+
 def _outcome(stage: Stage, checkpoints: Artifact, computed: int) -> Outcome:
     from prism_assets.plots import loss_curve
 
     losses: Any = checkpoints.notes["losses"]
+    taken: Any = checkpoints.notes.get("optimizer_state")
+    if taken is not None:
+        metadata = {"steps": checkpoints.notes["steps"], "checkpoints": 1, **taken, "betas": str(taken["betas"])}
+        return Outcome([checkpoints], computed, metadata, [LEARNED(True, moments_of=taken["path"])])
     first, last = quarter_means(losses)
     adapted: Any = checkpoints.notes.get("adapted", {})  # not noted by the first releases
     metadata = {

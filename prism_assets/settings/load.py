@@ -147,11 +147,13 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
             return str(at(Path(name)))
         return name
 
+    state = settings.warmup.optimizer_state
     return settings.model_copy(
         update={
             "model": settings.model.model_copy(
                 update={"name": local(settings.model.name), "adapter": local(settings.model.adapter)}
             ),
+            "warmup": settings.warmup.model_copy(update={"optimizer_state": state and at(state)}),
             "candidates": settings.candidates.model_copy(update={"inbox": at(settings.candidates.inbox)}),
             "targets": {
                 name: target.model_copy(update={"examples": at(target.examples), "eval": at(target.eval)})

@@ -199,6 +199,17 @@ class WarmupSettings(Section):
     seed: int = Field(
         default=0, description="The seed of the sample, of the fresh adapter and of the order of training."
     )
+    optimizer_state: Path | None = Field(
+        default=None,
+        description="The optimiser state of the run that made model.adapter, in place of a training here: a Trainer's "
+        "checkpoint with optimizer.pt, or FSDP's optimizer.bin or optimizer_0; null: the warm-up trains.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before_unless_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is dumped names a scope of the lake, so a setting that came later counts where it is not the default."""
+        found = dump(self)
+        return {key: value for key, value in found.items() if key != "optimizer_state" or value is not None}
 
 
 class FeatureSettings(Section):
@@ -432,6 +443,23 @@ class Settings(Section):
         own = [name for name in ("exclude_modules", "layers", "dropout") if getattr(self.lora, name)]
         if self.model.adapter is not None and own:
             raise ValueError(f"lora.{own[0]} has no effect beside model.adapter, whose own configuration counts")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_of_the_starting_adapter(self) -> "Settings":
+        if self.warmup.optimizer_state is None:
+            return self
+        if self.model.adapter is None:
+            raise ValueError(
+                "warmup.optimizer_state is of the run that made model.adapter, which is not set: name the adapter"
+            )
+        idle = [name for name in ("epochs", "batch_size", "learning_rate") if name in self.warmup.model_fields_set]
+        if idle or self.warmup.checkpoints != 1:
+            name = idle[0] if idle else "checkpoints"
+            raise ValueError(
+                f"warmup.{name} has no effect beside warmup.optimizer_state, with which nothing is trained and "
+                "gradients are taken at model.adapter as it is: leave it out"
+            )
         return self
 
     @model_validator(mode="after")
