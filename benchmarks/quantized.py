@@ -40,8 +40,8 @@ from prism_assets.corpus.encoder import TokenizedExample
 from prism_assets.gradients.engine import GradientEngine
 from prism_assets.gradients.preconditioner import Moments, Preconditioner
 from prism_assets.gradients.sketch import Sketch
+from prism_assets.quantized import is_quantized, state_bytes
 from prism_assets.resources.model import LanguageModel
-from prism_assets.resources.model.quantized import is_quantized, state_bytes
 from prism_assets.sft.trainer import Training, fine_tune
 
 PRECISIONS = {

@@ -9,7 +9,7 @@ Used where they stand, and held to by tests and an upper bound in pyproject.toml
 - peft 0.21: `peft.tuners.lora.layer.LoraLayer` and `Linear` with what they hold of an adapter (`gradients/lora.py`):
   the gradient engine does their arithmetic by itself, and `tests/gradients` compares it with autograd;
 - bitsandbytes 0.50: what its two layers hold of a quantised weight, `Linear4bit.weight.quant_state` and
-  `Linear8bitLt.weight.SCB` or `.state.SCB` (`resources/model/quantized.py`), and PEFT's layers over them;
+  `Linear8bitLt.weight.SCB` or `.state.SCB` (`prism_assets/quantized.py`), and PEFT's layers over them;
   `tests/resources/test_quantization.py` makes the weights from the codes by hand;
 - faiss 1.15: the bytes of a written `IndexScalarQuantizer` (`resources/index/segments.py`), read before FAISS maps the
   file, because FAISS does not look where a mapped file ends; `tests/resources/test_index.py` has FAISS write them.

@@ -54,7 +54,7 @@ from prism_assets.gradients.runner import BatchRunner, Need
 from prism_assets.gradients.sketch import Projection
 from prism_assets.gradients.transfer import HostCopy, Result, a_batch_late, to_device
 from prism_assets.gradients.vectors import norm
-from prism_assets.resources.model.quantized import largest, quantized_weights
+from prism_assets.quantized import largest, quantized_weights
 
 # Below this norm a gradient is rounding noise of float32 log-probabilities; its direction means nothing.
 NORM_FLOOR = 1e-7

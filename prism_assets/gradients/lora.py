@@ -8,7 +8,7 @@ another's positions,
     dX = dY W + U A
 
 so the gradients of every example separately cost what the summed ones would, and no gradient of W is ever
-formed. Of a quantised base W is made from its codes in either pass (`resources/model/quantized`).
+formed. Of a quantised base W is made from its codes in either pass (`prism_assets/quantized`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prism_assets.errors import UnsupportedModelError
 from prism_assets.gradients.row_order import RowOrder
-from prism_assets.resources.model.quantized import dequantized, is_quantized, is_settled
+from prism_assets.quantized import dequantized, is_quantized, is_settled
 
 
 class GradientCollector(Protocol):
@@ -274,7 +274,7 @@ def _check_layer(name: str, module: LoraLayer, adapter: str, dtype: torch.dtype)
     if quantized and not is_settled(base):
         raise UnsupportedModelError(
             f"{name}: {type(base).__name__} computes by bitsandbytes' own products, whose rows depend on each other: "
-            "call prism_assets.resources.model.quantized.settle on the base model first",
+            "call prism_assets.quantized.settle on the base model first",
             module=name,
         )
     if module.lora_bias.get(adapter):

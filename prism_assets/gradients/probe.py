@@ -24,7 +24,7 @@ from prism_assets.gradients.row_order import (
     recorded,
     tolerance,
 )
-from prism_assets.resources.model.quantized import is_quantized, shape_of
+from prism_assets.quantized import is_quantized, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

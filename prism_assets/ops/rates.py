@@ -219,7 +219,7 @@ def _memory(stage: Stage, engine: "GradientEngine", planned: float, least: float
     import torch
 
     from prism_assets.gradients.memory import MemoryLimit
-    from prism_assets.resources.model.quantized import state_bytes
+    from prism_assets.quantized import state_bytes
 
     device = engine.device
     setting = stage.settings.execution.memory

@@ -192,7 +192,7 @@ class LanguageModel:
                     f"({len(missing)} tensors in all): its files are incomplete, or are those of another model."
                 )
             if identity.quantized:  # on its device already: bitsandbytes moves no codes from one to another
-                from prism_assets.resources.model.quantized import settle
+                from prism_assets.quantized import settle
 
                 settle(model)
             else:

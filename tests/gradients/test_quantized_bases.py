@@ -18,7 +18,7 @@ from prism_assets.errors import UnsupportedModelError
 from prism_assets.gradients.engine import GradientEngine
 from prism_assets.gradients.hidden_states import representations
 from prism_assets.gradients.sketch import Sketch
-from prism_assets.resources.model.quantized import dequantized, is_quantized, settle
+from prism_assets.quantized import dequantized, is_quantized, settle
 from prism_assets.sft.generation import generate
 from prism_assets.sft.trainer import Training, fine_tune
 

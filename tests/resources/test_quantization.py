@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from prism_assets.errors import ModelError, SettingsError
 from prism_assets.identity import hidden_state_identity, warmup_scope
+from prism_assets.quantized import dequantized, is_quantized, settle, state_bytes
 from prism_assets.resources.model import LanguageModel, quantization
-from prism_assets.resources.model.quantized import dequantized, is_quantized, settle, state_bytes
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": "all-linear"}
 CONFIGS = {

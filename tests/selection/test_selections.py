@@ -13,7 +13,7 @@ from prism_assets.errors import LakeError
 from prism_assets.ops.gc import plan
 from prism_assets.ops.pipeline import Step, steps_of
 from prism_assets.selection.selection import query_index, selection_inputs
-from prism_assets.selection.strategies import STRATEGIES
+from prism_assets.selection.strategies import STRATEGIES as EVERY_STRATEGY
 
 NEW = ("perplexity", "bm25", "rds", "prism-mmr")
 UP_TO_SELECTION = (*steps_of("run")[:-2], Step("Selection", ("selection",), "target_strategy"))
@@ -32,6 +32,9 @@ def blank_plots():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canvas, "png", lambda figure: b"no picture")
         yield
+
+
+STRATEGIES = {name: one for name, one in EVERY_STRATEGY.items() if not one.by_label}  # labels are for removal
 
 
 def build(make_project, folder, sources=None):
