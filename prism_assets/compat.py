@@ -268,7 +268,8 @@ def dagster_dev(options: Sequence[str], webserver: Sequence[str]) -> None:
     try:
         from dagster._cli import dev
 
-        start, code = dev.open_ipc_subprocess, dev.dev_command_impl.__code__
+        start = dev.open_ipc_subprocess  # pyright: ignore[reportPrivateImportUsage]
+        code = dev.dev_command_impl.__code__
     except (ImportError, AttributeError) as error:
         raise changed from error
     if "dagster_webserver" not in code.co_consts or "open_ipc_subprocess" not in code.co_names:
@@ -282,11 +283,11 @@ def dagster_dev(options: Sequence[str], webserver: Sequence[str]) -> None:
             raise changed
         return start(command, **more)
 
-    dev.open_ipc_subprocess = start_one
+    dev.open_ipc_subprocess = start_one  # pyright: ignore[reportPrivateImportUsage]
     try:
         dev.dev_command.main(list(options), prog_name="prism ui", standalone_mode=False)
     finally:
-        dev.open_ipc_subprocess = start
+        dev.open_ipc_subprocess = start  # pyright: ignore[reportPrivateImportUsage]
 
 
 def serve_dagster_webserver(options: Sequence[str], before: Callable[[Any], Any]) -> None:

@@ -35,7 +35,7 @@ def as_resource(engine: Any) -> dg.ResourceDefinition:
 
 def engine_of(resource: dg.ResourceDefinition) -> Any:
     """The engine that `as_resource` was given."""
-    return resource.resource_fn(dg.build_init_resource_context())
+    return resource.resource_fn(dg.build_init_resource_context())  # pyright: ignore[reportCallIssue]
 
 
 @dataclass

@@ -3,8 +3,8 @@
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 _READ = os.O_RDONLY | os.O_CLOEXEC
 # A named pipe without a writer would block the opening, a terminal could become that of this process.
@@ -20,7 +20,7 @@ def leads_outside(path: Path, folder: Path) -> bool:
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def open_regular(path: Path, inside: Path | None = None) -> BinaryIO:
+def open_regular(path: Path, inside: Path | None = None) -> BufferedReader:
     """A regular file, opened to be read; its content is that of the descriptor, whatever becomes of the path.
 
     With `inside` the file lies in that folder, also where links are exchanged meanwhile: the path is resolved first,

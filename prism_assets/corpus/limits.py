@@ -172,12 +172,12 @@ def bounded_slices(batch: Any, limits: Limits) -> Iterator[Any]:
 def _bytes_of(array: Any) -> int:
     """Bytes of an array once each of its texts is written out."""
     import pyarrow as pa
-    import pyarrow.compute as pc
+    from pyarrow import compute
 
     kind = array.type
     if pa.types.is_dictionary(kind):
-        lengths = pc.binary_length(array.dictionary).take(array.indices)
-        return pc.sum(lengths).as_py() or 0
+        lengths = compute.call_function("binary_length", [array.dictionary]).take(array.indices)
+        return compute.call_function("sum", [lengths]).as_py() or 0
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _BYTES_A_VALUE * len(array) + _bytes_of(array.flatten())
     if pa.types.is_struct(kind):
