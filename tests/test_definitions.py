@@ -128,6 +128,7 @@ def test_every_stage_has_its_checks(project, graph):
     assert found >= {
         ("candidates", "file_readable"),
         ("candidates", "rows_accepted"),
+        ("candidates", "prompts_whole"),
         ("targets", "target_rows_accepted"),
         ("targets", "eval_disjoint"),
         ("live_pool", "nothing_pending"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,3 +38,26 @@ def _readable_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(kind.value_field.with_type(_readable_type(kind.value_type)))
     return kind
+
+
+def json_decoders(schema: pa.Schema) -> dict[str, Callable[[Any], Any]]:
+    """For each column that holds JSON text by its type, at any depth, what makes the values of its Python value."""
+    found = {field.name: _json_decoder(field.type) for field in schema}
+    return {name: decode for name, decode in found.items() if decode is not None}
+
+
+def _json_decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    import pyarrow as pa
+
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return lambda value: None if value is None else json.loads(value)
+    if pa.types.is_struct(kind):
+        inner = {field.name: _json_decoder(field.type) for field in kind.fields}
+        inner = {name: decode for name, decode in inner.items() if decode is not None}
+        if not inner:
+            return None
+        return lambda value: value and value | {name: decode(value[name]) for name, decode in inner.items()}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        item = _json_decoder(kind.value_type)
+        return item and (lambda value: value and [item(one) for one in value])
+    return None

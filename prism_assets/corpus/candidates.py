@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FILE_READABLE = Check("file_readable", "The inbox file can be read at all.", dg.AssetCheckSeverity.ERROR)
 ROWS_ACCEPTED = Check("rows_accepted", "No row of the file was rejected.")
+PROMPTS_WHOLE = Check("prompts_whole", "No row lost a part of its prompt to max_length.")
 TABLES = ("candidates", "rejects", "candidate_fields")
 # The field of a reject that is about a whole file.
 WHOLE_FILE = "file"
@@ -29,7 +30,11 @@ WHOLE_FILE = "file"
 
 def build(project: Project) -> dg.AssetsDefinition:
     @project.asset(
-        "candidates", group="corpus", kinds={"parquet"}, deps=["base_model"], checks=[FILE_READABLE, ROWS_ACCEPTED]
+        "candidates",
+        group="corpus",
+        kinds={"parquet"},
+        deps=["base_model"],
+        checks=[FILE_READABLE, ROWS_ACCEPTED, PROMPTS_WHOLE],
     )
     def candidates(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """Candidate examples of one inbox file, validated, de-duplicated within the file and tokenised once.
@@ -76,6 +81,8 @@ def _is_pending(stage: Stage, key: str) -> bool:
     rows, rejects, fields = (stage.shown_or_none(table, key) for table in TABLES)
     if rows is None or rejects is None or fields is None:
         return True
+    if rejects.header["settings"].get("columns", {}) != stage.settings.candidates.columns:
+        return True
     if rejects.header["settings"].get("limits") == limits_of_recipe(stage).get("limits"):
         return False
     return any("limits." in reason for reason in stage.lake.read_table(rejects, ["reason"])["reason"].to_pylist())
@@ -93,11 +100,15 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
             )
         return Outcome([known], 0)
     file, limits = files[shard], inbox_limits(stage)
-    read = partial(_read_or_reject, limits=limits)
-    source = RecordFile(file.path, file.sha256, *TABLES[:2], shard, CANDIDATE_SCHEMA, read, limits.inside, TABLES[2])
+    columns = stage.settings.candidates.columns
+    read = partial(_read_or_reject, limits=limits, columns=columns)
+    source = RecordFile(
+        *(file.path, file.sha256, *TABLES[:2], shard, CANDIDATE_SCHEMA, read, limits.inside, columns, TABLES[2])
+    )
     rows, rejects, computed = encode_file(stage, source)
     rejected = stage.lake.read_table(rejects).to_pylist()
     trouble = next((one["reason"] for one in rejected if one["field"] == WHOLE_FILE), "")
+    truncated = rows.notes.get("truncated", 0)
     shown = stage.lake.read_table(rows, ["line", "source", "prompt", "completion", "tokens"]).slice(0, 8)
     return Outcome(
         [rows],
@@ -105,6 +116,8 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
         {
             "dagster/row_count": rows.notes["rows"],
             "rejects": len(rejected),
+            "truncated": truncated,
+            "unused_fields": ", ".join(rows.notes.get("unused_fields", [])),
             "completion_tokens": rows.notes["completion_tokens"],
             "file": str(file.path),
             "rows": preview(shown.to_pylist()),
@@ -113,16 +126,17 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
         [
             FILE_READABLE(not trouble, reason=trouble or "the file was read"),
             ROWS_ACCEPTED(not rejected, rejected=len(rejected), accepted=rows.notes["rows"]),
+            PROMPTS_WHOLE(not truncated, truncated=truncated, rows=rows.notes["rows"]),
         ],
     )
 
 
-def _read_or_reject(path: "Path", limits: "Limits") -> "tuple[list[Example], list[Reject]]":
+def _read_or_reject(path: "Path", limits: "Limits", columns: Mapping[str, str]) -> "tuple[list[Example], list[Reject]]":
     """The examples of a file; of one that cannot be read none, and one reject for the whole file."""
     from prism_assets.corpus.files import read_examples
     from prism_assets.corpus.records import Reject
 
     try:
-        return read_examples(path, "candidate", limits=limits)
+        return read_examples(path, "candidate", limits=limits, columns=columns)
     except UnreadableFile as error:
         return [], [Reject(0, WHOLE_FILE, str(error), "")]

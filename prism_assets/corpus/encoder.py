@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 
 
 class TokenizedExample(NamedTuple):
-    """input_ids: int32 [T]; loss_mask: bool [T], True where the token is supervised, never at position 0."""
+    """input_ids: int32 [T]; loss_mask: bool [T], True where the token is supervised, never at position 0; truncated:
+    whether `max_length` cost it a part of its prompt."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
+    truncated: bool = False
 
 
 class TokenizedPair(NamedTuple):
@@ -46,6 +48,10 @@ class TokenizedPair(NamedTuple):
     input_ids: np.ndarray
     loss_mask: np.ndarray
     rejected: TokenizedExample
+    truncated: bool = False
+
+
+_TAG = re.compile(r"</?[A-Za-z][\w-]*>")
 
 
 class _Tokens(NamedTuple):
@@ -80,21 +86,27 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.separator = separator
-        special_tokens = _special_tokens(tokenizer)
+        text = resolve_template(tokenizer, template)
+        special_tokens = _control_tokens(tokenizer, text or "")
         self._special_ids = set(cast("list[int]", tokenizer.convert_tokens_to_ids(sorted(special_tokens))))
         self._special_pattern = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))))
-        text = resolve_template(tokenizer, template)
         self._template = None if text is None else ChatTemplate(tokenizer, text, self._special_pattern)
         self._leading_id = self._bos_added_by_default()
         self._anchored = self._adds_a_leading_space()
         self.stop_token_ids = self._stop_token_ids()
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles whose turns are written, of system, user, assistant and tool."""
+        return ("system", "user", "assistant") if self._template is None else self._template.roles
+
     def encode(self, messages: Sequence[Message]) -> TokenizedExample:
         """A conversation that ends in an assistant turn; assistant turns are supervised, their ends included.
 
         Where it has more than ``max_length`` tokens, the earliest exchanges go first, whole (the system turn
-        stays); then the start of the prompt, but for BOS. Raises `Untokenizable` where the last completion alone is
-        too long or tokenises to nothing, or where the template cannot say where a completion begins.
+        stays); then the start of the longest user text. BOS, role headers and the system turn stay. Raises
+        `Untokenizable` where what stays is too long or the completion tokenises to nothing, or where the template
+        cannot say where a completion begins.
         """
         return self._encode(messages, self.max_length)
 
@@ -105,7 +117,7 @@ class Encoder:
         would compare answers to different prompts.
         """
         chosen, second = self.encode_options(messages, [rejected], "rejected")
-        return TokenizedPair(*chosen, second)
+        return TokenizedPair(chosen.input_ids, chosen.loss_mask, second, chosen.truncated or second.truncated)
 
     def encode_options(
         self, messages: Sequence[Message], others: Sequence[str], field: str = "choices"
@@ -133,7 +145,8 @@ class Encoder:
 
     def least_length(self, messages: Sequence[Message], rejected: str | None = None) -> int:
         """The smallest ``max_length`` under which `encode`, or with ``rejected`` `encode_pair`, takes a conversation:
-        room for its last exchange's completions and one token of its prompt. Raises `Untokenizable` where none does.
+        room for its last exchange's completions, its headers and system turn, and one token of each user text. Raises
+        `Untokenizable` where none does.
         """
         turns = [tuple(messages)]
         if rejected is not None:
@@ -143,13 +156,14 @@ class Encoder:
         for one in turns:
             while (shorter := _without_earliest_exchange(one)) is not None:
                 one = shorter
-            supervised = self._tokens(one).supervised
-            if supervised[0]:
+            tokens = self._tokens(one)
+            if tokens.supervised[0]:
                 raise Untokenizable("the prompt tokenises to nothing", "prompt")
-            last_turns.append(last_run(supervised))
+            last_turns.append(last_run(tokens.supervised))
             # Of a pair, both prompts are cut by what the longer last turn leaves.
-            beside.append(len(supervised) - supervised.index(True) - last_turns[-1])
-        return max(beside) + max(last_turns) + 1
+            removable = sum(map(len, self._removable(one, tokens)))
+            beside.append(len(tokens.ids) - removable - last_turns[-1])
+        return max(beside) + max(last_turns)
 
     def _encode(self, messages: Sequence[Message], limit: int) -> TokenizedExample:
         messages = tuple(messages)
@@ -157,39 +171,86 @@ class Encoder:
             raise Untokenizable("the conversation does not end in an assistant turn", "messages")
         self._require_no_special_tokens(messages)
         tokens = self._tokens(messages)
-        while len(tokens.ids) > limit:
-            shorter = _without_earliest_exchange(messages)
-            if shorter is None:
-                tokens = self._cut_prompt(tokens, limit)
-                break
-            messages = shorter
-            tokens = self._tokens(messages)
+        truncated = len(tokens.ids) > limit
+        if truncated:
+            messages, tokens = self._last_exchanges(messages, tokens, limit)
+            tokens = self._cut_prompt(messages, tokens, limit)
         ids = np.asarray(tokens.ids, dtype=np.int32)
         loss_mask = np.asarray(tokens.supervised, dtype=bool)
         if loss_mask[0]:
             raise Untokenizable("the prompt tokenises to nothing", "prompt")
-        return TokenizedExample(ids, loss_mask)
+        return TokenizedExample(ids, loss_mask, truncated)
 
-    def _cut_prompt(self, tokens: _Tokens, limit: int) -> _Tokens:
-        start = tokens.supervised.index(True)
-        completion = len(tokens.ids) - start
+    def _last_exchanges(
+        self, messages: tuple[Message, ...], tokens: _Tokens, limit: int
+    ) -> tuple[tuple[Message, ...], _Tokens]:
+        """The most of a conversation's last exchanges that fit, or the last one alone; found by halves."""
+        versions = [messages]
+        while (shorter := _without_earliest_exchange(versions[-1])) is not None:
+            versions.append(shorter)
+        found = {0: tokens}
+        low, high = 0, len(versions) - 1  # those up to low are too long
+        while high - low > 1:
+            middle = (low + high) // 2
+            found[middle] = self._tokens(versions[middle])
+            low, high = (middle, high) if len(found[middle].ids) > limit else (low, middle)
+        return versions[high], found.get(high) or self._tokens(versions[high])
+
+    def _cut_prompt(self, messages: Sequence[Message], tokens: _Tokens, limit: int) -> _Tokens:
+        """The same without the first tokens of the longest user text, and of the next one where that is too little."""
+        excess = len(tokens.ids) - limit
+        if excess <= 0:
+            return tokens
+        completion = len(tokens.ids) - tokens.supervised.index(True)
         if completion > limit - 1:
             raise Untokenizable(self._too_long(completion, limit))
-        prompt = self._cut_front(tokens.ids[:start], limit - completion)
-        return _Tokens(prompt + tokens.ids[start:], [False] * len(prompt) + tokens.supervised[start:])
+        gone: set[int] = set()
+        for places in sorted(self._removable(messages, tokens), key=len, reverse=True):
+            gone.update(places[: excess - len(gone)])
+        if len(gone) < excess:
+            kept = len(tokens.ids) - len(gone)
+            raise Untokenizable(
+                f"headers, system turn and completion have {kept} tokens with one of each user text, and max_length "
+                f"{self.max_length} leaves room for {limit}; raise max_length",
+                "prompt",
+            )
+        kept = [place for place in range(len(tokens.ids)) if place not in gone]
+        return _Tokens([tokens.ids[place] for place in kept], [tokens.supervised[place] for place in kept])
+
+    def _removable(self, messages: Sequence[Message], tokens: _Tokens) -> list[list[int]]:
+        """For each text of the user (or a tool) before the first completion the positions of its tokens, but the last
+        of them."""
+        prompt = next(segment.text for segment in self._segments(messages))
+        first = 1 if self._template is None and self._leading_id is not None else 0
+        spans = _spans(prompt, messages)
+        if not self.tokenizer.is_fast:
+            return self._removable_by_parts(prompt, spans, first, tokens)
+        found = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = cast("list[tuple[int, int]]", found["offset_mapping"])
+        return [
+            [first + place for place, (a, b) in enumerate(offsets) if start <= a < b <= stop][:-1]
+            for start, stop in spans
+        ]
+
+    def _removable_by_parts(
+        self, prompt: str, spans: Sequence[tuple[int, int]], first: int, tokens: _Tokens
+    ) -> list[list[int]]:
+        """As `_removable`, for a tokenizer that does not say which characters a token is of: only where the parts of
+        the prompt have the tokens that the whole has."""
+        found = []
+        for start, stop in spans:
+            before = len(self._token_ids(prompt[:start], first=True)) if start else 0
+            inside = self._token_ids(prompt[start:stop], first=not start)
+            places = range(first + before, first + before + len(inside))
+            same = [tokens.ids[place] for place in places if place < len(tokens.ids)] == inside
+            found.append(list(places)[:-1] if same else [])
+        return found
 
     def _too_long(self, completion: int, limit: int) -> str:
         return (
             f"the completion alone has {completion} tokens, and max_length {self.max_length} leaves room for "
             f"{limit - 1}; shorten it or raise max_length"
         )
-
-    def _cut_front(self, ids: list[int], limit: int) -> list[int]:
-        if len(ids) <= limit:
-            return ids
-        if ids[0] == self.tokenizer.bos_token_id:
-            return ids[:1] + ids[len(ids) - limit + 1 :]
-        return ids[len(ids) - limit :]
 
     # --- Segments to tokens -------------------------------------------------------------------------------
 
@@ -236,7 +297,7 @@ class Encoder:
     def _require_no_special_tokens(self, messages: Sequence[Message]) -> None:
         """Text such as "</s>" would become a control token, and end the turn or forge another one."""
         for index, message in enumerate(messages):
-            found = self._special_pattern.search(message.content)
+            found = self._special_pattern.search(message.content) or self._special_pattern.search(message.extra)
             if found:
                 raise Untokenizable(
                     f"the text holds {found[0]!r}, a special token of the tokenizer; remove or rewrite it",
@@ -258,9 +319,26 @@ class Encoder:
         return tuple(dict.fromkeys((eos, last)))
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> set[str]:
+    """The special tokens that could forge a turn or its end: all but tags such as <filename> that are written like
+    markup, have no part in the template and are none of the tokenizer's named ones."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens)
+    named = set(tokenizer.all_special_tokens)
+    return named | {token for token in added if token in template or not _TAG.fullmatch(token)}
+
+
+def _spans(prompt: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
+    """Where the texts of the user and of tools before the first assistant turn stand in a prompt."""
+    spans, cursor = [], 0
+    for message in messages:
+        if message.role == "assistant" and message.learn:
+            break
+        text = message.content if message.content in prompt[cursor:] else message.content.strip()
+        at = prompt.find(text, cursor)
+        if message.role in ("user", "tool") and text and at >= 0:
+            spans.append((at, at + len(text)))
+            cursor = at + len(text)
+    return spans
 
 
 def _without_earliest_exchange(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
@@ -268,7 +346,7 @@ def _without_earliest_exchange(messages: tuple[Message, ...]) -> tuple[Message, 
     users = [index for index, message in enumerate(messages) if message.role == "user"]
     if len(users) < 2:
         return None
-    system = tuple(message for message in messages[: users[0]] if message.role == "system")
+    system = tuple(message for message in messages[: users[0]] if message.role in ("system", "tools"))
     return system + messages[users[1] :]
 
 

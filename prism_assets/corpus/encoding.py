@@ -1,14 +1,15 @@
 """How files of records become tables of tokens and rejects: for candidates, targets and held-out files."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism_assets.corpus.limits import Limits
 from prism_assets.errors import ModelError, StageError
-from prism_assets.resources.lake import Artifact, Recipe, Rows
+from prism_assets.resources.lake import Artifact, Recipe, Rows, hash_table
 from prism_assets.resources.regular_files import open_regular
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from prism_assets.corpus.encoder import Encoder
     from prism_assets.corpus.records import Example, Reject
     from prism_assets.stage import Stage
+
+# How files are read, raised where the same file gives other rows. Those that an earlier reading gave are compared.
+READING = 2
 
 
 def require_context(stage: "Stage") -> None:
@@ -63,6 +67,7 @@ class RecordFile(NamedTuple):
     schema: "pa.Schema"
     read: "Callable[[Path], tuple[list[Example], list[Reject]]]"
     inside: Path | None = None  # the folder that it must lie in
+    columns: Mapping[str, str] = {}  # of the settings: by our name the file's own
     fields: str | None = None  # table of the accepted records' other fields; None: they are not kept
 
 
@@ -79,8 +84,8 @@ def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
 
     Raises StageError where the file changes while it is read.
     """
-    recipe, rejects_recipe = encoded_recipes(stage, source)
     reading = _Reading(stage, source)
+    recipe, rejects_recipe = _recipes_of_today(stage, source, reading)
     # The rejects first: where the rows are published, their rejects are too.
     rejects, rejects_made = stage.make(rejects_recipe, lambda: reading.tables[1])
     rows, rows_made = stage.make(recipe, lambda: reading.tables[0])
@@ -88,9 +93,9 @@ def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
     stage.show(rejects, source.partition)
     computed = max(rejects_made, rows_made)
     if source.fields is not None:
-        inputs = {"file": source.sha256, "rows": rows}
-        fields_recipe = stage.recipe(source.fields, inputs=inputs, partition=source.partition)
-        fields, fields_made = stage.make(fields_recipe, lambda: Rows(reading.fields_of(stage, rows)))
+        fields, fields_made = stage.make(
+            _fields_recipe(stage, source, rows), lambda: Rows(reading.fields_of(stage, rows))
+        )
         stage.show(fields, source.partition)
         computed = max(computed, fields_made)
     return Encoded(rows, rejects, computed)
@@ -99,11 +104,38 @@ def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
 def encoded_recipes(stage: "Stage", source: RecordFile) -> tuple[Recipe, Recipe]:
     """What the rows and the rejects of a file are made from."""
     settings = stage.settings.tokenization.model_dump() | limits_of_recipe(stage)
+    settings |= {"columns": dict(source.columns)} if source.columns else {}
     inputs = {"file": source.sha256, "tokenizer": stage.model_identity.tokenizer}
     return (
         stage.recipe(source.table, settings, inputs, partition=source.partition),
         stage.recipe(source.rejects, settings, {**inputs, "of": source.table}, partition=source.partition),
     )
+
+
+def _recipes_of_today(stage: "Stage", source: RecordFile, reading: "_Reading") -> tuple[Recipe, Recipe]:
+    """The recipes of the rows and the rejects, as today's reading of files gives them.
+
+    Rows that an earlier reading gave (it ignored `weight`, say) stay where today's gives the same: nothing that is made
+    from them is made again. Where it gives others, it has recipes of its own. That the fields are there says that the
+    comparison has been made.
+    """
+    recipes = encoded_recipes(stage, source)
+    again = tuple(replace(one, settings={**one.settings, "reading": READING}) for one in recipes)
+    if source.fields is None:
+        return recipes
+    if stage.lake.find(again[0]) is not None:
+        return again[0], again[1]
+    old = stage.lake.find(recipes[0])
+    if old is None or stage.lake.find(_fields_recipe(stage, source, old)) is not None:
+        return recipes
+    same = hash_table(reading.tables[0].table) == old.content_hash
+    return recipes if same else (again[0], again[1])
+
+
+def _fields_recipe(stage: "Stage", source: RecordFile, rows: Artifact) -> Recipe:
+    inputs = {"file": source.sha256, "rows": rows}
+    settings = {"reading": READING}
+    return stage.recipe(str(source.fields), settings, inputs, partition=source.partition)
 
 
 def _hash(source: RecordFile) -> str:
@@ -149,11 +181,15 @@ class _Reading:
             "completion_tokens": column_sum(table, "completion_tokens"),
             "tokens": column_sum(table, "tokens"),
             "duplicates": sum("duplicate" in one.reason for one in rejects),
+            "truncated": sum(one.truncated for one in tokenized if one is not None),
+            "unused_fields": sorted({name for example in examples for name in example.unused}),
         }
+        for name in notes["unused_fields"]:
+            self.stage.log.warning(f"{self.source.path.name}: the field {name!r} is not used")
         return Rows(table, notes), Rows(pa.Table.from_pylist([one._asdict() for one in rejects], REJECTS_SCHEMA))
 
     def fields_of(self, stage: "Stage", rows: Artifact) -> "pa.Table":
-        """The other fields of each accepted row, in the order of the rows. Nothing is tokenised for it."""
+        """The other fields of each accepted row, in the order of the rows."""
         from prism_assets.corpus.token_tables import fields_table
 
         return fields_table(self.records[0], stage.lake.read_table(rows, ["line"])["line"].to_pylist())

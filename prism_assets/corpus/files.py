@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prism_assets.corpus.arrow_values import readable
+from prism_assets.corpus.arrow_values import json_decoders, readable
+from prism_assets.corpus.formats import KNOWN_FIELDS, TEXT_FIELDS, example_of
 from prism_assets.corpus.limits import (
     Limits,
     TooLong,
@@ -22,15 +23,18 @@ from prism_assets.corpus.limits import (
     text_leaves,
     too_long,
 )
+from prism_assets.corpus.other_files import (
+    DELIMITERS,
+    arrow_records,
+    json_array_records,
+    table_of_text_records,
+)
 from prism_assets.corpus.records import (
     EXCERPT_CHARACTERS,
-    KNOWN_FIELDS,
-    TEXT_FIELDS,
     BadRecord,
     Example,
     Kind,
     Reject,
-    example_of,
     excerpt_of,
     type_name,
 )
@@ -40,10 +44,12 @@ from prism_assets.resources.regular_files import LeadsOutside, open_regular
 JSON_LINES_EXTENSIONS = (".jsonl", ".ndjson")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PARQUET_EXTENSIONS = (".parquet",)
+OTHER_EXTENSIONS = (".json", *DELIMITERS, ".arrow")
 DATA_EXTENSIONS = (
     *JSON_LINES_EXTENSIONS,
     *(extension + suffix for extension in JSON_LINES_EXTENSIONS for suffix in COMPRESSIONS),
     *PARQUET_EXTENSIONS,
+    *OTHER_EXTENSIONS,
 )
 PARQUET_BATCH_ROWS = 1024
 HINTS = 200  # names of other columns that are looked through for one that was meant
@@ -60,25 +66,31 @@ def data_extension(name: str) -> str | None:
 
 
 def read_examples(
-    path: Path | str, kind: Kind, *, mixed: bool = False, limits: Limits = Limits()
+    path: Path | str,
+    kind: Kind,
+    *,
+    mixed: bool = False,
+    limits: Limits = Limits(),
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[Example], list[Reject]]:
     """Reads one file; returns its examples in file order and a reject for each record that is none.
 
     Of records with equal content the first is kept. Raises `UnreadableFile` where the file as a whole exceeds a limit
     or cannot be read (so a damaged file never yields half of its records), and `MixedTargets` where a target or eval
-    file holds plain records and pairs, unless it may be `mixed`.
+    file holds plain records and pairs, unless it may be `mixed`. `columns` are those of the settings: by our name the
+    file's own.
     """
     path = Path(path)
     # By id: a repeated record is not kept even while the file is read, or a small file could fill the memory.
     examples: dict[str, Example] = {}
     rejects: list[Reject] = []
     records = 0
-    for line, record, excerpt in _records(path, limits, KNOWN_FIELDS if kind != "candidate" else None):
+    for line, record, excerpt in _records(path, limits, wanted_columns(kind, columns)):
         records += 1
         try:
             if isinstance(record, BadRecord):
                 raise record
-            example = example_of(record, line, kind)
+            example = example_of(record, line, kind, columns)
             kept = examples.setdefault(example.id, example)
             if kept is not example:
                 reason = f"{DUPLICATE_OF}{kept.line}"
@@ -99,6 +111,11 @@ def read_examples(
     return list(examples.values()), sorted(rejects)
 
 
+def wanted_columns(kind: Kind, columns: Mapping[str, str] | None = None) -> Collection[str] | None:
+    """The columns of a table that are read; None for all, as of candidates every field is kept."""
+    return None if kind == "candidate" else KNOWN_FIELDS | set((columns or {}).values())
+
+
 # Line number, the record or why there is none, and a function that gives the excerpt (only rejects need one).
 _Record = tuple[int, "dict | BadRecord", Any]
 
@@ -108,6 +125,8 @@ def _records(path: Path, limits: Limits, wanted: Collection[str] | None) -> Iter
     extension = checked_extension(path)
     if extension in PARQUET_EXTENSIONS:
         return _parquet_records(path, limits, wanted)
+    if extension in OTHER_EXTENSIONS:
+        return _other_records(path, limits)
     return _json_records(path, COMPRESSIONS.get(Path(extension).suffix), limits)
 
 
@@ -132,13 +151,34 @@ def checked_extension(path: Path) -> str:
         raise UnreadableFile(path, "does not exist; check the path in the settings")
     extension = data_extension(path.name)
     if extension is None:
-        advice = f"unknown extension; known are {', '.join(DATA_EXTENSIONS)}"
-        if path.suffix.lower() == ".json":
-            advice += "; name it .jsonl if it has one object a line, else convert it: jq -c '.[]'"
-        raise UnreadableFile(path, advice)
+        raise UnreadableFile(path, f"unknown extension; known are {', '.join(DATA_EXTENSIONS)}")
     if path.stat().st_size == 0:
         raise UnreadableFile(path, "is empty; write one record a line, or remove the file")
     return extension
+
+
+def _other_records(path: Path, limits: Limits) -> Iterator[_Record]:
+    with opened(path, limits) as file:
+        yield from file_records(file, path, limits)
+
+
+def file_records(file: BinaryIO, path: Path, limits: Limits) -> Iterator[_Record]:
+    """The records of a JSON array, of CSV, TSV or Arrow. Raises UnreadableFile."""
+    extension = data_extension(path.name)
+    if extension in DELIMITERS:
+        yield from table_of_text_records(file, path, limits, DELIMITERS[extension])
+    elif extension == ".arrow":
+        yield from arrow_records(file, path, limits, rows_of, _parquet_excerpt)
+    elif _first_character(file) == b"{":
+        yield from _json_records(path, None, limits)  # one object a line, whatever it is called
+    else:
+        yield from json_array_records(file, path, limits, lambda raw: json_object(raw, limits))
+
+
+def _first_character(file: BinaryIO) -> bytes:
+    beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    file.seek(0)
+    return beginning
 
 
 def _json_records(path: Path, compression: str | None, limits: Limits) -> Iterator[_Record]:
@@ -170,6 +210,7 @@ def _numbered_lines(path: Path, compression: str | None, limits: Limits) -> Iter
                     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                         raise UnreadableFile(path, "is UTF-16; save it as UTF-8")
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
+                    _require_lines(raw, path)
                 if raw:
                     yield line, raw
     except OSError as error:
@@ -178,6 +219,16 @@ def _numbered_lines(path: Path, compression: str | None, limits: Limits) -> Iter
         else:
             advice = f"cannot be read ({error}); check its permissions and the disk"
         raise UnreadableFile(path, advice) from error
+
+
+def _require_lines(first: bytes, path: Path) -> None:
+    """Raise UnreadableFile for a file whose first line shows that it is no JSON Lines."""
+    if b"\x00" in first[:4]:
+        raise UnreadableFile(path, "is UTF-16 or UTF-32; save it as UTF-8")
+    if first[:1] == b"[" and first.rstrip(b", \t")[-1:] != b"]":
+        raise UnreadableFile(path, "is a JSON array over several lines; name it .json")
+    if first == b"{":
+        raise UnreadableFile(path, "has an object over several lines; write one a line: jq -c .")
 
 
 def json_object(raw: bytes, limits: Limits = Limits()) -> dict:
@@ -243,7 +294,7 @@ def parquet_file(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(raw) as file:
+    with pq.ParquetFile(raw, arrow_extensions_enabled=True) as file:
         # Where other columns (embeddings) are not kept, their names alone serve as hints.
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
@@ -252,7 +303,7 @@ def parquet_file(
         require_bounded_parquet(file, columns, path, os.fstat(raw.fileno()).st_size, limits)
         schema = pa.schema([file.schema_arrow.field(name) for name in columns])
         leaves, metadata = text_leaves(file, columns), file.metadata
-    with pq.ParquetFile(raw, metadata=metadata, read_dictionary=leaves) as file:
+    with pq.ParquetFile(raw, metadata=metadata, read_dictionary=leaves, arrow_extensions_enabled=True) as file:
         yield Columns(file, columns, schema, names[:HINTS])
 
 
@@ -262,12 +313,28 @@ def batch_records(batch: Any, file: Columns, limits: Limits) -> Iterator[dict | 
         if isinstance(part, int):
             yield too_long(part, limits)
             continue
-        for record in _rows_of(part.cast(file.schema) if file.columns else part):
+        for record in rows_of(part.cast(file.schema) if file.columns else part):
             yield {**dict.fromkeys(file.hints), **record} if isinstance(record, dict) else record
 
 
-def _rows_of(batch: Any) -> Iterator[dict | BadRecord]:
+def rows_of(batch: Any) -> Iterator[dict | BadRecord]:
+    """The rows of an Arrow batch, with values of the type JSON decoded."""
+    decoders = json_decoders(batch.schema)
     batch = readable(batch, as_they_are=TEXT_FIELDS)
+    if not decoders:
+        yield from _values_of(batch)
+        return
+    for record in _values_of(batch):
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        try:
+            yield record | {name: decode(record[name]) for name, decode in decoders.items()}
+        except (ValueError, RecursionError) as error:
+            yield BadRecord("", f"a value of the type JSON that is none: {error}")
+
+
+def _values_of(batch: Any) -> Iterator[dict | BadRecord]:
     try:
         yield from batch.to_pylist()
     except ValueError:  # Arrow does not validate strings: find the rows that are not UTF-8

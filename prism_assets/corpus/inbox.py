@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prism_assets.corpus.files import DATA_EXTENSIONS, LINK_ADVICE, data_extension
+from prism_assets.corpus.other_files import describes_a_dataset
 from prism_assets.resources.file_hashes import FileHashes, seconds_since_change
 from prism_assets.resources.regular_files import leads_outside
 
@@ -116,6 +117,8 @@ def _reason_to_ignore(path: Path, inside: Path | None) -> str | None:
         return "a partial or temporary file, by its extension"
     if data_extension(path.name) is None:
         return f"unknown extension; known are {', '.join(DATA_EXTENSIONS)}"
+    if path.suffix.lower() == ".json" and describes_a_dataset(path):
+        return "describes a folder of `datasets`, whose .arrow files are read"
     if not path.exists():
         return "a symbolic link to nothing, or removed just now"
     if not path.is_file():

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from prism_assets.corpus.files import (
     COMPRESSIONS,
+    JSON_LINES_EXTENSIONS,
     PARQUET_EXTENSIONS,
     batch_records,
     checked_extension,
+    file_records,
     json_object,
     opened,
     parquet_file,
     read_examples,
 )
+from prism_assets.corpus.formats import example_of
 from prism_assets.corpus.limits import Limits, TooLong, bounded_lines, decompressed, too_long
-from prism_assets.corpus.records import BadRecord, Example, example_of
+from prism_assets.corpus.records import BadRecord, Example
 from prism_assets.errors import UnreadableFile
 
 WHOLE_BYTES = 2**20  # a file of at most so many bytes is read whole
@@ -33,26 +37,44 @@ class FileSample(NamedTuple):
     share: float  # of the file that was read: of its bytes, or of its rows for Parquet; 1: all of it
 
 
-def sample_file(path: Path, records: int, limits: Limits = Limits()) -> FileSample:
+_Found = tuple[list[Any], float]  # records, or why they are none, and what share of the file was read
+
+
+def sample_file(
+    path: Path, records: int, limits: Limits = Limits(), columns: Mapping[str, str] | None = None
+) -> FileSample:
     """About so many records of a candidate file, each content once; all of a small one.
 
-    JSON Lines are read at evenly spaced places, compressed ones at their beginning, Parquet at evenly spaced row
-    groups. Raises UnreadableFile.
+    JSON Lines are read at evenly spaced places, Parquet at evenly spaced row groups, all else at the beginning. Raises
+    UnreadableFile.
     """
     extension = checked_extension(path)
     size = path.stat().st_size
-    if extension in PARQUET_EXTENSIONS:
-        return _of_parquet(path, records, limits)
-    if size <= WHOLE_BYTES:
-        examples, rejects = read_examples(path, "candidate", limits=limits)
+    if size <= WHOLE_BYTES and extension not in PARQUET_EXTENSIONS:
+        examples, rejects = read_examples(path, "candidate", limits=limits, columns=columns)
         return FileSample(examples, len(rejects), 1.0)
     compression = COMPRESSIONS.get(Path(extension).suffix)
-    if compression:
-        return _of_compressed(path, compression, records, limits)
-    return _of_lines(path, size, records, limits)
+    if extension in PARQUET_EXTENSIONS:
+        found = _of_parquet(path, records, limits)
+    elif compression:
+        found = _of_compressed(path, compression, records, limits)
+    elif extension in JSON_LINES_EXTENSIONS:
+        found = _of_lines(path, size, records, limits)
+    else:
+        found = _of_beginning(path, size, records, limits)
+    return _sample(*found, columns)
 
 
-def _of_lines(path: Path, size: int, records: int, limits: Limits) -> FileSample:
+def _of_beginning(path: Path, size: int, records: int, limits: Limits) -> _Found:
+    """The first records of a file that can only be read from its beginning."""
+    with opened(path, limits) as file:
+        read = file_records(file, path, limits)
+        found = [record for _, record, _ in islice(read, records)]
+        whole = len(found) < records
+        return found, 1.0 if whole or not size else min(1.0, file.tell() / size)
+
+
+def _of_lines(path: Path, size: int, records: int, limits: Limits) -> _Found:
     places = [(2 * spot + 1) * size // (2 * SPOTS) for spot in range(SPOTS)]  # each in the middle of its part
     try:
         with opened(path, limits) as stream:
@@ -66,7 +88,7 @@ def _of_lines(path: Path, size: int, records: int, limits: Limits) -> FileSample
                 read += len(one)
     except OSError as error:
         raise UnreadableFile(path, f"cannot be read ({error}); check its permissions and the disk") from error
-    return _sample(found, read / size)
+    return found, read / size
 
 
 def _lines(stream: BinaryIO, place: int, wanted: float, limits: Limits) -> Iterator[bytes]:
@@ -80,7 +102,7 @@ def _lines(stream: BinaryIO, place: int, wanted: float, limits: Limits) -> Itera
         yield line
 
 
-def _of_compressed(path: Path, compression: str, records: int, limits: Limits) -> FileSample:
+def _of_compressed(path: Path, compression: str, records: int, limits: Limits) -> _Found:
     found: list[Any] = []
     try:
         with opened(path, limits) as file, decompressed(file, compression, path, limits) as stream:
@@ -92,10 +114,10 @@ def _of_compressed(path: Path, compression: str, records: int, limits: Limits) -
             share = file.tell() / os.fstat(file.fileno()).st_size if stream.peek(1) else 1.0
     except OSError as error:
         raise UnreadableFile(path, f"is not whole {compression} data ({error})") from error
-    return _sample(found, share)
+    return found, share
 
 
-def _of_parquet(path: Path, records: int, limits: Limits) -> FileSample:
+def _of_parquet(path: Path, records: int, limits: Limits) -> _Found:
     import pyarrow as pa
 
     found: list[Any] = []
@@ -109,7 +131,7 @@ def _of_parquet(path: Path, records: int, limits: Limits) -> FileSample:
                 found += batch_records(next(batches), file, limits)
     except (pa.ArrowException, OSError, StopIteration) as error:
         raise UnreadableFile(path, f"is not a whole Parquet file ({error})") from error
-    return _sample(found, len(found) / rows if rows else 1.0)
+    return found, len(found) / rows if rows else 1.0
 
 
 def _record_of(line: bytes, limits: Limits) -> list[Any]:
@@ -123,13 +145,13 @@ def _record_of(line: bytes, limits: Limits) -> list[Any]:
         return [BadRecord(bad.field, bad.reason)]  # without what it was raised in, which holds the line
 
 
-def _sample(found: list[Any], share: float) -> FileSample:
+def _sample(found: list[Any], share: float, columns: Mapping[str, str] | None) -> FileSample:
     examples: dict[str, Example] = {}  # by id: records of equal content are one
     for position, record in enumerate(found):
         try:
             if isinstance(record, BadRecord):
                 raise record
-            example = example_of(record, position + 1, "candidate")
+            example = example_of(record, position + 1, "candidate", columns)
             examples.setdefault(example.id, example)
         except BadRecord:
             continue

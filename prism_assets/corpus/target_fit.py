@@ -4,7 +4,7 @@ A record that is a duplicate of another is no loss, and is not counted.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,10 +61,16 @@ class TargetFit(NamedTuple):
 
 
 def target_fit(
-    path: Path, kind: "Kind", encoder: "Encoder", *, mixed: bool = False, limits: Limits = Limits()
+    path: Path,
+    kind: "Kind",
+    encoder: "Encoder",
+    *,
+    mixed: bool = False,
+    limits: Limits = Limits(),
+    columns: Mapping[str, str] | None = None,
 ) -> TargetFit:
     """Read and tokenise a file. Raises UnreadableFile and, unless it may be `mixed`, MixedTargets."""
-    examples, rejects = read_examples(path, kind, mixed=mixed, limits=limits)
+    examples, rejects = read_examples(path, kind, mixed=mixed, limits=limits, columns=columns)
     needed: list[int] = []
     lost = [(one.line, one.reason) for one in rejects if not _is_duplicate(one.reason)]
     for example in examples:

@@ -73,7 +73,8 @@ def _read_file(stage: Stage, name: str, kind: "Kind", path: Path) -> tuple[Artif
     given = given_records(rows.notes["rows"], rejected)
     if given - rows.notes["rows"] > stage.settings.targets[name].max_rejected * given:
         mixed = may_be_mixed(stage.settings.targets[name], kind)
-        fit = target_fit(path, kind, encoder_of(stage), mixed=mixed, limits=limits_of(stage))
+        columns = stage.settings.targets[name].columns
+        fit = target_fit(path, kind, encoder_of(stage), mixed=mixed, limits=limits_of(stage), columns=columns)
         raise UnusableTargets(too_few_records(stage, name, path, fit))
     return rows, computed, [{"file": path.name, **one} for one in rejected]
 
@@ -93,7 +94,8 @@ def target_file(stage: Stage, name: str, kind: "Kind") -> RecordFile:
         f"{table}_rejects",
         name,
         TARGET_SCHEMA,
-        lambda file: read_examples(file, kind, mixed=mixed, limits=limits_of(stage)),
+        lambda file: read_examples(file, kind, mixed=mixed, limits=limits_of(stage), columns=target.columns),
+        columns=target.columns,
     )
 
 

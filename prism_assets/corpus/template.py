@@ -7,8 +7,10 @@ turns are found in what it rendered.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prism_assets.corpus.records import Message, excerpt_of
@@ -40,6 +42,13 @@ TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 # Stands for the completion where only the prompt is known.
 PLACEHOLDER = Message("assistant", "PlaceholderForTheCompletion")
+_PROBE = {role: Message(role, f"PlaceholderForThe{role.title()}") for role in ("system", "user", "tool")}
+# Templates that can reason aloud write it themselves where there is none.
+_EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+# Templates read the same thoughts under different names.
+_REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
+_MANY_TURNS = 5  # from so many learned turns on, most are found without rendering their prompts
+_HEADER_CHARACTERS = 256  # of a turn at most, role and special tokens
 
 
 class Untokenizable(ValueError):
@@ -88,13 +97,19 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str |
 
 
 def plain_segments(messages: Sequence[Message], separator: str) -> list[TextSegment]:
-    """The turns joined by the separator, each assistant turn ended by EOS."""
+    """The turns joined by the separator, each assistant turn ended by EOS; those that are not learned have no loss.
+
+    Raises `Untokenizable` for tools, which this format has no place for.
+    """
     segments: list[TextSegment] = []
     context = ""
     for index, message in enumerate(messages):
+        if message.extra or message.role in ("tool", "tools"):
+            what = ", ".join(json.loads(message.extra)) if message.extra else message.role
+            raise Untokenizable(f"the plain format has no place for {what}; set tokenization.template", "messages")
         context += separator if index else ""
         if message.role == "assistant":
-            segments += [TextSegment(context, False), TextSegment(message.content, True, append_eos=True)]
+            segments += [TextSegment(context, False), TextSegment(message.content, message.learn, append_eos=True)]
             context = ""
         else:
             context += message.content
@@ -113,26 +128,134 @@ class ChatTemplate:
         names_the_day = "strftime_now" in text
         self._text = FIXED_DATE_MACRO * names_the_day + text
 
-    def segments(self, messages: Sequence[Message]) -> list[TextSegment]:
-        """The rendered conversation; assistant turns are supervised, with the special token that ends them.
+    @cached_property
+    def knows_system(self) -> bool:
+        """Whether the template writes a system turn."""
+        return self._writes((_PROBE["system"], _PROBE["user"], PLACEHOLDER), "system")
 
-        Raises `Untokenizable` where the template raises an error for the conversation, cannot say where a completion
-        begins, or leaves out a part of the last one.
+    @cached_property
+    def roles(self) -> tuple[str, ...]:
+        """The roles whose turns the template writes, of system, user, assistant and tool."""
+        call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+        called = Message("assistant", "", extra=json.dumps({"tool_calls": [call]}))
+        tool = (_PROBE["user"], called, _PROBE["tool"]._replace(extra='{"name": "f"}'), PLACEHOLDER)
+        found = {"system": self.knows_system, "user": True, "assistant": True, "tool": self._writes(tool, "tool")}
+        return tuple(role for role, written in found.items() if written)
+
+    def _writes(self, messages: Sequence[Message], role: str) -> bool:
+        with contextlib.suppress(Untokenizable):
+            return _PROBE[role].content in self._render(messages)
+        return False
+
+    def segments(self, messages: Sequence[Message]) -> list[TextSegment]:
+        """The rendered conversation; the assistant's learned turns are supervised, with the special token that ends
+        them.
+
+        Where the template knows no system turn, its text leads the first user turn. A greeting that the template
+        refuses is left out. Raises `Untokenizable` where the template raises an error for the conversation, leaves out
+        the text of a turn, or cannot say where a completion begins.
         """
-        rendered = self._render(messages)
+        messages = self._with_system(tuple(messages))
+        try:
+            rendered = self._render(messages)
+        except Untokenizable:
+            messages, before = _without_greeting(messages), messages
+            if messages == before:
+                raise
+            rendered = self._render(messages)
+        learned = [index for index, message in enumerate(messages) if message.role == "assistant" and message.learn]
+        opening = self._common_opening(rendered, messages, learned)
         segments: list[TextSegment] = []
         cursor = 0
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
+        for index in learned:
             last = index == len(messages) - 1
-            start = self._completion_start(rendered, messages[:index], cursor)
-            stop = len(rendered) if last else self._turn_stop(rendered, messages[: index + 1])
-            end, ended = self._completion_end(rendered, start, stop, message.content, last)
+            place = None if last or opening is None else self._quick_place(rendered, messages, index, cursor, opening)
+            start, end, ended = place or self._place(rendered, messages, index, cursor)
             segments.append(TextSegment(rendered[cursor:start], False))
             segments.append(TextSegment(rendered[start:end], True, append_eos=last and not ended))
             cursor = end
+        _require_texts(messages, "".join(segment.text for segment in segments if not segment.supervised))
         return [segment for segment in segments if segment.text]
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The conversation with its system turn in the first user turn, where the template knows no other place."""
+        first = next((index for index, message in enumerate(messages) if message.role == "system"), None)
+        if first is None or self.knows_system:
+            return messages
+        rest = list(messages[:first] + messages[first + 1 :])
+        user = next((index for index, message in enumerate(rest) if message.role == "user"), None)
+        text = messages[first].content.strip()
+        if text and user is not None:
+            rest[user] = rest[user]._replace(content=f"{text}\n\n{rest[user].content}")
+        return tuple(rest)
+
+    def _place(self, rendered: str, messages: Sequence[Message], index: int, cursor: int) -> tuple[int, int, bool]:
+        """Where the turn at an index begins and ends in ``rendered``, and whether a token ends it."""
+        last = index == len(messages) - 1
+        message = messages[index]
+        start = self._completion_start(rendered, messages[:index], cursor)
+        extra = json.loads(message.extra) if message.extra else {}
+        if "tool_calls" in extra:
+            end, ended = self._calls_end(rendered, start, messages[: index + 1], last)
+            _require_calls(extra["tool_calls"], message.content, rendered[start:end])
+        else:
+            stop = len(rendered) if last else self._turn_stop(rendered, messages[: index + 1])
+            end, ended = self._completion_end(rendered, start, stop, message.content, last)
+        thoughts = extra.get("reasoning_content", "")
+        if last and _squeezed(thoughts) not in _squeezed(rendered[start:end]):
+            raise Untokenizable("the chat template leaves out its reasoning", f"messages[{index}].reasoning_content")
+        return start, end, ended
+
+    @cached_property
+    def _usual_opening(self) -> str | None:
+        """What stands between a user's words and the assistant's, where that is one text in the middle of a
+        conversation."""
+        names = [f"PlaceholderForTurn{number}End" for number in range(6)]
+        messages = [Message(role, name) for role, name in zip(("user", "assistant") * 3, names, strict=True)]
+        with contextlib.suppress(Untokenizable):
+            rendered = self._render(messages)
+            parts = [rendered.partition(names[at])[2].partition(names[at + 1]) for at in (0, 2)]
+            if parts[0][:2] == (parts[1][0], names[1]) and parts[1][1]:
+                return parts[0][0]
+        return None
+
+    def _common_opening(self, rendered: str, messages: Sequence[Message], learned: Sequence[int]) -> str | None:
+        """The usual opening, where a conversation is long and has it; else None.
+
+        Rendering the prompt of every turn costs the square of their number.
+        """
+        opening = self._usual_opening if len(learned) >= _MANY_TURNS else None
+        if opening is None:
+            return None
+        for index in (learned[0], learned[-2]):
+            start = self._completion_start(rendered, messages[:index], 0)
+            if not rendered[:start].endswith(opening):
+                return None
+        return opening
+
+    def _quick_place(
+        self, rendered: str, messages: Sequence[Message], index: int, cursor: int, opening: str
+    ) -> tuple[int, int, bool] | None:
+        """As `_place`, where the turn follows the user's words as it does elsewhere; None where it does not."""
+        message, words = messages[index], messages[index - 1].content.strip()
+        at = rendered.find(words + opening, cursor) if words and opening and not message.extra else -1
+        if at < 0 or at - cursor > _HEADER_CHARACTERS:
+            return None
+        start = at + len(words) + len(opening)
+        special = self._special_tokens.search(rendered, start)
+        if special is None or rendered[start : special.start()].strip() != message.content.strip():
+            return None
+        return start, special.end(), True
+
+    def _calls_end(self, rendered: str, start: int, messages: Sequence[Message], last: bool) -> tuple[int, bool]:
+        """Where a turn with calls of tools ends, which a template writes in words of its own."""
+        stop = len(rendered) if last else self._turn_stop(rendered, messages)
+        if not last and stop == len(rendered):
+            raise Untokenizable("the chat template does not say where a turn with calls of tools ends", "messages")
+        *_, special = [None, *self._special_tokens.finditer(rendered, start, stop)]
+        if special is not None and not rendered[special.end() : stop].strip():
+            return special.end(), True
+        return start + len(rendered[start:stop].rstrip()), False
 
     def _completion_start(self, rendered: str, context: Sequence[Message], cursor: int) -> int:
         """Where the assistant's turn after ``context`` begins: after a prompt that ``rendered`` begins with."""
@@ -166,6 +289,8 @@ class ChatTemplate:
     def _completion_end(self, rendered: str, start: int, stop: int, content: str, last: bool) -> tuple[int, bool]:
         """Where the supervised text ends, and whether that is after a token that ends the turn."""
         content = content.strip()
+        if content not in rendered[start:stop]:
+            content = _EMPTY_THINKING.sub("", content, count=1) if _EMPTY_THINKING.match(content) else content
         pieces = list(self._pieces(rendered, start, stop))
         piece = (
             next((piece for piece in pieces if piece.text.strip() == content), None)
@@ -202,15 +327,86 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False, **arguments: Any) -> str:
         from jinja2 import TemplateError
 
-        turns = [message._asdict() for message in messages]
+        tools = [json.loads(message.content) for message in messages if message.role == "tools"]
+        turns = [_turn_for_template(message) for message in messages if message.role != "tools"]
         try:
             rendered = self.tokenizer.apply_chat_template(
                 turns,
+                tools=tools[0] if tools else None,
                 chat_template=self._text,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **(arguments or TEMPLATE_ARGUMENTS),
             )
-            return cast("str", rendered)  # text, as it is not tokenised
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise Untokenizable(f"the chat template refuses the conversation: {error}", "messages") from None
+        for tool in tools[0] if tools else ():
+            name = tool.get("function", tool).get("name", "")
+            if str(name) not in cast("str", rendered):
+                raise Untokenizable("the chat template leaves out the definitions of tools", "tools")
+        return cast("str", rendered)  # text, as it is not tokenised
+
+
+# -- what a template was given and what it wrote ------------------------------------------------------------------
+
+
+def _turn_for_template(message: Message) -> dict[str, Any]:
+    turn = message.as_turn()
+    turn.pop("weight", None)
+    if "reasoning_content" in turn:
+        turn |= dict.fromkeys(_REASONING_NAMES, turn["reasoning_content"])
+    return turn
+
+
+def _without_greeting(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The conversation without what the assistant says before the user does."""
+    user = next((index for index, message in enumerate(messages) if message.role == "user"), 0)
+    return tuple(message for index, message in enumerate(messages) if index >= user or message.role != "assistant")
+
+
+def _require_texts(messages: Sequence[Message], written: str) -> None:
+    """Raise Untokenizable where a template left out the text of a system, user or tool turn."""
+    cursor = 0
+    for index, message in enumerate(messages):
+        text = message.content.strip()
+        if message.role in ("assistant", "tools") or not text:
+            continue
+        at = written.find(text, cursor)
+        if at >= 0:
+            cursor = at + len(text)
+        elif text not in written and _squeezed(text) not in _squeezed(written) and _escaped(text) not in written:
+            raise Untokenizable(
+                f"the chat template leaves out the text of a {message.role} turn; set tokenization.template to plain, "
+                "or to a template that writes it",
+                f"messages[{index}].content",
+            )
+
+
+def _require_calls(calls: Sequence[Mapping[str, Any]], content: str, written: str) -> None:
+    """Raise Untokenizable where a template left out a call of a tool, a value of its arguments, or the words beside."""
+    texts = [content, *(call["function"]["name"] for call in calls)]
+    texts += [text for call in calls for text in _leaves(call["function"]["arguments"])]
+    for text in texts:
+        if text.strip() not in written and _escaped(text) not in written:
+            raise Untokenizable("the chat template leaves out a part of a call of a tool", "messages")
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            yield str(name)
+            yield from _leaves(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _leaves(one)
+    elif isinstance(value, str):
+        yield value
+
+
+def _escaped(text: str) -> str:
+    """A text as JSON writes it within quotes."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

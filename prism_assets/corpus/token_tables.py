@@ -116,7 +116,7 @@ def _row(example: Example, tokens: TokenizedExample | TokenizedPair) -> dict[str
         "conversation_id": example.conversation_id,
     }
     if isinstance(tokens, TokenizedPair):
-        row["rejected_input_ids"], row["rejected_loss_mask"] = tokens.rejected
+        row["rejected_input_ids"], row["rejected_loss_mask"] = tokens.rejected[:2]
     return row
 
 

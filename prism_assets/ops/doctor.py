@@ -75,7 +75,7 @@ def _device(model: LanguageModel) -> list[Finding]:
 
 
 def _model(stage: Stage) -> list[Finding]:
-    from prism_assets.corpus.encoding import require_context
+    from prism_assets.corpus.encoding import encoder_of, require_context
 
     try:
         identity = stage.model_identity
@@ -92,9 +92,17 @@ def _model(stage: Stage) -> list[Finding]:
     ]
     try:
         require_context(stage)
+        encoder = encoder_of(stage)
     except ModelError as error:
         found.append(Finding("problem", "max_length", str(error)))
-    return found
+        return found
+    unknown = [role for role in ("system", "tool") if role not in encoder.roles]
+    words = f"writes {', '.join(encoder.roles)}"
+    if unknown:
+        merged = "the text of a system turn leads the first user turn" if "system" in unknown else ""
+        refused = "records with tools are rejected" if "tool" in unknown else ""
+        words += f"; not {', '.join(unknown)}: {'; '.join(filter(None, (merged, refused)))}"
+    return [*found, Finding("ok", "template", words)]
 
 
 def _adapter(stage: Stage) -> list[Finding]:
@@ -237,8 +245,10 @@ def _stale(stage: Stage) -> list[Finding]:
 
 def _rejected(stage: Stage, keys: list[str]) -> list[Finding]:
     """Files that could not be read, and how many records of the others were rejected."""
-    findings, count = [], 0
+    findings, count, truncated = [], 0, 0
     for key in keys:
+        rows = stage.shown_or_none("candidates", key)
+        truncated += rows.notes.get("truncated", 0) if rows else 0
         rejects = stage.shown_or_none("rejects", key)
         for row in stage.lake.read_table(rejects).to_pylist() if rejects and rejects.notes["rows"] else ():
             if row["field"] == "file":
@@ -247,6 +257,10 @@ def _rejected(stage: Stage, keys: list[str]) -> list[Finding]:
                 count += 1
     if count:
         findings.append(Finding("note", "rejects", f'{count} records were rejected: prism sql "SELECT * FROM rejects"'))
+    if truncated:
+        longest = stage.settings.tokenization.max_length
+        words = f"{truncated} rows lose a part of their prompt to tokenization.max_length ({longest:,})"
+        findings.append(Finding("note", "truncated", words))
     return findings
 
 

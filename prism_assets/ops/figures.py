@@ -108,7 +108,8 @@ def pool_figures(stage: Stage) -> Pool:
     encoder = encoder_of(stage)
     waiting = set(pool.pending)
     _add_ingested(stage, pool, encoder, [key for key in sorted(files) if key not in waiting])
-    _add_pending(pool, encoder, [files[key] for key in pool.pending], inbox_limits(stage))
+    columns = stage.settings.candidates.columns
+    _add_pending(pool, encoder, [files[key] for key in pool.pending], inbox_limits(stage), columns)
     if not pool.sample:
         raise SettingsError(f"candidates.inbox: no record of the {len(files)} files in {inbox} can be used")
     pool.canonical_rows = _canonical_rows(stage, pool, sorted(files))
@@ -153,7 +154,13 @@ def _add_ingested(stage: Stage, pool: Pool, encoder: "Encoder", keys: Sequence[s
         pool.bytes_a_row, pool.text_bytes = size / total, _TWICE * text / looked_at
 
 
-def _add_pending(pool: Pool, encoder: "Encoder", files: "Sequence[InboxFile]", limits: "Limits") -> None:
+def _add_pending(
+    pool: Pool,
+    encoder: "Encoder",
+    files: "Sequence[InboxFile]",
+    limits: "Limits",
+    columns: Mapping[str, str],
+) -> None:
     """Tokenise a sample of files that are not ingested, and scale what it gave by their bytes."""
     import pyarrow.parquet as pq
 
@@ -169,7 +176,7 @@ def _add_pending(pool: Pool, encoder: "Encoder", files: "Sequence[InboxFile]", l
     clock, processor = time.perf_counter(), time.process_time()
     for file in looked_into:
         try:
-            found = sample_file(file.path, max(32, round(MOST_RECORDS * file.size / size)), limits)
+            found = sample_file(file.path, max(32, round(MOST_RECORDS * file.size / size)), limits, columns)
         except UnreadableFile:
             continue  # `candidates` reports it, with its reason
         pool.extrapolated |= found.share < 1
@@ -238,8 +245,8 @@ def _file(stage: Stage, name: str, kind: "Kind") -> TargetFile:
     encoder = encoder_of(stage)
     try:
         mixed, limits = may_be_mixed(settings, kind), limits_of(stage)
-        found.fit = target_fit(path, kind, encoder, mixed=mixed, limits=limits)
-        examples, _ = read_examples(path, kind, mixed=mixed, limits=limits)
+        found.fit = target_fit(path, kind, encoder, mixed=mixed, limits=limits, columns=settings.columns)
+        examples, _ = read_examples(path, kind, mixed=mixed, limits=limits, columns=settings.columns)
     except (UnreadableFile, MixedTargets) as error:
         found.problem = str(error)
         return found

@@ -14,12 +14,16 @@ JSON_LINES = ".jsonl"
 
 
 def write_json_lines(path: Path, table: "pa.Table") -> None:
-    """A line a row of a selection, in order of rank; `messages` as objects, not as text. Of a removal with `reason`."""
+    """A line a row of a selection, in order of rank; `messages` as objects, not as text, with `tools` beside them. Of a
+    removal with `reason`."""
     columns = ["rank", "score", "id", "shard", "source", "prompt", "completion", "messages"]
     columns += [name for name in ("reason",) if name in table.column_names]
     with open(path, "w", encoding="utf-8") as handle:
         for row in table.select(columns).to_pylist():
-            row["messages"] = json.loads(row["messages"])
+            turns = json.loads(row["messages"])
+            if turns[0]["role"] == "tools":  # beside the turns, where other programs look for them
+                row["tools"] = json.loads(turns.pop(0)["content"])
+            row["messages"] = turns
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from prism_assets.settings.budget import Budget, parse_budget
-from prism_assets.settings.section import Section
+from prism_assets.settings.section import ColumnName, Section
 
 GivenBudget = Annotated[Budget, BeforeValidator(parse_budget)]
 RowScale = Literal["unit", "mean", "sum"]
@@ -17,6 +17,11 @@ class TargetSettings(Section):
 
     examples: Path = Field(description="The file of target examples, plain or pairs.")
     eval: Path = Field(description="The file of held-out records that adapters are evaluated on.")
+    columns: dict[ColumnName, str] = Field(
+        default={},
+        exclude=True,
+        description="By the name that is expected (`prompt`, `completion`, `rejected`, …) the files' own column.",
+    )
     max_rejected: float = Field(
         default=0.5,
         ge=0,

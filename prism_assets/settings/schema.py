@@ -18,7 +18,7 @@ from pydantic import (
 from prism_assets.settings.budget import Budget
 from prism_assets.settings.method import CurvatureSettings, PreferenceSettings, SelectionSettings, TargetSettings
 from prism_assets.settings.protection import LimitSettings, UiSettings
-from prism_assets.settings.section import Section
+from prism_assets.settings.section import ColumnName, Section
 
 STRATEGIES = (
     *("prism", "uniform", "less", "prism-unit", "prism-sigmoid"),  # one direction
@@ -236,7 +236,14 @@ class CandidateSettings(Section):
 
     inbox: Path = Field(
         default=Path("data/candidates"),
-        description="The folder of candidate files, JSON Lines and Parquet, subfolders included.",
+        description="The folder of candidate files (JSON Lines, JSON arrays, Parquet, CSV, TSV, Arrow), subfolders "
+        "included.",
+    )
+    columns: dict[ColumnName, str] = Field(
+        default={},
+        exclude=True,
+        description="By the name that is expected (`prompt`, `completion`, `messages`, …) the files' own column: "
+        "{prompt: question, completion: answer}; a record without such a column is rejected.",
     )
     at_rest_seconds: float = Field(
         default=2.0,

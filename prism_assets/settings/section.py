@@ -1,6 +1,28 @@
 """What every mapping of `prism.yaml` is."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
+
+# The fields of records that a column of a file may be named as.
+ColumnName = Literal[
+    *("prompt", "completion", "messages", "conversations", "instruction", "output", "input", "context", "system"),
+    *(
+        "history",
+        "tools",
+        "chosen",
+        "rejected",
+        "safe",
+        "unsafe",
+        "label",
+        "id",
+        "source",
+        "group",
+        "answer",
+        "answers",
+    ),
+    "choices",
+]
 
 
 class Section(BaseModel):

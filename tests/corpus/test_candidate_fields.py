@@ -44,14 +44,14 @@ def test_values_of_parquet_that_json_lacks_are_text(tmp_path):
         "day": pa.array([day]),
         "seen": pa.array([1], pa.timestamp("ns", "UTC")),
         "price": pa.array([decimal.Decimal("1.50")]),
-        "image": pa.array([{"bytes": b"\x00\xff", "path": None}]),
+        "file": pa.array([{"bytes": b"\x00\xff", "path": None}]),
         "loss": pa.array([float("nan")]),
         "times": pa.array([[3]], pa.list_(pa.time64("ns"))),
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     (found,) = fields_of(tmp_path / "a.parquet")
     assert found["day"] == day.isoformat() and found["price"] == "1.50" and found["loss"] == "nan"
-    assert base64.b64decode(found["image"]["bytes"]) == b"\x00\xff"
+    assert base64.b64decode(found["file"]["bytes"]) == b"\x00\xff"
     assert found["seen"].startswith("1970-01-01 00:00:00.000000001") and found["times"] == ["00:00:00.000000003"]
 
 

@@ -35,7 +35,7 @@ def test_a_shard_is_named_by_its_file_and_its_content(tmp_path):
 def test_what_is_no_data_file_is_reported_and_hidden_files_are_passed_over(tmp_path):
     for name in (
         "a.jsonl",
-        "b.csv",
+        "b.txt",
         "c.jsonl.part",
         "d.TMP",
         "e.jsonl~",
@@ -52,7 +52,7 @@ def test_what_is_no_data_file_is_reported_and_hidden_files_are_passed_over(tmp_p
     assert [file.path.name for file in found.files] == ["a.jsonl"]
     ignored = reasons(found, tmp_path)
     assert set(ignored) == {
-        "b.csv",
+        "b.txt",
         "c.jsonl.part",
         "d.TMP",
         "e.jsonl~",
@@ -62,7 +62,7 @@ def test_what_is_no_data_file_is_reported_and_hidden_files_are_passed_over(tmp_p
         "loop",
         "pipe.jsonl",
     }
-    assert "known are .jsonl" in ignored["b.csv"] and "partial" in ignored["c.jsonl.part"]
+    assert "known are .jsonl" in ignored["b.txt"] and "partial" in ignored["c.jsonl.part"]
     assert ignored["empty.jsonl"] == "empty" and "link to a folder" in ignored["loop"]
     assert "regular" in ignored["pipe.jsonl"] and "link to nothing" in ignored["gone.jsonl"]
 

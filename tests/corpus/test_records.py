@@ -86,7 +86,7 @@ def test_conversations_keep_their_turns(tmp_path):
         {"role": "assistant", "content": "4"},
     ]
     (example,), _ = read_examples(write(tmp_path / "a.jsonl", {"prompt": "id", "messages": messages}), "candidate")
-    assert [tuple(message) for message in example.messages] == [(m["role"], m["content"]) for m in messages]
+    assert list(example.messages) == [Message(m["role"], m["content"]) for m in messages]
     assert example.completion_text == "4"
     assert "assistant: hello" in example.prompt_text and "user: 2+2?" in example.prompt_text
     turns = [{name: message[name] for name in ("role", "content")} for message in messages]
@@ -140,7 +140,6 @@ BAD_RECORDS = [
     ({"prompt": "a", "completion": 4}, "completion", "a number, not a string"),
     ({"prompt": "a", "completion": True}, "completion", "a boolean, not a string"),
     ('{"prompt": "a", "completion": "b\\ud83d"}', "completion", "a lone surrogate at character 2"),
-    ({"prompt": "a", "completion": "b", "id": {"x": 1}}, "id", "an object, not a string"),
     ({"messages": "a"}, "messages", "a string, not an array"),
     ({"messages": []}, "messages", "an empty conversation"),
     ({"messages": ["a"]}, "messages[0]", "a string, not an object"),
@@ -162,7 +161,7 @@ BAD_RECORDS = [
             ]
         },
         "messages[1].tool_calls",
-        "not supported",
+        "without its name",
     ),
     ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "known are human, gpt"),
 ]
@@ -344,8 +343,8 @@ GOOD_LINES = b"".join(b'{"prompt": "%d", "completion": "x"}\n' % i for i in rang
         ("a.jsonl.gz", gzip.compress(GOOD_LINES, mtime=0)[:-2000], "gzip"),
         ("a.jsonl.zst", pa.compress(GOOD_LINES, "zstd", asbytes=True)[:-10], "zstd"),
         ("a.parquet", b"PAR1 this is none PAR1", "Parquet"),
-        ("a.csv", b"a,b", "unknown extension; known are .jsonl"),
-        ("a.json", b"[]", "jq -c"),
+        ("a.txt", b"a,b", "unknown extension; known are .jsonl"),
+        ("a.json", b"[]", "no records"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error_with_advice(tmp_path, name, content, reason):

@@ -60,7 +60,7 @@ def test_bad_records_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.parquet", b"PAR1 not"), ("a.jsonl", b""), ("a.json", b"{}"), ("a.jsonl.gz", b"no gzip")]
+    ("name", "content"), [("a.parquet", b"PAR1 not"), ("a.jsonl", b""), ("a.txt", b"{}"), ("a.jsonl.gz", b"no gzip")]
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
