@@ -238,7 +238,7 @@ def json_object(raw: bytes, limits: Limits = Limits()) -> dict:
     except UnicodeDecodeError as error:
         raise BadRecord("", f"invalid UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
     try:
-        record = json.loads(text, object_pairs_hook=_object_without_repeats)
+        record = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise BadRecord("", f"invalid JSON at column {error.pos + 1}: {error.msg}") from None
     except RecursionError:
@@ -258,6 +258,9 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict:
         repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise BadRecord(repeated, "given twice in one object; keep one")
     return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_without_repeats)
 
 
 def _parquet_records(path: Path, limits: Limits, wanted: Collection[str] | None) -> Iterator[_Record]:

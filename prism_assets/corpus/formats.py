@@ -45,8 +45,10 @@ LAYOUT_WORDS: dict[tuple[str, ...], str] = {
 
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 TOOL_FIELDS = ("tools", "functions")
+_CONTEXT_FIELDS = frozenset((*SYSTEM_FIELDS, *TOOL_FIELDS))
 # Fields by which tools say that a completion is not wanted; `label` and the like count as booleans only.
 UNWANTED_FIELDS = ("label", "kto_tag", "train", "trainable", "weight")
+_SIGNALS = frozenset((*UNWANTED_FIELDS, "mask"))
 _NUMBERS_COUNT = ("kto_tag", "weight")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _NOT_SUPPORTED = {
@@ -75,7 +77,7 @@ _OPTIONAL = frozenset(name for names in RECORD_FIELDS for name in names.split(",
 KNOWN_FIELDS = frozenset(field for layout in (*LAYOUTS, *PAIR_LAYOUTS) for field in layout) | _OPTIONAL
 TEXT_FIELDS = KNOWN_FIELDS - {"id", "source", "group"}  # no date is text of a conversation, but it may be a name
 # Of candidates these are known and do nothing: they are no reason for a note.
-_QUIET = ("id", "source", "rejected", "group", "answer", "answers", "choices", "prompt", *UNWANTED_FIELDS, "mask")
+_QUIET = frozenset(("id", "source", "rejected", "group", "answer", "answers", "choices", "prompt", *_SIGNALS))
 
 
 def example_of(record: dict, line: int, kind: Kind, columns: Mapping[str, str] | None = None) -> Example:
@@ -133,6 +135,8 @@ def _present_fields(record: dict, columns: Mapping[str, str] | None) -> dict:
 
 def _require_wanted(record: dict) -> None:
     """Raise BadRecord where the record says that its completion is not to be learned."""
+    if record.keys().isdisjoint(_SIGNALS):
+        return
     for name in UNWANTED_FIELDS:
         value = record.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -151,8 +155,9 @@ def _require_wanted(record: dict) -> None:
 
 
 def _refuse_unsupported(record: dict, used: set[str]) -> None:
-    for name, why in _NOT_SUPPORTED.items():
-        if name in record and name not in used:
+    for name in record.keys() & _NOT_SUPPORTED.keys():
+        if name not in used:
+            why = _NOT_SUPPORTED[name]
             if given(record[name]):
                 raise BadRecord(name, why)
             used.add(name)
@@ -160,6 +165,8 @@ def _refuse_unsupported(record: dict, used: set[str]) -> None:
 
 def _with_context(record: dict, messages: list[Message], used: set[str]) -> list[Message]:
     """The turns with those that other fields give: tools, the system turn."""
+    if record.keys().isdisjoint(_CONTEXT_FIELDS):
+        return messages
     has_system = any(message.role == "system" for message in messages)
     for name in SYSTEM_FIELDS:
         if name not in record:
@@ -384,11 +391,11 @@ def _choices(record: dict, completion: str) -> tuple[str, ...]:
 
 def _label(record: dict, field: str) -> str | None:
     """A name, which costs no record: a value that is neither text nor number counts as its JSON text."""
-    value = record.get(field)
-    if not given(value):
+    value: Any = record.get(field)
+    if value is None or not given(value):
         return None
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return text_or_number(value, field)
-    if not isinstance(value, str):
-        value = value.isoformat() if hasattr(value, "isoformat") else other_fields({field: value}, ())
-    return value.encode("utf-8", "backslashreplace").decode()
+    return other_fields({field: value}, ())

@@ -19,6 +19,8 @@ def other_fields(record: Mapping[str, Any], used: Collection[str]) -> str:
     if not kept:
         return "{}"
     text = _to_json(kept)
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # a lone surrogate: it stays an escape
@@ -28,6 +30,8 @@ def other_fields(record: Mapping[str, Any], used: Collection[str]) -> str:
 
 def _to_json(value: Any, ascii_only: bool = False) -> str:
     try:
+        if not ascii_only:
+            return _ENCODER.encode(value)
         return json.dumps(value, ensure_ascii=ascii_only, default=_as_text, allow_nan=False)
     except (ValueError, TypeError):  # numbers that are not finite, or keys that are no strings
         return json.dumps(_plain(value), ensure_ascii=ascii_only, default=_as_text)
@@ -48,3 +52,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=_as_text, allow_nan=False)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from json.encoder import encode_basestring as _quoted
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["candidate", "target", "eval"]  # what the records of a file are for
@@ -105,10 +106,15 @@ class Example:
 
 def content_id(messages: Sequence[Message], rejected: str | None = None) -> str:
     """32 hexadecimal digits of SHA-256 over the JSON form of the turns, and of ``rejected`` where given."""
-    content: dict[str, Any] = {"messages": [_identity(message) for message in messages]}
-    if rejected is not None:
-        content["rejected"] = rejected
-    serialised = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    if rejected is None and not any(message.extra or not message.learn for message in messages):
+        # The same text as below, without an encoder: this is done for every record.
+        turns = ",".join(f"[{_quoted(message.role)},{_quoted(message.content)}]" for message in messages)
+        serialised = f'{{"messages":[{turns}]}}'
+    else:
+        content: dict[str, Any] = {"messages": [_identity(message) for message in messages]}
+        if rejected is not None:
+            content["rejected"] = rejected
+        serialised = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(serialised.encode("utf-8")).hexdigest()[:32]
 
 

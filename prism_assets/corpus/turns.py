@@ -68,6 +68,8 @@ def usable(messages: Sequence[Message], field: str) -> tuple[Message, ...]:
     Assistant turns before the first user turn (a greeting) are kept and not learned. Raises `BadRecord` where nothing
     is learned, or no user speaks before.
     """
+    if len(messages) == 2 and messages[0].role == "user" and messages[1].role == "assistant" and messages[1].learn:
+        return tuple(messages)
     messages = list(messages)
     roles = [message.role for message in messages]
     if "assistant" not in roles:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prism_assets.catalog.sql import ask, connect
+from prism_assets.corpus import formats
 from prism_assets.corpus.files import read_examples
 from prism_assets.ops.pipeline import steps_of
 
@@ -74,3 +75,39 @@ def test_each_row_has_its_own_fields_and_lakes_from_before_get_them_with_nothing
     assert {one.fingerprint: one.content_hash for one in stage.lake.artifacts("candidates")} == before
     assert path.exists() and {one.notes["rows"] for one in stage.lake.artifacts("candidate_fields")} == {3, 20}
     assert project.run_steps(steps)[-1].computed == 0
+
+
+def test_rows_of_an_earlier_reading_stay_where_todays_gives_the_same_and_are_read_again_elsewhere(
+    make_project, tmp_path, monkeypatch
+):
+    project = make_project(tmp_path / "project")
+    unwanted = {"prompt": "copy: xy=", "completion": "no", "label": False}
+    project.add("kto", [{"prompt": "copy: ab=", "completion": "ab"}, unwanted])
+    steps = [step for step in steps_of("run") if step.title in ("Base model", "Candidates")]
+    with monkeypatch.context() as before:
+        before.setattr(formats, "_require_wanted", lambda record: None)
+        project.run_steps(steps)
+    stage = project.stage
+    for one in list(stage.lake.artifacts("candidate_fields")):  # there were none
+        stage.lake.local(one).unlink()
+    heads = {head["partition"]: head["fingerprint"] for head in stage.lake.heads("candidates")}
+    project.run_steps(steps)
+    now = {head["partition"]: head["fingerprint"] for head in stage.lake.heads("candidates")}
+    (moved,) = [key for key in heads if heads[key] != now[key]]
+    assert moved.startswith("kto-") and stage.shown("candidates", moved).notes["rows"] == 1
+    (reject,) = stage.lake.read_table(stage.shown("rejects", moved)).to_pylist()
+    assert (reject["line"], reject["field"]) == (2, "label")
+    assert project.run_steps(steps)[-1].computed == 0
+    assert {head["partition"]: head["fingerprint"] for head in stage.lake.heads("candidates")} == now
+
+
+def test_rows_that_lose_a_part_of_their_prompt_and_unused_fields_are_counted(make_project, tmp_path):
+    project = make_project(tmp_path / "project")
+    project.add(
+        "long", [{"prompt": "x" * 100, "completion": "ab", "mood": "good"}, {"prompt": "y", "completion": "ab"}]
+    )
+    steps = [step for step in steps_of("run") if step.title in ("Base model", "Candidates")]
+    project.run_steps(steps)
+    shard = next(head["partition"] for head in project.lake.heads("candidates") if head["partition"].startswith("long"))
+    notes = project.stage.shown("candidates", shard).notes
+    assert notes["truncated"] == 1 and notes["unused_fields"] == ["mood"]
