@@ -252,7 +252,7 @@ def test_resources_know_nothing_of_the_method_and_of_dagster():
             imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             ours = {name for name in imported if name.split(".")[0] in ("prism_assets", "dagster")}
-            below = ("prism_assets.errors", "prism_assets.compat", "prism_assets.resources")
+            below = tuple(f"prism_assets.{name}" for name in ("errors", "compat", "quantized", "resources"))
             assert all(name.startswith(below) for name in ours), path
 
 
