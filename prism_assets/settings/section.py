@@ -1,34 +1,38 @@
 """What every mapping of `prism.yaml` is."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-# The fields of records that a column of a file may be named as.
-ColumnName = Literal[
-    "prompt",
-    "completion",
-    "messages",
-    "conversations",
-    "instruction",
-    "output",
-    "input",
-    "context",
-    "system",
-    "history",
-    "tools",
-    "chosen",
-    "rejected",
-    "safe",
-    "unsafe",
-    "label",
-    "id",
-    "source",
-    "group",
-    "answer",
-    "answers",
-    "choices",
-]
+# The fields of records that a column of a file may be named as. A mapping with such keys is one of text to readers of
+# files, which the types of dict do not allow.
+if TYPE_CHECKING:
+    ColumnName = str
+else:
+    ColumnName = Literal[
+        "prompt",
+        "completion",
+        "messages",
+        "conversations",
+        "instruction",
+        "output",
+        "input",
+        "context",
+        "system",
+        "history",
+        "tools",
+        "chosen",
+        "rejected",
+        "safe",
+        "unsafe",
+        "label",
+        "id",
+        "source",
+        "group",
+        "answer",
+        "answers",
+        "choices",
+    ]
 
 
 class Section(BaseModel):
