@@ -27,7 +27,17 @@ def stage_without_run(project: Project, definitions: dg.Definitions) -> Stage:
 
 
 def as_resource(engine: Any) -> dg.ResourceDefinition:
-    """An engine as a resource of Dagster that run config cannot change: a launch that gives it any is refused."""
+    """An engine as a resource of Dagster that run config cannot change: a launch that gives it any is refused.
+
+    A definition that somebody puts in an engine's place makes the engine itself; it gets no run config either.
+    """
+    if isinstance(engine, dg.ResourceDefinition):
+        return dg.ResourceDefinition(
+            engine.resource_fn,
+            config_schema={},
+            required_resource_keys=engine.required_resource_keys,
+            description=engine.description,
+        )
     return dg.ResourceDefinition(
         lambda _: engine, config_schema={}, description="Set in prism.yaml alone: it takes no run config."
     )
