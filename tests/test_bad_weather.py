@@ -29,6 +29,7 @@ from prism_assets.errors import LakeError, PipelineError
 from prism_assets.ops.pipeline import steps_of
 from prism_assets.resources import store as store_module
 from prism_assets.resources.lake.lake import Lake
+from prism_assets.work import engine_of
 
 HEAVY = [
     "torch",
@@ -99,7 +100,7 @@ def pass_over(project: Project, resources: dict, only: tuple[str, ...] = (), sha
                 SimpleNamespace(
                     run_id="no dagster",
                     run=SimpleNamespace(tags={}),
-                    resources=SimpleNamespace(**resources),
+                    resources=SimpleNamespace(**{name: engine_of(one) for name, one in resources.items()}),
                     asset_key=dg.AssetKey(name),
                     partition_keys=partitions[step.partitions],
                     has_partition_key=bool(step.partitions),
