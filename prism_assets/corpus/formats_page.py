@@ -1,5 +1,6 @@
 """docs/formats.md, made from what reads records: `python -m prism_assets.corpus.formats_page > docs/formats.md`."""
 
+import sys
 from collections.abc import Mapping
 
 from prism_assets.corpus.files import COMPRESSIONS, DATA_EXTENSIONS, DELIMITERS
@@ -70,4 +71,4 @@ def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    print(formats_page(), end="")
+    sys.stdout.write(formats_page())  # of the code, none of it data
