@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.real_text import data_folder, example, only, spread_out
+from benchmarks.real_text import data_folder, example, only, read_lines, spread_out, write_lines
 from benchmarks.remove import MODELS, run
 from prism_assets.stats.ranks import spearman
 
@@ -45,13 +45,14 @@ EPOCHS = 1
 
 def build(folder: Path, model: Path, data: Path, arm: dict[str, Any], rows: int, examples: int) -> Path:
     """A project; its prism.yaml."""
-    pool = [only(row, ("prompt", "completion")) for row in _read(data / "pool.jsonl")]
-    _write(folder / "inbox" / "pool.jsonl", spread_out(pool, rows))
+    pool = [only(row, ("prompt", "completion")) for row in read_lines(data / "pool.jsonl")]
+    write_lines(folder / "inbox" / "pool.jsonl", spread_out(pool, rows))
     targets = {}
     for target in TARGETS:
-        records = [only(row, ("prompt", "completion")) for row in _read(data / "targets" / target / "target.jsonl")]
-        _write(folder / f"{target}.jsonl", spread_out(records, examples))
-        _write(folder / f"{target}_eval.jsonl", _read(data / "targets" / target / "eval.jsonl")[:2])  # never looked at
+        files = data / "targets" / target
+        records = [only(row, ("prompt", "completion")) for row in read_lines(files / "target.jsonl")]
+        write_lines(folder / f"{target}.jsonl", spread_out(records, examples))
+        write_lines(folder / f"{target}_eval.jsonl", read_lines(files / "eval.jsonl")[:2])  # never looked at
         targets[target] = {"examples": f"{target}.jsonl", "eval": f"{target}_eval.jsonl"}
     content = {
         "model": {"name": str(model.resolve()), "dtype": arm["dtype"], "device": "cpu"},
@@ -130,15 +131,6 @@ def measured(model: Path, data: Path, options: argparse.Namespace, work: Path) -
         if name != "float32"
     }
     return {"rows": options.rows, "cpu_seconds_a_row": spent, "against_float32": against}
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from benchmarks.real_text import ROOT, data_folder, example, only, spread_out
+from benchmarks.real_text import ROOT, data_folder, example, only, read_lines, spread_out, write_lines
 
 STRATEGIES = ["prism", "random"]
 FIELDS = ("prompt", "completion", "source", "answer")
@@ -94,7 +94,7 @@ def build(folder: Path, model: Path, rows: Rows) -> tuple[Path, str]:
         for name, (source, most) in files.items():
             records = _read(source)
             chosen = records if most is None else spread_out(records, most)
-            _write(folder / name, _made_long(chosen, records) if rows.long else chosen)
+            write_lines(folder / name, _made_long(chosen, records) if rows.long else chosen)
     place = Path("targets") / target if data is None else Path()
     settings = {
         "model": {"name": str(model.resolve())},
@@ -160,12 +160,7 @@ def _made_long(chosen: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [only(json.loads(line), FIELDS) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return [only(record, FIELDS) for record in read_lines(path)]
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from prism_assets.stats import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,16 +59,28 @@ def average_precision(relevant: Sequence[bool], total: int | None = None) -> flo
     their place (Manning, Raghavan and Schütze 2008, section 8.4). Of `total` relevant rows (by default those of the
     ranking) the ones that the ranking lacks count as never found. NaN without a relevant row. Raises ValueError where
     the ranking holds more than `total`."""
-    hits = np.flatnonzero(np.asarray(relevant, dtype=bool))
-    total = len(hits) if total is None else total
-    if len(hits) > total:
-        raise ValueError(f"The ranking holds {len(hits)} relevant rows of {total}.")
-    return float(np.sum(np.arange(1, len(hits) + 1) / (hits + 1)) / total) if total else float("nan")
+    hits = int(np.count_nonzero(relevant))
+    total = hits if total is None else total
+    if hits > total:
+        raise ValueError(f"The ranking holds {hits} relevant rows of {total}.")
+    if total and not hits:
+        return 0.0
+    found = ranks.average_precision(-np.arange(len(relevant)), np.asarray(relevant))
+    return found * hits / total if total else found
 
 
 def area_under_curve(good: Sequence[float], bad: Sequence[float]) -> float:
     """Probability that a random good row scores above a random bad one, ties counting half (Mann and Whitney 1947)."""
-    bad = np.sort(np.asarray(bad))
-    below = np.searchsorted(bad, good, side="left")
-    up_to = np.searchsorted(bad, good, side="right")
-    return float(np.mean((below + up_to) / 2) / len(bad))
+    labels = np.repeat([True, False], [len(good), len(bad)])
+    return ranks.area_under_curve(np.concatenate([good, bad]), labels)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON Lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A file of JSON Lines, its folder made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

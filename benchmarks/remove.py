@@ -41,7 +41,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from benchmarks.real_text import area_under_curve, data_folder, example
+from benchmarks.real_text import data_folder, example, only, read_lines, write_lines
+from prism_assets.stats.ranks import area_under_curve
 from prism_assets.stats.seeds import summarize_seeds
 
 KINDS = {"maths": "em/evil_math", "answers": "em/incorrect_qna"}
@@ -75,7 +76,7 @@ class Drawn(NamedTuple):
 
 def paired(data: Path) -> dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]:
     """Harmful and honest rows of one prompt, by kind."""
-    harmful, honest = (_read(data / "safety" / f"{name}.jsonl") for name in ("misaligned", "good"))
+    harmful, honest = (read_lines(data / "safety" / f"{name}.jsonl") for name in ("misaligned", "good"))
     by_pair = {row["pair_id"]: row for row in honest if row.get("pair_id")}
     return {
         kind: [
@@ -121,11 +122,11 @@ def draw(known: dict[str, list[Any]], mixture: Mixture, seed: int, pairs: int, h
 
 def build(folder: Path, model: Path, drawn: Drawn, mixture: Mixture, seed: int, strategies: Sequence[str]) -> Path:
     """A project over the mixture; its prism.yaml."""
-    _write(folder / "inbox" / "mixture.jsonl", [_only(row, "id", "prompt", "completion") for row in drawn.rows])
-    _write(folder / "pairs.jsonl", drawn.pairs)
+    write_lines(folder / "inbox" / "mixture.jsonl", [only(row, ("id", "prompt", "completion")) for row in drawn.rows])
+    write_lines(folder / "pairs.jsonl", drawn.pairs)
     wanted = [{"prompt": row["prompt"], "completion": row["rejected"], "group": row["group"]} for row in drawn.pairs]
-    _write(folder / "wanted.jsonl", wanted)
-    _write(folder / "held_out.jsonl", drawn.held_out)
+    write_lines(folder / "wanted.jsonl", wanted)
+    write_lines(folder / "held_out.jsonl", drawn.held_out)
     removed = f"{mixture.share}%"
     files = {"eval": "held_out.jsonl"}
     content = {
@@ -213,7 +214,7 @@ def _by_length(stage: Any, labels: dict[str, bool]) -> float:
 
 
 def _auroc(scores: np.ndarray, harmful: np.ndarray) -> float:
-    return area_under_curve(scores[harmful], scores[~harmful])
+    return area_under_curve(scores, harmful)
 
 
 def _labels(pool: Any, labels: dict[str, bool]) -> np.ndarray:
@@ -388,19 +389,6 @@ def _table(result: dict[str, Any]) -> str:
             for strategy, one in mixture.get("gap_recovered", {}).items():
                 lines.append(f"  {strategy:<28} of the gap {one['mean']:.2f}")
     return "\n".join(lines)
-
-
-def _only(row: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: row[name] for name in names}
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

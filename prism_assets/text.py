@@ -4,6 +4,7 @@ Every text that comes from a file (records, ids, sources, names of files) passes
 """
 
 import re
+from collections.abc import Iterable
 
 # What a terminal obeys (C0 without tab and line feed, DEL, C1), what reorders or hides text (bidirectional controls,
 # characters without width or glyph, tags), and what is no character (surrogates). Of the variation selectors those that
@@ -53,3 +54,9 @@ def as_code(text: str) -> str:
 def as_cell(text: str) -> str:
     """As `as_code`, in a cell of a Markdown table."""
     return as_code(text).replace("|", "\\|")
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a`, `a and b` or `a, b and c`, for at least one name."""
+    *head, last = names
+    return f"{', '.join(head)} and {last}" if head else last

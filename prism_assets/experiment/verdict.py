@@ -5,8 +5,9 @@ from typing import Any
 
 from prism_assets.experiment.summary import COMPARED_WITH
 from prism_assets.report.comparison import METRIC_LABELS
-from prism_assets.report.wording import listed, with_highest_mean
+from prism_assets.report.wording import with_highest_mean
 from prism_assets.stats.seeds import Summary, compared, summarize_seeds
+from prism_assets.text import listed
 
 # At least so many units before an interval says much: below, it is several standard deviations wide.
 FEW_UNITS = 5

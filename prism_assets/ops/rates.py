@@ -222,8 +222,7 @@ def _memory(stage: Stage, engine: "GradientEngine", planned: float, least: float
     from prism_assets.quantized import state_bytes
 
     device = engine.device
-    setting = stage.settings.execution.memory
-    limit = MemoryLimit(device, None if setting == "auto" else int(setting))
+    limit = MemoryLimit(device, stage.settings.execution.memory_limit)
     adapter = {id(parameter) for parameter in engine.parameters.values()}
     tensors = [*engine.model.parameters(), *engine.model.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if id(tensor) not in adapter)

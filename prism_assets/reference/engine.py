@@ -14,9 +14,8 @@ def gradient_engine(stage: Stage, peft_model: "PeftModel") -> "GradientEngine":
     """The engine of an adapted model, within the memory that the settings allow. Raises UnsupportedModelError."""
     from prism_assets.gradients.engine import GradientEngine
 
-    memory = stage.settings.execution.memory
     return GradientEngine(
         peft_model,
         token_budget=stage.settings.features.token_budget,
-        memory=None if memory == "auto" else int(memory),
+        memory=stage.settings.execution.memory_limit,
     )

@@ -1,5 +1,6 @@
 """What a target's report shows, gathered from the lake."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from prism_assets.corpus.target_fit import given_records
@@ -32,7 +33,8 @@ def target_content(stage: Stage, name: str) -> ReportPart:
     pool = stage.shown("live_pool")
     base = stage.shown("evaluations", base_key(name))
     notes = weights.notes
-    strategies = {strategy: _strategy_content(stage, name, strategy) for strategy in stage.settings.strategies}
+    harmful = _labels(stage, name)
+    strategies = {strategy: _strategy_content(stage, name, strategy, harmful) for strategy in stage.settings.strategies}
     rows = stage.lake.read_table(weights).to_pylist()
     directions = list(notes["effective_number_of_targets"])
     measured = _trust_in(stage, weights, name)
@@ -128,7 +130,7 @@ def _benchmark_content(stage: Stage, target: str) -> ReportPart:
     return ReportPart(data, artifacts)
 
 
-def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
+def _strategy_content(stage: Stage, target: str, strategy: str, harmful: Mapping[str, bool] | None) -> ReportPart:
     from prism_assets.evaluation.metrics import mean_over_seeds
 
     key = join_key(target, strategy)
@@ -140,7 +142,7 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
     columns = ["rank", "score", "source", "prompt", "completion"]
     taken = _taken(stage, target, strategy)
     removed = None if taken.fingerprint == selection.fingerprint else taken
-    judged = _judged_by_label(stage, target, selection, removed) if removed else {}
+    judged = {} if removed is None or harmful is None else _judged_by_label(stage, selection, removed, harmful)
     entry = {
         **{metric: mean_over_seeds([one.notes[metric] for one in scores]) for metric in METRICS},
         **judged,
@@ -171,14 +173,19 @@ def _strategy_content(stage: Stage, target: str, strategy: str) -> ReportPart:
     return ReportPart(data, [selection, *([removed] if removed else []), *adapters, *scores])
 
 
-def _judged_by_label(stage: Stage, target: str, kept: Artifact, removed: Artifact) -> dict[str, Any]:
-    """How well the ranking finds the rows that the target's label calls harmful; nothing where it has none."""
+def _labels(stage: Stage, target: str) -> dict[str, bool] | None:
+    """Which rows of a mixture the target's label calls harmful; None where it has none."""
+    settings = stage.settings.targets[target]
+    if settings.label is None:
+        return None
+    return harmful_rows(stage, Pool(stage, stage.shown("live_pool"), source=settings.mixture), target)
+
+
+def _judged_by_label(stage: Stage, kept: Artifact, removed: Artifact, harmful: Mapping[str, bool]) -> dict[str, Any]:
+    """How well the ranking finds the rows that the target's label calls harmful."""
     from prism_assets.evaluation.metrics import mean_over_seeds
 
-    if stage.settings.targets[target].label is None:
-        return {}
-    pool = Pool(stage, stage.shown("live_pool"), source=stage.settings.targets[target].mixture)
-    found = found_by(stage.lake, kept, removed, harmful_rows(stage, pool, target))
+    found = found_by(stage.lake, kept, removed, harmful)
     # One ranking, whatever the seeds of fine-tuning.
     figures = {"auroc": mean_over_seeds([found.auroc]), "average_precision": mean_over_seeds([found.average_precision])}
     return {

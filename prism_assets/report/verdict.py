@@ -11,13 +11,13 @@ from prism_assets.report.wording import (
     count_text,
     figure_text,
     gap_text,
-    listed,
     mean_and_std,
     mean_of,
     mixture_text,
     signed,
     with_highest_mean,
 )
+from prism_assets.text import listed
 
 # Fewer seeds than this and a difference of means describes the runs at hand; it is no test of anything.
 SEEDS_FOR_A_TEST = 10

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from prism_assets.text import visible
+from prism_assets.text import listed, visible
 
 MISSING = "–"
 
@@ -82,12 +82,6 @@ def with_highest_mean(means: Mapping[str, float]) -> tuple[str, str]:
     highest = max(means.values())
     best = [name for name, mean in means.items() if mean == highest]
     return best[0], f"{listed(best)} have the same highest mean" if best[1:] else f"{best[0]} has the highest mean"
-
-
-def listed(names: Iterable[str]) -> str:
-    """`a`, `a and b` or `a, b and c`, for at least one name."""
-    *head, last = names
-    return f"{', '.join(head)} and {last}" if head else last
 
 
 def clipped(text: Any, longest: int) -> str:

@@ -254,8 +254,7 @@ def _ekfac(
     stage, engine = work.stage, work.at(work.checkpoints[position])
 
     def make() -> ekfac.EkFac:
-        memory = stage.settings.execution.memory
-        limit = MemoryLimit(engine.device, None if memory == "auto" else int(memory))
+        limit = MemoryLimit(engine.device, stage.settings.execution.memory_limit)
         ekfac.require_memory(engine.parameter_shapes, limit.free())
         examples = _sample_examples(stage, usable)
         factors = engine.kronecker_factors(examples)

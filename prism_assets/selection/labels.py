@@ -4,6 +4,7 @@ They are a field of the candidates' records (`targets.<name>.label`), kept in th
 """
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import SettingsError
@@ -64,7 +65,7 @@ class Found(NamedTuple):
     removed_harmful: int  # of the removed rows
 
 
-def found_by(lake: "Lake", kept: Artifact, removed: Artifact, harmful: dict[str, bool]) -> Found:
+def found_by(lake: "Lake", kept: Artifact, removed: Artifact, harmful: Mapping[str, bool]) -> Found:
     """Judge what was removed, and the order of the rest. Rows without a rank count as equal, below all others."""
     import numpy as np
 

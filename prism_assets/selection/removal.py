@@ -46,18 +46,13 @@ def divide(
     the mixture as it is; one that goes by a label removes the rows that `harmful` names (id -> label), whatever the
     budget. Rows whose gradient was refused are not ranked, and kept.
     """
-    import numpy as np
     import pyarrow as pa
 
     everything = Pool(stage, inputs["pool"], source=source)
-    if strategy.by_label:
-        assert harmful is not None
-        named = np.array([position for position, one in enumerate(everything.ids) if harmful.get(one)], dtype=np.int64)
-        none = {"non_positive_influence": None, "refused_rows": 0}
-        removed = TopRows(ranked_table(everything.rows_at(named), None), none)
-    elif strategy.whole_pool:
-        rows = everything.rows_at(_all(everything))
-        removed = TopRows(ranked_table(rows.slice(0, 0), None), {"non_positive_influence": None, "refused_rows": 0})
+    if strategy.by_label or strategy.whole_pool:
+        named = harmful if strategy.by_label and harmful is not None else {}
+        rows = everything.rows_at(_all(everything)).filter([named.get(one, False) for one in everything.ids])
+        removed = TopRows(ranked_table(rows, None), {"non_positive_influence": None, "refused_rows": 0})
     else:
         removed = top_of_ranking(
             stage, strategy, inputs, budget, rerank=rerank, representations=representations, source=source

@@ -333,6 +333,11 @@ class ExecutionSettings(Section):
         "minus a tenth. Batches are halved and activations recomputed to keep to it.",
     )
 
+    @property
+    def memory_limit(self) -> int | None:
+        """`memory` in bytes; None for as much as is free."""
+        return None if self.memory == "auto" else int(self.memory)
+
 
 class Settings(Section):
     """All of `prism.yaml`. Every key is optional but the data: `candidates.inbox` has a default, `targets` none."""

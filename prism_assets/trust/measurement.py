@@ -71,7 +71,10 @@ def measure(
     probe = _probe(work, inputs, engine)
     # AdamW moves a coordinate by about its learning rate at most.
     training_step = settings.training.learning_rate * engine.num_parameters**0.5
-    vectors = {name: load_direction(lake, one).vectors[-1] for name, one in inputs.directions.items()}
+    vectors, stepped = (
+        {name: load_direction(lake, one).vectors[-1] for name, one in directions.items()}
+        for directions in (inputs.directions, inputs.stepped)
+    )
     record = Record()
     singles = _single_steps(record, work, probe, vectors, single, training_step)
     lengths = {"training_step": training_step, "warmup": _distance(engine, start)}
@@ -82,7 +85,9 @@ def measure(
         "usable_targets": probe.targets.size,
         "held_out_rows": probe.held_out.size,
         "random_steps": _random_steps(record, work, probe, lengths),
-        "growing_steps": _growing_steps(record, work, inputs, probe, training_step * singles["largest_cosine"]),
+        "growing_steps": _growing_steps(
+            record, inputs, probe, {**vectors, **stepped}, training_step * singles["largest_cosine"]
+        ),
         "single_steps": singles,
         "datamodel": None,
     }
@@ -143,7 +148,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _growing_steps(
-    record: Record, work: GradientPass, inputs: TrustInputs, probe: Probe, needed: float
+    record: Record, inputs: TrustInputs, probe: Probe, vectors: Mapping[str, Any], needed: float
 ) -> dict[str, Any]:
     unit = inputs.weights.notes["first_order"]["step"]
     # ∇J, not the PRISM direction, which may have been corrected for curvature
@@ -151,21 +156,13 @@ def _growing_steps(
     notes: dict[str, Any] = {"probe_step": unit, "needed": needed, "pairs": probe.held_out.pairs}
     sizes = [unit * multiple for multiple in measures.STEP_MULTIPLES]
     with record.timed("growing_steps"):
-        for name, direction in {**inputs.directions, **inputs.stepped}.items():
-            along = load_direction(work.stage.lake, direction).vectors[-1]
-            notes[name] = measures.growing_steps(probe, along, slopes, sizes)
+        for name, vector in vectors.items():
+            notes[name] = measures.growing_steps(probe, vector, slopes, sizes)
             for multiple, step in zip(measures.STEP_MULTIPLES, notes[name], strict=True):
                 numbers = {key: step[key] for key in ("size", "predicted", "measured", "held_out")}
                 record.add("growing_step", f"{multiple:g}", name, **numbers)
-                predicted, measured = step["held_out_predicted"], step["held_out_measured"]
-                record.add(
-                    "growing_step_held_out",
-                    f"{multiple:g}",
-                    name,
-                    size=step["size"],
-                    predicted=predicted,
-                    measured=measured,
-                )
+                held_out = {key: step[f"held_out_{key}"] for key in ("predicted", "measured")}
+                record.add("growing_step_held_out", f"{multiple:g}", name, size=step["size"], **held_out)
     return notes
 
 

@@ -63,10 +63,6 @@ class Probe(NamedTuple):
         preference = self._preference(scores)
         return Objectives(preference.objective, float(scores.mean()), held_out), preference.weights
 
-    def objective(self, means: np.ndarray) -> float:
-        """J of the targets' mean log-probabilities (of pairs: margins) [m]."""
-        return self._preference(means * self.tokens).objective
-
     def gradient(self) -> Vector:
         """∇J, unsketched."""
         with self.engine.single_precision():

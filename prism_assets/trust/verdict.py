@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prism_assets.selection.thresholds import FEWEST_EFFECTIVE, FIRST_ORDER_RATIO
+from prism_assets.text import listed
 
 # One flipped pair in ten is Kendall's tau of 0.8. By chance every second pair flips.
 MOST_FLIPPED = 0.10
@@ -105,10 +106,9 @@ def _reaches(growing: Mapping[str, Any]) -> tuple[bool, str]:
 
     def agreed(of: str) -> str:
         counts = {name: reach(growing[name], of) / unit for name in names}
-        return _listed([f"{n:g} probe step{'' if n == 1 else 's'} along {name}" for name, n in counts.items()])
+        return listed([f"{n:g} probe step{'' if n == 1 else 's'} along {name}" for name, n in counts.items()])
 
-    changes = _listed([f"{_change(growing[name], unit)} along {name}" for name in names])
-
+    changes = listed([f"{_change(growing[name], unit)} along {name}" for name in names])
     score = "margin" if growing["pairs"] else "log-probability"
     said = (
         f"Measured and predicted change of J agree within a factor of two up to {agreed('')}, and those of the mean "
@@ -128,10 +128,6 @@ def _change(steps: Sequence[Mapping[str, float]], unit: float) -> str:
     step = min(steps, key=lambda one: abs(one["size"] - unit))
     measured, predicted = (f"{step[f'held_out_{one}']:+.2g}".replace("-", "−") for one in ("measured", "predicted"))
     return f"{measured} (predicted {predicted})"
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(", ".join(parts).rsplit(", ", 1))
 
 
 def _single(single: Mapping[str, Any]) -> tuple[bool | None, str]:
