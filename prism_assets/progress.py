@@ -66,9 +66,12 @@ def wait_for_gpu() -> bool:
 
 
 class Progress:
-    """Rows done, rate and time left: a bar on a terminal, and a line in the log every 15 seconds."""
+    """Rows done, rate and time left: a bar on a terminal, and a line in the log every 15 seconds.
 
-    def __init__(self, log: logging.Logger, what: str, total: int, unit: str = "rows") -> None:
+    total: None where nobody knows it yet.
+    """
+
+    def __init__(self, log: logging.Logger, what: str, total: int | None, unit: str = "rows") -> None:
         self.log, self.what, self.total, self.unit = log, visible(what), total, unit
         self.done, self.note = 0, ""
         self.started = self.logged = time.monotonic()
@@ -85,10 +88,12 @@ class Progress:
             self.log.info(str(self))
 
     def __str__(self) -> str:
-        text = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}"
+        of = "" if self.total is None else f" of {self.total:,}"
+        text = f"{self.what}: {self.done:,}{of} {self.unit}"
         if self.done:
             rate = self.done / (time.monotonic() - self.started)
-            text += f", {rate:,.1f}/s, {(self.total - self.done) / rate:,.0f} s left {self.note}"
+            left = "" if self.total is None else f", {(self.total - self.done) / rate:,.0f} s left"
+            text += f", {rate:,.1f}/s{left} {self.note}"
         return text.rstrip()
 
     def advance(self, more: int = 1) -> None:
@@ -106,7 +111,7 @@ def under_way() -> str:
 
 
 @contextmanager
-def progress(log: logging.Logger, what: str, total: int, unit: str = "rows") -> Iterator[Progress]:
+def progress(log: logging.Logger, what: str, total: int | None, unit: str = "rows") -> Iterator[Progress]:
     """Progress over a long step. On a terminal a Rich bar is shown and removed when the step ends."""
     tracker = Progress(log, what, total, unit)
     _under_way.append(tracker)
@@ -116,7 +121,7 @@ def progress(log: logging.Logger, what: str, total: int, unit: str = "rows") -> 
         _under_way.remove(tracker)
 
 
-def _shown(tracker: Progress, total: int) -> Iterator[Progress]:
+def _shown(tracker: Progress, total: int | None) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield tracker
         return

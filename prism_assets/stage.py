@@ -200,7 +200,7 @@ class Stage:
             recipe = replace(recipe, lineage={**recipe.lineage, **lineage()})
         return Made(self.lake.publish(recipe, content, run_id=self.run_id), 1)
 
-    def progress(self, what: str, total: int, unit: str = "rows") -> AbstractContextManager[Progress]:
+    def progress(self, what: str, total: int | None, unit: str = "rows") -> AbstractContextManager[Progress]:
         """Progress over long work, on the terminal and in the run's log."""
         return progress(self.log, what, total, unit)
 

@@ -68,13 +68,17 @@ class FolderStore:
                 _flush(draft)
             os.replace(draft, self._place(key))
 
-    @contextmanager
-    def _draft(self, key: str) -> Iterator[Path]:
-        """A path of its own for something half-written; nothing is left there at the end."""
+    def workshop(self) -> Path:
+        """The folder of half-written things, made if it is not there; always safe to empty."""
         make_private(self.root)
         workshop = self.root / DRAFTS
         workshop.mkdir(parents=True, exist_ok=True)
-        draft = workshop / f"{uuid.uuid4().hex}{Path(key).suffix}"
+        return workshop
+
+    @contextmanager
+    def _draft(self, key: str) -> Iterator[Path]:
+        """A path of its own for something half-written; nothing is left there at the end."""
+        draft = self.workshop() / f"{uuid.uuid4().hex}{Path(key).suffix}"
         try:
             yield draft
         finally:

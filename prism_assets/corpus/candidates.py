@@ -6,26 +6,23 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import RecordFile, encode_file, limits_of, limits_of_recipe
-from prism_assets.errors import StageError, UnreadableFile
+from prism_assets.corpus.encoding import encode_file, limits_of, limits_of_recipe
+from prism_assets.corpus.record_file import WHOLE_FILE, RecordFile
+from prism_assets.errors import StageError
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
 from prism_assets.stage import Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from prism_assets.corpus.inbox import InboxFile, Scan
     from prism_assets.corpus.limits import Limits
-    from prism_assets.corpus.records import Example, Reject
 
 FILE_READABLE = Check("file_readable", "The inbox file can be read at all.", dg.AssetCheckSeverity.ERROR)
 ROWS_ACCEPTED = Check("rows_accepted", "No row of the file was rejected.")
 PROMPTS_WHOLE = Check("prompts_whole", "No row lost a part of its prompt to max_length.")
 TABLES = ("candidates", "rejects", "candidate_fields")
-# The field of a reject that is about a whole file.
-WHOLE_FILE = "file"
+_SHOWN = 8  # rows and rejects in the metadata
 
 
 def build(project: Project) -> dg.AssetsDefinition:
@@ -89,6 +86,7 @@ def _is_pending(stage: Stage, key: str) -> bool:
 
 
 def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outcome:
+    from prism_assets.corpus.files import iter_examples
     from prism_assets.corpus.token_tables import CANDIDATE_SCHEMA
 
     if shard not in files:
@@ -101,42 +99,41 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
         return Outcome([known], 0)
     file, limits = files[shard], inbox_limits(stage)
     columns = stage.settings.candidates.columns
-    read = partial(_read_or_reject, limits=limits, columns=columns)
     source = RecordFile(
-        *(file.path, file.sha256, *TABLES[:2], shard, CANDIDATE_SCHEMA, read, limits.inside, columns, TABLES[2])
+        path=file.path,
+        sha256=file.sha256,
+        table="candidates",
+        rejects="rejects",
+        fields="candidate_fields",
+        partition=shard,
+        schema=CANDIDATE_SCHEMA,
+        read=partial(iter_examples, kind="candidate", limits=limits, columns=columns),
+        inside=limits.inside,
+        columns=columns,
+        may_be_unreadable=True,
     )
     rows, rejects, computed = encode_file(stage, source)
-    rejected = stage.lake.read_table(rejects).to_pylist()
-    trouble = next((one["reason"] for one in rejected if one["field"] == WHOLE_FILE), "")
+    rejected = rejects.notes["rows"]
+    first_rejects = stage.lake.read_first(rejects, _SHOWN).to_pylist()
+    trouble = next((one["reason"] for one in first_rejects if one["field"] == WHOLE_FILE), "")
     truncated = rows.notes.get("truncated", 0)
-    shown = stage.lake.read_table(rows, ["line", "source", "prompt", "completion", "tokens"]).slice(0, 8)
+    shown = stage.lake.read_first(rows, _SHOWN, ["line", "source", "prompt", "completion", "tokens"])
     return Outcome(
         [rows],
         computed,
         {
             "dagster/row_count": rows.notes["rows"],
-            "rejects": len(rejected),
+            "rejects": rejected,
             "truncated": truncated,
             "unused_fields": ", ".join(rows.notes.get("unused_fields", [])),
             "completion_tokens": rows.notes["completion_tokens"],
             "file": str(file.path),
             "rows": preview(shown.to_pylist()),
-            "first_rejects": preview(rejected),
+            "first_rejects": preview(first_rejects),
         },
         [
             FILE_READABLE(not trouble, reason=trouble or "the file was read"),
-            ROWS_ACCEPTED(not rejected, rejected=len(rejected), accepted=rows.notes["rows"]),
+            ROWS_ACCEPTED(not rejected, rejected=rejected, accepted=rows.notes["rows"]),
             PROMPTS_WHOLE(not truncated, truncated=truncated, rows=rows.notes["rows"]),
         ],
     )
-
-
-def _read_or_reject(path: "Path", limits: "Limits", columns: Mapping[str, str]) -> "tuple[list[Example], list[Reject]]":
-    """The examples of a file; of one that cannot be read none, and one reject for the whole file."""
-    from prism_assets.corpus.files import read_examples
-    from prism_assets.corpus.records import Reject
-
-    try:
-        return read_examples(path, "candidate", limits=limits, columns=columns)
-    except UnreadableFile as error:
-        return [], [Reject(0, WHOLE_FILE, str(error), "")]

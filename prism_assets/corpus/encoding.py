@@ -1,22 +1,20 @@
 """How files of records become tables of tokens and rejects: for candidates, targets and held-out files."""
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism_assets.corpus.limits import Limits
+from prism_assets.corpus.record_file import RecordFile
 from prism_assets.errors import ModelError, StageError
-from prism_assets.resources.lake import Artifact, Recipe, Rows, hash_table
+from prism_assets.resources.lake import Artifact, Recipe, hash_table
 from prism_assets.resources.regular_files import open_regular
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from prism_assets.corpus.encoder import Encoder
-    from prism_assets.corpus.records import Example, Reject
+    from prism_assets.corpus.reading import Tables
     from prism_assets.stage import Stage
 
 # How files are read, raised where the same file gives other rows. Those that an earlier reading gave are compared.
@@ -56,21 +54,6 @@ def limits_of_recipe(stage: "Stage") -> dict[str, dict[str, int]]:
     return {} if limits == Limits() else {"limits": stage.settings.limits.model_dump()}
 
 
-class RecordFile(NamedTuple):
-    """A file to be read into two tables."""
-
-    path: Path
-    sha256: str
-    table: str  # of the accepted rows
-    rejects: str  # table of the records that were not accepted
-    partition: str
-    schema: "pa.Schema"
-    read: "Callable[[Path], tuple[list[Example], list[Reject]]]"
-    inside: Path | None = None  # the folder that it must lie in
-    columns: Mapping[str, str] = {}  # of the settings: by our name the file's own
-    fields: str | None = None  # table of the accepted records' other fields; None: they are not kept
-
-
 class Encoded(NamedTuple):
     """The tables of a file, and whether any of them was made for it now (1) or all were found (0)."""
 
@@ -87,15 +70,13 @@ def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
     reading = _Reading(stage, source)
     recipe, rejects_recipe = _recipes_of_today(stage, source, reading)
     # The rejects first: where the rows are published, their rejects are too.
-    rejects, rejects_made = stage.make(rejects_recipe, lambda: reading.tables[1])
-    rows, rows_made = stage.make(recipe, lambda: reading.tables[0])
+    rejects, rejects_made = stage.make(rejects_recipe, lambda: reading.tables.rejects)
+    rows, rows_made = stage.make(recipe, lambda: reading.tables.rows)
     stage.show(rows, source.partition)
     stage.show(rejects, source.partition)
     computed = max(rejects_made, rows_made)
     if source.fields is not None:
-        fields, fields_made = stage.make(
-            _fields_recipe(stage, source, rows), lambda: Rows(reading.fields_of(stage, rows))
-        )
+        fields, fields_made = stage.make(_fields_recipe(stage, source, rows), lambda: reading.tables.fields)
         stage.show(fields, source.partition)
         computed = max(computed, fields_made)
     return Encoded(rows, rejects, computed)
@@ -128,7 +109,7 @@ def _recipes_of_today(stage: "Stage", source: RecordFile, reading: "_Reading") -
     old = stage.lake.find(recipes[0])
     if old is None or stage.lake.find(_fields_recipe(stage, source, old)) is not None:
         return recipes
-    same = hash_table(reading.tables[0].table) == old.content_hash
+    same = hash_table(reading.tables.rows.table) == old.content_hash
     return recipes if same else (again[0], again[1])
 
 
@@ -154,42 +135,12 @@ class _Reading:
         self.stage, self.source = stage, source
 
     @cached_property
-    def records(self) -> "tuple[list[Example], list[Reject]]":
-        """The examples and the records that are none. Raises StageError where the file changed meanwhile."""
-        found = self.source.read(self.source.path)
+    def tables(self) -> "Tables":
+        """What the file is read into. Raises StageError where it changed meanwhile."""
+        from prism_assets.corpus.reading import read_tables
+
+        tables = read_tables(self.stage, self.source, encoder_of(self.stage))
         if _hash(self.source) != self.source.sha256:
             # Rows of one content must never be published under the fingerprint of another.
             raise StageError(f"{self.source.path} was changed while it was read. The next run takes it as it is then.")
-        return found
-
-    @cached_property
-    def tables(self) -> tuple[Rows, Rows]:
-        """The accepted rows, tokenised, and the rejects."""
-        import pyarrow as pa
-
-        from prism_assets.corpus.token_tables import REJECTS_SCHEMA, column_sum, encode_all, to_table
-
-        examples, unreadable = self.records
-        what = f"tokenising {self.source.path.name}"
-        with self.stage.progress(what, len(examples)) as progress:
-            tokenized, untokenizable = encode_all(
-                examples, encoder_of(self.stage), lambda done, _: progress.update(done)
-            )
-        table = to_table(examples, tokenized, self.source.schema)
-        rejects = sorted([*unreadable, *untokenizable], key=lambda reject: reject.line)
-        notes = {
-            "completion_tokens": column_sum(table, "completion_tokens"),
-            "tokens": column_sum(table, "tokens"),
-            "duplicates": sum("duplicate" in one.reason for one in rejects),
-            "truncated": sum(one.truncated for one in tokenized if one is not None),
-            "unused_fields": sorted({name for example in examples for name in example.unused}),
-        }
-        for name in notes["unused_fields"]:
-            self.stage.log.warning(f"{self.source.path.name}: the field {name!r} is not used")
-        return Rows(table, notes), Rows(pa.Table.from_pylist([one._asdict() for one in rejects], REJECTS_SCHEMA))
-
-    def fields_of(self, stage: "Stage", rows: Artifact) -> "pa.Table":
-        """The other fields of each accepted row, in the order of the rows."""
-        from prism_assets.corpus.token_tables import fields_table
-
-        return fields_table(self.records[0], stage.lake.read_table(rows, ["line"])["line"].to_pylist())
+        return tables

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -65,50 +65,65 @@ def data_extension(name: str) -> str | None:
     return next((extension for extension in DATA_EXTENSIONS if lowered.endswith(extension)), None)
 
 
-def read_examples(
+def iter_examples(
     path: Path | str,
     kind: Kind,
     *,
     mixed: bool = False,
     limits: Limits = Limits(),
     columns: Mapping[str, str] | None = None,
-) -> tuple[list[Example], list[Reject]]:
-    """Reads one file; returns its examples in file order and a reject for each record that is none.
+) -> Iterator[Example | Reject]:
+    """Reads one file: in its order an example for each record, or a reject for one that is none.
 
-    Of records with equal content the first is kept. Raises `UnreadableFile` where the file as a whole exceeds a limit
-    or cannot be read (so a damaged file never yields half of its records), and `MixedTargets` where a target or eval
-    file holds plain records and pairs, unless it may be `mixed`. `columns` are those of the settings: by our name the
-    file's own.
+    Of records with equal content the first is kept; all that is remembered of a record is its id. Raises
+    `UnreadableFile` where the file as a whole exceeds a limit or cannot be read, and `MixedTargets` where a target or
+    eval file holds plain records and pairs, unless it may be `mixed`: whatever came before is void then, so a damaged
+    file never yields half of its records. `columns` are those of the settings: by our name the file's own.
     """
     path = Path(path)
-    # By id: a repeated record is not kept even while the file is read, or a small file could fill the memory.
-    examples: dict[str, Example] = {}
-    rejects: list[Reject] = []
-    records = 0
+    lines: dict[bytes, int] = {}  # of the examples, by id
+    first_reject: Reject | None = None
+    records = rejects = 0
+    kinds: dict[bool, int] = {}  # of targets: whether it is a pair, and the first line of such
     for line, record, excerpt in _records(path, limits, wanted_columns(kind, columns)):
         records += 1
-        try:
-            if isinstance(record, BadRecord):
-                raise record
-            example = example_of(record, line, kind, columns)
-            kept = examples.setdefault(example.id, example)
-            if kept is not example:
-                reason = f"{DUPLICATE_OF}{kept.line}"
-                rejects.append(Reject(line, "", reason, excerpt_of(example.prompt_text)))
-        except BadRecord as bad:
-            rejects.append(Reject(line, bad.field, bad.reason, excerpt()))
-        if len(rejects) > limits.rejects:
-            first = rejects[0]
+        found = _example_or_reject(line, record, excerpt, kind, columns)
+        if isinstance(found, Example):
+            before = lines.setdefault(bytes.fromhex(found.id), line)
+            if before == line:
+                kinds.setdefault(found.rejected is not None, line)
+                yield found
+                continue
+            found = Reject(line, "", f"{DUPLICATE_OF}{before}", excerpt_of(found.prompt_text))
+        first_reject, rejects = first_reject or found, rejects + 1
+        if rejects > limits.rejects:
             raise UnreadableFile(
                 path,
                 f"has more than {limits.rejects:,} rejected or repeated records, all that limits.rejects allows; the "
-                f"first is line {first.line}: {first.reason}",
+                f"first is line {first_reject.line}: {first_reject.reason}",
             )
+        yield found
     if not records:
         raise UnreadableFile(path, "holds no records; write one record a line, or remove the file")
     if kind != "candidate" and not mixed:
-        require_one_kind(path, [(example.line, example.rejected is not None) for example in examples.values()])
-    return list(examples.values()), sorted(rejects)
+        require_one_kind(path, [(line, pair) for pair, line in kinds.items()])
+
+
+def _example_or_reject(
+    line: int, record: dict | BadRecord, excerpt: Callable[[], str], kind: Kind, columns: Mapping[str, str] | None
+) -> Example | Reject:
+    try:
+        if isinstance(record, BadRecord):
+            raise record
+        return example_of(record, line, kind, columns)
+    except BadRecord as bad:
+        return Reject(line, bad.field, bad.reason, excerpt())
+
+
+def read_examples(path: Path | str, kind: Kind, **options: Any) -> tuple[list[Example], list[Reject]]:
+    """All that `iter_examples` gives with these options: the examples, and the rejects, both in file order."""
+    found = list(iter_examples(path, kind, **options))
+    return [one for one in found if isinstance(one, Example)], [one for one in found if isinstance(one, Reject)]
 
 
 def wanted_columns(kind: Kind, columns: Mapping[str, str] | None = None) -> Collection[str] | None:
@@ -360,9 +375,10 @@ def _parquet_excerpt(record: dict | BadRecord) -> str:
 # --- Whole files -----------------------------------------------------------------------------------------
 
 
-def require_one_kind(path: Path, records: Sequence[tuple[int, bool]]) -> None:
+def require_one_kind(path: Path, records: Iterable[tuple[int, bool]]) -> None:
     """Raise MixedTargets where some of the records, each its line and whether it is a pair, are pairs and some not."""
-    plain = next((line for line, pair in records if not pair), None)
-    pair = next((line for line, pair in records if pair), None)
-    if plain is not None and pair is not None:
-        raise MixedTargets(path, plain, pair)
+    first: dict[bool, int] = {}
+    for line, pair in records:
+        first.setdefault(pair, line)
+    if len(first) == 2:
+        raise MixedTargets(path, first[False], first[True])

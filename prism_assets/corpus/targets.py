@@ -1,12 +1,14 @@
 """The asset `targets`: target examples and held-out records, tokenised the same way."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import RecordFile, encode_file, encoder_of, limits_of
+from prism_assets.corpus.encoding import encode_file, encoder_of, limits_of
+from prism_assets.corpus.record_file import RecordFile
 from prism_assets.corpus.target_fit import TargetFit, given_records, target_fit
 from prism_assets.errors import UnusableTargets
 from prism_assets.metadata import preview
@@ -81,20 +83,20 @@ def _read_file(stage: Stage, name: str, kind: "Kind", path: Path) -> tuple[Artif
 
 def target_file(stage: Stage, name: str, kind: "Kind") -> RecordFile:
     """A target's file of target examples or of held-out records, to be read into its tables."""
-    from prism_assets.corpus.files import read_examples
+    from prism_assets.corpus.files import iter_examples
     from prism_assets.corpus.token_tables import TARGET_SCHEMA
 
     table, target = TABLES[kind], stage.settings.targets[name]
     path = target.examples if kind == "target" else target.eval
     mixed = may_be_mixed(target, kind)
     return RecordFile(
-        path,
-        hash_file(path),
-        table,
-        f"{table}_rejects",
-        name,
-        TARGET_SCHEMA,
-        lambda file: read_examples(file, kind, mixed=mixed, limits=limits_of(stage), columns=target.columns),
+        path=path,
+        sha256=hash_file(path),
+        table=table,
+        rejects=f"{table}_rejects",
+        partition=name,
+        schema=TARGET_SCHEMA,
+        read=partial(iter_examples, kind=kind, mixed=mixed, limits=limits_of(stage), columns=target.columns),
         columns=target.columns,
     )
 

@@ -22,6 +22,7 @@ TARGET_SCHEMA = pa.schema(
         *[(f"rejected_{name}", CANDIDATE_SCHEMA.field(name).type) for name in ("input_ids", "loss_mask")],
     ]
 )
+CHOICES = pa.field("choices", pa.list_(pa.string()))
 REJECTS_SCHEMA = schema_of("rejects")
 FIELDS_SCHEMA = schema_of("candidate_fields")
 
@@ -48,17 +49,23 @@ def encode_all(
     tokenized: list[TokenizedExample | TokenizedPair | None] = []
     rejects: list[Reject] = []
     for done, example in enumerate(examples, start=1):
-        try:
-            if example.rejected is None:
-                tokenized.append(encoder.encode(example.messages))
-            else:
-                tokenized.append(encoder.encode_pair(example.messages, example.rejected))
-        except Untokenizable as error:
-            tokenized.append(None)
-            rejects.append(Reject(example.line, error.field, error.reason, excerpt_of(example.prompt_text)))
+        found = encode_one(example, encoder)
+        if isinstance(found, Reject):
+            rejects.append(found)
+        tokenized.append(None if isinstance(found, Reject) else found)
         if progress:
             progress(done, len(examples))
     return tokenized, rejects
+
+
+def encode_one(example: Example, encoder: Encoder) -> TokenizedExample | TokenizedPair | Reject:
+    """The tokens of an example, or why it has none."""
+    try:
+        if example.rejected is None:
+            return encoder.encode(example.messages)
+        return encoder.encode_pair(example.messages, example.rejected)
+    except Untokenizable as error:
+        return Reject(example.line, error.field, error.reason, excerpt_of(example.prompt_text))
 
 
 def to_table(
@@ -76,18 +83,10 @@ def to_table(
     if schema is None:
         has_pairs = any(isinstance(tokens, TokenizedPair) for _, tokens in kept)
         schema = TARGET_SCHEMA if has_pairs else CANDIDATE_SCHEMA
-    table = pa.Table.from_pylist([_row(example, tokens) for example, tokens in kept], schema=schema)
+    table = pa.Table.from_pylist([row_of(example, tokens) for example, tokens in kept], schema=schema)
     choices = [example.choices or None for example, _ in kept]
     # Not in the schema: tables of records without them are what they were.
-    return table.append_column("choices", pa.array(choices, pa.list_(pa.string()))) if any(choices) else table
-
-
-def fields_table(examples: Sequence[Example], lines: Sequence[int]) -> pa.Table:
-    """The other fields of the examples that became rows, one row each: those at the `lines` of the rows, in order."""
-    accepted = set(lines)
-    rows = [(one.id, one.line, one.fields) for one in examples if one.line in accepted]
-    columns = zip(*rows, strict=True) if rows else [()] * len(FIELDS_SCHEMA)
-    return pa.table([list(column) for column in columns], schema=FIELDS_SCHEMA)
+    return table.append_column(CHOICES, pa.array(choices, CHOICES.type)) if any(choices) else table
 
 
 def choices_of(table: pa.Table) -> list[list[str]]:
@@ -97,7 +96,8 @@ def choices_of(table: pa.Table) -> list[list[str]]:
     return [one or [] for one in table["choices"].to_pylist()]
 
 
-def _row(example: Example, tokens: TokenizedExample | TokenizedPair) -> dict[str, Any]:
+def row_of(example: Example, tokens: TokenizedExample | TokenizedPair) -> dict[str, Any]:
+    """The row of an example by column, choices and those of a pair included."""
     row = {
         "id": example.id,
         "line": example.line,
@@ -114,6 +114,7 @@ def _row(example: Example, tokens: TokenizedExample | TokenizedPair) -> dict[str
         "tokens": len(tokens.input_ids),
         "completion_tokens": completion_tokens(tokens),
         "conversation_id": example.conversation_id,
+        CHOICES.name: example.choices or None,
     }
     if isinstance(tokens, TokenizedPair):
         row["rejected_input_ids"], row["rejected_loss_mask"] = tokens.rejected[:2]

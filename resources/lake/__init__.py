@@ -13,6 +13,7 @@ from prism_assets.resources.lake.recipe import (
     digest,
     references,
 )
+from prism_assets.resources.lake.spool import Spool
 from prism_assets.resources.lake.views import CatalogAdditions
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Recipe",
     "Reference",
     "Rows",
+    "Spool",
     "Tensors",
     "digest",
     "hash_file",

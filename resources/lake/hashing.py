@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_assets.resources.lake.recipe import FINGERPRINT_LENGTH, SIDECAR
+from prism_assets.resources.lake.spool import Spool, rows_between
 from prism_assets.resources.regular_files import open_regular
 
 if TYPE_CHECKING:
@@ -13,24 +14,47 @@ if TYPE_CHECKING:
     import torch
 
 
-def hash_table(table: "pa.Table") -> str:
-    """A hash of the values, names and types of a table; chunking, compression and metadata do not count."""
+_ROWS_A_BLOCK = 65_536
+_MOST_BYTES = 2**31 - 1  # that 32-bit offsets reach
+
+
+def hash_table(table: "pa.Table | Spool") -> str:
+    """A hash of the values, names and types of a table; chunking, compression and metadata do not count.
+
+    A table of more than 65,536 rows is hashed in blocks of so many: what is needed of it is a column of a block.
+    """
+    if table.num_rows <= _ROWS_A_BLOCK:
+        return _hash_block(table, 0)
+    blocks = [_hash_block(table, start) for start in range(0, table.num_rows, _ROWS_A_BLOCK)]
+    return hashlib.sha256("\n".join(blocks).encode()).hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def _hash_block(table: "pa.Table | Spool", start: int) -> str:
+    hasher = hashlib.sha256()
+    for name in table.schema.names:
+        _add_column(hasher, name, rows_between(table, start, _ROWS_A_BLOCK, [name]).column(0))
+    return hasher.hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def _add_column(hasher: "hashlib._Hash", name: str, column: "pa.ChunkedArray") -> None:
     import numpy as np
     import pyarrow as pa
+    from pyarrow import compute
 
-    hasher = hashlib.sha256()
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        kind = _canonical_type(column.type)
-        hasher.update(f"{name}:{kind}:{len(column)}\n".encode())
-        # Taking every row copies it into fresh buffers: slices and chunks no longer show in the bytes.
-        array = pa.chunked_array(column.cast(kind)).take(np.arange(len(column))).combine_chunks()
-        array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-        sink = pa.BufferOutputStream()
-        schema = pa.schema([pa.field("values", kind)])
-        with pa.ipc.new_stream(sink, schema) as writer:
-            writer.write_batch(pa.record_batch([array], schema=schema))
-        hasher.update(memoryview(sink.getvalue()))
-    return hasher.hexdigest()[:FINGERPRINT_LENGTH]
+    kind = _canonical_type(column.type)
+    hasher.update(f"{name}:{kind}:{len(column)}\n".encode())
+    if pa.types.is_string(kind):
+        lengths = compute.call_function("binary_length", [column])
+        if (compute.call_function("sum", [lengths]).as_py() or 0) > _MOST_BYTES:
+            kind = pa.large_string()
+    # Taking every row copies it into fresh buffers: slices and chunks no longer show in the bytes.
+    array = pa.chunked_array(column.cast(kind)).take(np.arange(len(column))).combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    sink = pa.BufferOutputStream()
+    schema = pa.schema([pa.field("values", kind)])
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([array], schema=schema))
+    hasher.update(memoryview(sink.getvalue()))
 
 
 def _canonical_type(kind: "pa.DataType") -> "pa.DataType":

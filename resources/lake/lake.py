@@ -20,6 +20,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from prism_assets.errors import DamagedArtifact, LakeError, NotMadeYet
 from prism_assets.resources.lake.hashing import hash_folder, hash_table, hash_tensors
 from prism_assets.resources.lake.headers import HEADER_KEY, header_of, new_header, sizes
 from prism_assets.resources.lake.recipe import SIDECAR, Artifact, Content, Recipe, Rows, Tensors
+from prism_assets.resources.lake.spool import Spool, rows_between
 from prism_assets.resources.lake.views import CatalogAdditions, define_views
 from prism_assets.resources.store import FolderStore
 
@@ -179,7 +181,7 @@ class Lake:
     def publish_table(
         self,
         recipe: Recipe,
-        table: "pa.Table",
+        table: "pa.Table | Spool",
         *,
         run_id: str = "",
         notes: Mapping[str, Any] | None = None,
@@ -198,15 +200,10 @@ class Lake:
         key = _artifact_key(recipe)
 
         def write(path: Path) -> None:
-            metadata = {**(table.schema.metadata or {}), HEADER_KEY: json.dumps(header)}
-            pq.write_table(
-                table.replace_schema_metadata(metadata),
-                path,
-                compression=compression,
-                row_group_size=_ROWS_A_GROUP,
-                store_schema=True,
-                write_page_checksum=True,
-            )
+            schema = table.schema.with_metadata({**(table.schema.metadata or {}), HEADER_KEY: json.dumps(header)})
+            with pq.ParquetWriter(path, schema, compression=compression, write_page_checksum=True) as writer:
+                for start in range(0, table.num_rows, _ROWS_A_GROUP):
+                    writer.write_table(rows_between(table, start, _ROWS_A_GROUP), _ROWS_A_GROUP)
 
         with self.store.disk_errors(recipe.table):
             for suffix, writer in (attachments or {}).items():
@@ -214,6 +211,10 @@ class Lake:
                     self.store.put(f"{key}{suffix}", writer)
             self.store.put_new(f"{key}.parquet", write)
         return self._published(recipe)
+
+    def spool(self, schema: "pa.Schema") -> Spool:
+        """Somewhere to write the rows of a table that may be larger than the memory, before they are published."""
+        return Spool(schema, self.store.workshop())
 
     def publish_tensors(
         self,
@@ -271,22 +272,41 @@ class Lake:
         Raises DamagedArtifact where the file cannot be read, or its bytes differ from their checksums. It is set aside
         then, so the next run misses it and makes it again.
         """
-        import pyarrow as pa
         import pyarrow.parquet as pq
+
+        wanted = list(columns) if columns else None
+        # Not `pq.read_table`: for a single file it takes twice as long.
+        with self._reading(artifact) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read(wanted)
+        table = table.select(wanted) if wanted else table  # the file has them in its own order
+        return table.replace_schema_metadata(None)
+
+    @contextmanager
+    def _reading(self, artifact: Artifact) -> Iterator[Path]:
+        """The file of an artefact. What pyarrow says of a damaged one, or the disk of one that it cannot reach, becomes
+        what `read_table` raises."""
+        import pyarrow as pa
 
         path = self.local(artifact)
         try:
-            # Not `pq.read_table`: for a single file it takes twice as long.
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                wanted = list(columns) if columns else None
-                table = file.read(wanted)
-            table = table.select(wanted) if wanted else table  # the file has them in its own order
-            return table.replace_schema_metadata(None)
+            yield path
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 # The operating system's own: the file went, or cannot be reached now. It may be whole.
                 raise LakeError(f"{path} cannot be read: {error}. Run again when it can.") from error
             raise self._damaged(artifact, str(error)) from error
+
+    def read_first(self, artifact: Artifact, rows: int, columns: Sequence[str] | None = None) -> "pa.Table":
+        """The first rows of a Parquet artefact, however many it has. Raises as `read_table`."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        wanted = list(columns) if columns else None
+        with self._reading(artifact) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
+            batch = next(file.iter_batches(rows, columns=wanted), None)
+            table = pa.Table.from_batches([] if batch is None else [batch], None if batch else file.schema_arrow)
+        table = table.select(wanted) if wanted else table
+        return table.replace_schema_metadata(None).slice(0, rows)
 
     def schema(self, artifact: Artifact) -> "pa.Schema | None":
         """Columns and types of a table; None of an artefact of another kind."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
+    from prism_assets.resources.lake.spool import Spool
+
 FINGERPRINT_LENGTH = 32
 SIDECAR = "artifact.json"  # in a folder artefact: its header
 
@@ -82,7 +84,7 @@ class Rows:
     `attachments` maps a file suffix (".jsonl") to a function that writes such a file beside it.
     """
 
-    table: "pa.Table"
+    table: "pa.Table | Spool"
     notes: Mapping[str, Any] = field(default_factory=dict)
     attachments: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
     compression: str = "zstd"
