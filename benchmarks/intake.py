@@ -6,8 +6,8 @@ Generated rows (a prompt of 25 words, a completion of 35, a source and a number 
 validated, compared with each other and published as the three tables of a shard, in a process of its own. In the
 tokenizer's place stands one that gives every row the same 100 tokens, so their columns are written too.
 
-JSON: `rows`, `mib` of the file, `cpu_seconds` (reading and publishing apart, and all), `peak_mib` of the process and how
-much of that it had before (`start_mib`).
+JSON: `rows`, `mib` of the file, `cpu_seconds` (reading and publishing apart, and all), `peak_mib` of the process and
+how much of that it had before (`start_mib`).
 """
 
 from __future__ import annotations

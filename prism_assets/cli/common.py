@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import dagster as dg
     from rich.console import Console
 
+    from prism_assets.corpus.intake import Intake
     from prism_assets.ops.estimate import Estimate
     from prism_assets.ops.pipeline import Step, StepResult
     from prism_assets.project import Project
@@ -37,6 +38,7 @@ Config = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Targets = Annotated[list[str] | None, typer.Option("--target", "-t", help="Only this target (repeatable).")]
 _CHECK_WIDTH = 240
+_SHOWN_REASONS = 8  # and as many notes
 
 
 @contextmanager
@@ -175,6 +177,26 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     for row in rows:
         table.add_row(*map(shown, row))
     console().print(table)
+
+
+def print_intake(intake: "Intake") -> None:
+    """What became of the records: a table, the most frequent reasons, and what else is to be known."""
+    from prism_assets.corpus.intake import COLUMNS, SHOW_REJECTS
+
+    if intake.parts:
+        print_table(COLUMNS, [part.row() for part in intake.parts], title="What was given, and what became of it")
+    for name, reason, count in intake.reasons[:_SHOWN_REASONS]:
+        say(f"  {count:,} of {name} rejected: {one_line(reason, _CHECK_WIDTH)}")
+    more = sum(count for *_, count in intake.reasons[_SHOWN_REASONS:])
+    if more:
+        say(f"  {more:,} more rejected for other reasons")
+    if intake.reasons:
+        say(f"  Which they are: {SHOW_REJECTS}")
+    notes = intake.notes()
+    for note in notes[:_SHOWN_REASONS]:
+        say(f"  {one_line(note, _CHECK_WIDTH)}")
+    if len(notes) > _SHOWN_REASONS:
+        say(f"  and {len(notes) - _SHOWN_REASONS:,} more: prism doctor --json")
 
 
 def short(value: Any, width: int = 48) -> Any:

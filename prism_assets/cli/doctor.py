@@ -8,6 +8,7 @@ from prism_assets.cli.common import (
     app,
     expected_failures,
     load_project,
+    print_intake,
     print_json,
     print_table,
     read_settings,
@@ -19,10 +20,10 @@ def doctor(config: Config = None, as_json: AsJson = False) -> None:
     """What this installation has: versions, device, model, inbox, and what is stale."""
     with expected_failures():
         settings = read_settings(config)
-        from prism_assets.ops.doctor import examine
+        from prism_assets.ops.doctor import examine, intake_of_today
 
         stage = load_project(settings).stage
-        findings = examine(stage)
+        findings, intake = examine(stage), intake_of_today(stage)
         if as_json:
             print_json([finding._asdict() for finding in findings])
         else:
@@ -30,5 +31,7 @@ def doctor(config: Config = None, as_json: AsJson = False) -> None:
 
             marks = {"ok": Text("✓", "green"), "note": Text("•", "yellow"), "problem": Text("✗", "red")}
             print_table(["", "what", "found"], [[marks[f.state], f.what, f.found] for f in findings])
+            if intake is not None and intake.parts:
+                print_intake(intake._replace(ignored=[]))  # they are among the findings
         if any(finding.state == "problem" for finding in findings):
             raise typer.Exit(2)

@@ -14,6 +14,7 @@ from prism_assets.cli.common import (
     app,
     expected_failures,
     known_targets,
+    print_intake,
     print_json,
     print_table,
     read_settings,
@@ -47,7 +48,10 @@ def run(
 
 def run_everything(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
     """Run all steps and show the results."""
-    _, results = run_steps(settings, targets)
+    from prism_assets.ops.doctor import intake_of_today
+
+    loaded, results = run_steps(settings, targets)
+    intake = intake_of_today(loaded.stage)
     report = settings.storage.report / "report.json"
     data = json.loads(report.read_text(encoding="utf-8"))
     if as_json:
@@ -55,10 +59,14 @@ def run_everything(settings: "Settings", targets: Sequence[str] | None = None, a
             {"step": one.step.title, "computed": one.computed, "seconds": one.seconds, "runs": one.run_ids}
             for one in results
         ]
-        print_json({"steps": steps, "report": str(report), "targets": data["targets"]})
+        given = None if intake is None else intake.as_data()
+        print_json({"steps": steps, "intake": given, "report": str(report), "targets": data["targets"]})
         return
     from prism_assets.report.comparison import comparison_table
 
+    if intake is not None:
+        print_intake(intake)
+        say()
     header, *rows = comparison_table(data)
     print_table(header, rows, title="Held-out results (mean ± standard deviation over seeds)")
     say("\nSelected data (JSON Lines, ready for training):")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
-from prism_assets.corpus.records import Message, excerpt_of
+from prism_assets.corpus.records import TEXT_ROLE, Message, excerpt_of
 from prism_assets.corpus.template import (
     PLACEHOLDER,
     ChatTemplate,
@@ -106,7 +106,7 @@ class Encoder:
         Where it has more than ``max_length`` tokens, the earliest exchanges go first, whole (the system turn
         stays); then the start of the longest user text. BOS, role headers and the system turn stay. Raises
         `Untokenizable` where what stays is too long or the completion tokenises to nothing, or where the template
-        cannot say where a completion begins.
+        cannot say where a completion begins. Of a text without a prompt see `_encode_text`.
         """
         return self._encode(messages, self.max_length)
 
@@ -127,6 +127,8 @@ class Encoder:
         Too long a prompt is cut for all by what the longest completion needs. Raises `Untokenizable`, for one of
         `others` naming `field`.
         """
+        if _is_text(messages):
+            raise Untokenizable("a text without a prompt has no other completion", field)
         versions = [tuple(messages), *((*messages[:-1], Message("assistant", other)) for other in others)]
         self._require_no_special_tokens([*messages, *(turns[-1] for turns in versions[1:])])
         lengths = [last_run(self._tokens(turns).supervised) for turns in versions]
@@ -140,6 +142,8 @@ class Encoder:
 
     def length(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation before anything of it is cut. Raises `Untokenizable`."""
+        if _is_text(messages):
+            return len(self._text_ids(messages[0].content))
         self._require_no_special_tokens(messages)
         return len(self._tokens(messages).ids)
 
@@ -148,6 +152,9 @@ class Encoder:
         room for its last exchange's completions, its headers and system turn, and one token of each user text. Raises
         `Untokenizable` where none does.
         """
+        if _is_text(messages):
+            self._encode_text(messages[0].content)
+            return 2
         turns = [tuple(messages)]
         if rejected is not None:
             turns.append((*messages[:-1], Message("assistant", rejected)))
@@ -167,6 +174,8 @@ class Encoder:
 
     def _encode(self, messages: Sequence[Message], limit: int) -> TokenizedExample:
         messages = tuple(messages)
+        if _is_text(messages):
+            return self._encode_text(messages[0].content)
         if not messages or messages[-1].role != "assistant":
             raise Untokenizable("the conversation does not end in an assistant turn", "messages")
         self._require_no_special_tokens(messages)
@@ -180,6 +189,24 @@ class Encoder:
         if loss_mask[0]:
             raise Untokenizable("the prompt tokenises to nothing", "prompt")
         return TokenizedExample(ids, loss_mask, truncated)
+
+    def _encode_text(self, text: str) -> TokenizedExample:
+        """A text without a prompt, as TRL reads it: BOS where the tokenizer writes one, EOS at its end, special tokens
+        in it as what they are; all but the first token is supervised. What is beyond ``max_length`` is cut at the end.
+        """
+        ids = np.asarray(self._text_ids(text), dtype=np.int32)
+        truncated = len(ids) > self.max_length
+        ids = ids[: self.max_length]
+        if len(ids) < 2:
+            raise Untokenizable("the text tokenises to nothing", "text")
+        return TokenizedExample(ids, np.arange(len(ids)) > 0, truncated)
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids = self._token_ids(text, first=True)
+        if self._leading_id is not None and ids[:1] != [self._leading_id]:
+            ids = [self._leading_id, *ids]
+        eos = cast("int", self.tokenizer.eos_token_id)
+        return ids if ids[-1:] == [eos] else [*ids, eos]
 
     def _last_exchanges(
         self, messages: tuple[Message, ...], tokens: _Tokens, limit: int
@@ -325,6 +352,10 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> set[st
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = set(tokenizer.all_special_tokens)
     return named | {token for token in added if token in template or not _TAG.fullmatch(token)}
+
+
+def _is_text(messages: Sequence[Message]) -> bool:
+    return len(messages) == 1 and messages[0].role == TEXT_ROLE
 
 
 def _spans(prompt: str, messages: Sequence[Message]) -> list[tuple[int, int]]:

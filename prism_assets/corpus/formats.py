@@ -14,6 +14,7 @@ from typing import Any
 from prism_assets.corpus.record_fields import other_fields
 from prism_assets.corpus.records import (
     NAMES,
+    TEXT_ROLE,
     BadRecord,
     Example,
     Kind,
@@ -29,7 +30,8 @@ from prism_assets.corpus.turns import conversation, given, tool_definitions, usa
 
 ALPACA_LAYOUT = ("instruction", "output")
 CONVERSATION_LAYOUTS = (("messages",), ("conversations",))
-LAYOUTS = (("prompt", "completion"), *CONVERSATION_LAYOUTS, ALPACA_LAYOUT)
+TEXT_LAYOUT = ("text",)
+LAYOUTS = (("prompt", "completion"), *CONVERSATION_LAYOUTS, ALPACA_LAYOUT, TEXT_LAYOUT)
 PAIR_LAYOUT = ("prompt", "safe", "unsafe")
 PREFERENCE_LAYOUT = ("chosen", "rejected")
 PAIR_LAYOUTS = (PAIR_LAYOUT, PREFERENCE_LAYOUT)
@@ -38,6 +40,8 @@ LAYOUT_WORDS: dict[tuple[str, ...], str] = {
     ("messages",): "an array of turns (OpenAI, TRL, Together, Mistral)",
     ("conversations",): "an array of turns (ShareGPT)",
     ALPACA_LAYOUT: "one exchange (Alpaca)",
+    TEXT_LAYOUT: "a text without a prompt, in no template: all but its first token is learned (TRL). Refused beside a "
+    "field of another layout",
     PAIR_LAYOUT: "for targets: a prompt, the wanted and the unwanted completion",
     PREFERENCE_LAYOUT: "for targets: the wanted and the unwanted side as texts beside `prompt`, or as arrays of turns, "
     "with the prompt's turns in `prompt` or at the start of both (TRL). Refused for candidates, with advice",
@@ -95,6 +99,8 @@ def example_of(record: dict, line: int, kind: Kind, columns: Mapping[str, str] |
     if layout == PREFERENCE_LAYOUT:
         messages, unwanted = _preference(record, unused)
         used.add("prompt")
+    elif layout == TEXT_LAYOUT:
+        messages = [_text(record, line)]
     elif layout in CONVERSATION_LAYOUTS:
         messages = _decoded_conversation(record[layout[0]], layout[0], unused)
     else:
@@ -102,7 +108,7 @@ def example_of(record: dict, line: int, kind: Kind, columns: Mapping[str, str] |
     messages = _with_context(record, list(messages), used)
     _refuse_unsupported(record, used)
     field = layout[-1] if layout not in CONVERSATION_LAYOUTS else layout[0]
-    turns = usable(messages, field)
+    turns = usable(messages, field) if layout != TEXT_LAYOUT else tuple(messages)
     fields = {"record_id": _label(record, "id"), "source": _label(record, "source"), "line": line}
     if kind == "candidate":
         unused |= {name for name in record if name not in used and name not in _QUIET and record[name] is not None}
@@ -344,6 +350,15 @@ def _completion_turns(value: Any, field: str, unused: set[str]) -> list[Message]
     if not isinstance(value, list):
         return [Message("assistant", not_empty(text_of(value, field), field))]
     return conversation(value, field, unused)
+
+
+def _text(record: dict, line: int) -> Message:
+    """The one turn of a record that is a text. Raises `BadRecord` where something else in it would be lost."""
+    others = {name for layout in (*LAYOUTS, *PAIR_LAYOUTS) for name in layout} - {"text"}
+    for name in record:
+        if name in others | _CONTEXT_FIELDS | {"history", "input", "choices"} and given(record[name]):
+            raise BadRecord(name, "stands beside 'text', which has no place for it; leave one of them out")
+    return Message(TEXT_ROLE, not_empty(text_of(record["text"], "text"), "text"))
 
 
 def _rejected(record: dict, layout: tuple[str, ...], completion: str) -> str | None:

@@ -11,8 +11,9 @@ _BEGINNING = """# Record formats
 
 What files may hold, and what each known field does. Made from the code: `python -m prism_assets.corpus.formats_page`
 writes this page. A record that cannot be used is in the table `rejects` with line, field and reason
-(`prism sql "SELECT * FROM rejects"`); a field that is known to no format is named once a file in the log and in the
-metadata of `candidates`. What a record holds beside its conversation is kept in the table `candidate_fields`.
+(`prism sql "SELECT kind, name, line, field, reason FROM rejects"`); a field that is known to no format is named once a
+file in the log and in the metadata of `candidates`. What a record holds beside its conversation is kept in the table
+`candidate_fields`.
 
 ## Files
 """
@@ -38,7 +39,7 @@ _END = """
   last turn's reasoning, or cannot say where a completion begins. The plain format has no place for tools and reasoning.
 - Where it has more tokens than `tokenization.max_length`, the earliest exchanges go first, then the start of the
   longest user text. Headers, system turn and completion stay. Such rows are counted (`truncated`, check
-  `prompts_whole`).
+  `prompts_whole`). Of a text without a prompt the end goes.
 """
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from prism_assets.corpus.files import DATA_EXTENSIONS, LINK_ADVICE, data_extension
 from prism_assets.corpus.other_files import describes_a_dataset
@@ -20,7 +22,7 @@ from prism_assets.resources.regular_files import leads_outside
 
 AT_REST_SECONDS = 2.0
 PARTIAL_EXTENSIONS = (".tmp", ".part", ".partial", ".crdownload", "~")
-NAME_CHARACTERS = 60
+NAME_CHARACTERS, QUOTED_CHARACTERS = 60, 160
 
 
 class InboxFile(NamedTuple):
@@ -87,12 +89,15 @@ def scan(
 def shard_key(file_name: str, sha256: str) -> str:
     """``<name>-<12 digits>``, fit for a path and for a Dagster partition key.
 
-    Only letters, digits, ``_``, ``.`` and ``-`` are kept, and never two dots in a row ("..." means a range of
-    partitions). The name without its data extension is cut to 60 characters.
+    Only letters and digits of any alphabet, ``_``, ``.`` and ``-`` are kept, and never two dots in a row ("..." means a
+    range of partitions). The name without its data extension is cut to 60 characters, and to what a file name may hold
+    of it once it is quoted.
     """
-    stem = file_name[: len(file_name) - len(data_extension(file_name) or "")]
-    name = re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9_.-]+", "_", stem))
-    name = name.strip("._-")[:NAME_CHARACTERS].strip("._-")
+    stem = unicodedata.normalize("NFC", file_name[: len(file_name) - len(data_extension(file_name) or "")])
+    name = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.-]+", "_", stem)).strip("._-")[:NAME_CHARACTERS]
+    while len(quote(name)) > QUOTED_CHARACTERS:
+        name = name[:-1]
+    name = name.strip("._-")
     return f"{name or 'shard'}-{sha256[:12]}"
 
 

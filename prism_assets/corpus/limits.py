@@ -7,8 +7,10 @@ becomes a reject, a file as a whole raises UnreadableFile.
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -68,10 +70,23 @@ class _Counted(io.RawIOBase):
 
 def decompressed(file: BinaryIO, compression: str, path: Path, limits: Limits) -> io.BufferedReader:
     """What a compressed file holds. Raises UnreadableFile while it is read."""
-    import pyarrow as pa  # here, so that listing an inbox needs no pyarrow
+    if compression == "gzip":
+        stream: Any = _GzipFile(fileobj=file, mode="rb")  # unlike Arrow's it knows zeros at the end as padding
+    else:
+        import pyarrow as pa  # here, so that listing an inbox needs no pyarrow
 
-    stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
+        stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
     return io.BufferedReader(_Counted(stream, path, os.fstat(file.fileno()).st_size, limits), _COMPRESSION_BUFFER)
+
+
+class _GzipFile(gzip.GzipFile):
+    """Damage is an OSError, as of any other file."""
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return super().readinto(buffer)
+        except (EOFError, zlib.error) as error:
+            raise OSError(str(error)) from error
 
 
 class TooLong(NamedTuple):

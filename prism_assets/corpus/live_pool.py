@@ -1,10 +1,12 @@
 """The asset `live_pool`: the manifest of live shards, and which of their rows count."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import dagster as dg
 
+from prism_assets.corpus.candidates import scan_inbox
+from prism_assets.corpus.intake import COLUMNS, SHOW_REJECTS, intake
 from prism_assets.corpus.targets import conversations
 from prism_assets.errors import StageError
 from prism_assets.metadata import preview
@@ -54,7 +56,7 @@ def _list_pool(stage: Stage, live: Mapping[str, Artifact], pending: list[str]) -
     if not notes["canonical_rows"]:
         raise StageError(
             f"No candidate is left: every row of the {len(live)} files in {inbox} was rejected "
-            f"or is a target or held-out record ({notes['contaminated']}). The table `rejects` has the reasons."
+            f"or is a target or held-out record ({notes['contaminated']}). The reasons: {SHOW_REJECTS}"
         )
     rows = stage.lake.read_table(pool, ["shard", "rows", "canonical_rows", "completion_tokens"])
     return Outcome(
@@ -68,12 +70,24 @@ def _list_pool(stage: Stage, live: Mapping[str, Artifact], pending: list[str]) -
             "completion_tokens": notes["completion_tokens"],
             "sources": dg.MetadataValue.json(notes["sources"]),
             "rows": preview(rows.to_pylist()),
+            **_intake_metadata(stage),
         },
         [
             NOTHING_PENDING(not pending, pending=len(pending), shards=", ".join(pending[:20])),
             NO_CONTAMINATION(not notes["contaminated"], excluded=notes["contaminated"]),
         ],
     )
+
+
+def _intake_metadata(stage: Stage) -> dict[str, Any]:
+    """What became of all records given, for the UI."""
+    found = intake(stage, scan_inbox(stage, at_rest_seconds=0).ignored)
+    reasons = [{"records of": name, "reason": why, "rejected": count} for name, why, count in found.reasons]
+    return {
+        "intake": preview([dict(zip(COLUMNS, part.row(), strict=True)) for part in found.parts], limit=20),
+        "rejected_because": preview(reasons, limit=20),
+        "intake_notes": preview([{"note": one} for one in found.notes()], limit=20),
+    }
 
 
 def _manifest(stage: Stage, live: Mapping[str, Artifact], held_back: list[Artifact]) -> Rows:

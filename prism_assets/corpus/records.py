@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 Kind = Literal["candidate", "target", "eval"]  # what the records of a file are for
 
+TEXT_ROLE = "text"
 EXCERPT_CHARACTERS = 160
 # Of a record without a layout the names are compared with ours: so many of them, and so much of each.
 NAMES, _NAME_CHARACTERS = 200, 100
@@ -30,7 +31,8 @@ JSON_TYPE_NAMES = {
 class Message(NamedTuple):
     """One turn of a conversation.
 
-    role: system, user, assistant or tool; "tools" for the definitions of tools, as JSON text, before all turns. learn:
+    role: system, user, assistant or tool; "tools" for the definitions of tools, as JSON text, before all turns;
+    `TEXT_ROLE` for the only turn of a record that is a text without a prompt, and stands in no template. learn:
     whether an assistant's turn has loss. extra: JSON text of what a chat template is handed beside role and content
     (`reasoning_content`, `tool_calls`, `tool_call_id`, `name`), empty for nothing.
     """

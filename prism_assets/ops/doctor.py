@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from prism_assets.corpus.intake import CANDIDATES, SHOW_REJECTS, Intake, intake
 from prism_assets.errors import ModelError, PrismError, UnreadableFile
 from prism_assets.ops.stale import why_outdated
 from prism_assets.resources.model.language_model import LanguageModel
@@ -161,6 +162,19 @@ def _files(stage: Stage) -> list[Finding]:
     return findings
 
 
+def intake_of_today(stage: Stage) -> Intake | None:
+    """What became of the records given, as far as the lake knows; None where there is no model or no inbox."""
+    from prism_assets.corpus.candidates import scan_inbox
+
+    try:
+        _ = stage.corpus_version
+    except ModelError:
+        return None
+    if not stage.settings.candidates.inbox.is_dir():
+        return None
+    return intake(stage, scan_inbox(stage, at_rest_seconds=0).ignored)
+
+
 def _permissions(stage: Stage) -> list[Finding]:
     """Whether others on this machine can read what people brought."""
     given = os.environ.get("DAGSTER_HOME")
@@ -222,7 +236,7 @@ def _stale(stage: Stage) -> list[Finding]:
         return []
     keys = sorted(inbox_files(stage, at_rest_seconds=0))
     unread = [key for key in keys if stage.shown_or_none("candidates", key) is None]
-    findings = [_share("candidates", len(unread), len(keys), "files are not ingested"), *_rejected(stage, keys)]
+    findings = [_share("candidates", len(unread), len(keys), "files are not ingested"), *_rejected(stage)]
     if stage.shown_or_none("warmup_checkpoints") is None:
         return [*findings, Finding("note", "stale", "no warm-up for these settings yet: `prism run` makes it")]
     version = stage.feature_version
@@ -243,23 +257,17 @@ def _stale(stage: Stage) -> list[Finding]:
     return findings
 
 
-def _rejected(stage: Stage, keys: list[str]) -> list[Finding]:
-    """Files that could not be read, and how many records of the others were rejected."""
-    findings, count, truncated = [], 0, 0
-    for key in keys:
-        rows = stage.shown_or_none("candidates", key)
-        truncated += rows.notes.get("truncated", 0) if rows else 0
-        rejects = stage.shown_or_none("rejects", key)
-        for row in stage.lake.read_table(rejects).to_pylist() if rejects and rejects.notes["rows"] else ():
-            if row["field"] == "file":
-                findings.append(Finding("problem", "unreadable", f"{key}: {row['reason']}"))
-            else:
-                count += 1
-    if count:
-        findings.append(Finding("note", "rejects", f'{count} records were rejected: prism sql "SELECT * FROM rejects"'))
-    if truncated:
+def _rejected(stage: Stage) -> list[Finding]:
+    """Files of the pool that could not be read, and how many records of the others were rejected or cut."""
+    pool = next((part for part in intake(stage).parts if part.name == CANDIDATES), None)
+    if pool is None:
+        return []
+    findings = [Finding("problem", "unreadable", f"{name}: {why}") for name, why in pool.unreadable.items()]
+    if pool.rejected:
+        findings.append(Finding("note", "rejects", f"{pool.rejected} records were rejected: {SHOW_REJECTS}"))
+    if pool.cut:
         longest = stage.settings.tokenization.max_length
-        words = f"{truncated} rows lose a part of their prompt to tokenization.max_length ({longest:,})"
+        words = f"{pool.cut} rows lose a part of their prompt to tokenization.max_length ({longest:,})"
         findings.append(Finding("note", "truncated", words))
     return findings
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prism_assets.corpus.intake import COLUMNS, SHOW_REJECTS
 from prism_assets.report.comparison import (
     METRIC_LABELS,
     Cell,
@@ -34,6 +34,7 @@ from prism_assets.report.wording import (
 _SHOWN_WEIGHTS = 8
 _SHOWN_EXAMPLES = 10
 _SHOWN_REJECTS = 50
+_FIGURES = ("files", "given", "used", "rejected", "duplicates", "contaminated", "cut")  # of a part of the intake
 _LONGEST_TEXT = 1500
 _TRUST_MARKS = {True: "holds", False: "does not hold", None: "not measured"}
 
@@ -91,7 +92,7 @@ def build_report(data: Mapping[str, Any]) -> str:
         targets=targets,
         settings=pretty(data.get("settings")),
         lineage=pretty(data.get("lineage")),
-        left_out=_left_out_view(data),
+        intake=_intake_view(data),
     )
 
 
@@ -309,29 +310,26 @@ def _lost(records: Mapping[str, Any], table: str) -> str:
     return f"{count_text(counts['given'])} given, {count_text(counts['used'])} used"
 
 
-def _left_out_view(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Counts of what was left out of the pool, None where nothing is known of it."""
-    if not any(key in data for key in ("rejects", "contamination", "duplicates")):
+def _intake_view(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What became of the records given, None where nothing is known of it."""
+    intake = data.get("intake")
+    if not intake:
         return None
+    parts: list[Mapping[str, Any]] = list(intake.get("parts") or [])
+    reasons = [(part["name"], why, count) for part in parts for why, count in (part.get("reasons") or {}).items()]
+    unreadable = [(file, why) for part in parts for file, why in (part.get("unreadable") or {}).items()]
+    ignored = [(one["path"], one["reason"]) for one in intake.get("ignored") or []]
     rejects: list[Mapping[str, Any]] = list(data.get("rejects") or [])
-    reasons = Counter(str(row.get("reason")) for row in rejects)
-    counts = [
-        ("rejected records", count_text(len(rejects)) if "rejects" in data else MISSING),
-        ("rows equal to a target or held-out record", count_text(data.get("contamination"))),
-        ("duplicates", count_text(data.get("duplicates"))),
-    ]
     rows = [
-        (
-            str(row.get("shard") or ""),
-            str(row.get("file") or ""),
-            general(row.get("line")),
-            str(row.get("reason")),
-        )
+        tuple(str(row.get(name) or "") for name in ("shard", "line", "field", "reason"))
         for row in rejects[:_SHOWN_REJECTS]
     ]
     return {
-        "counts": [count for count in counts if count[1] != MISSING],
-        "reasons": reasons.most_common(),
+        "columns": COLUMNS[1:],
+        "parts": [(part["name"], [count_text(part[name]) for name in _FIGURES]) for part in parts],
+        "reasons": [(name, why, count_text(count)) for name, why, count in sorted(reasons, key=lambda one: -one[2])],
+        "files": [("not read", *one) for one in unreadable] + [("ignored", *one) for one in ignored],
+        "unused": sorted({name for part in parts for name in part.get("unused_fields") or ()}),
         "rows": rows,
-        "more": len(rejects) - len(rows),
+        "command": SHOW_REJECTS,
     }

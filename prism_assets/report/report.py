@@ -8,6 +8,8 @@ from typing import Any
 
 import dagster as dg
 
+from prism_assets.corpus.candidates import scan_inbox
+from prism_assets.corpus.intake import intake
 from prism_assets.metadata import picture, preview
 from prism_assets.project import Project
 from prism_assets.report.content import ReportPart, explanations, target_content
@@ -19,6 +21,7 @@ from prism_assets.work import Outcome, each_partition, stage_of
 
 # The weekly refresh makes it at least once in seven days.
 FRESH = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=9), warn_window=timedelta(days=8))
+_REJECTS = 50
 PAGE, DATA = "report.html", "report.json"
 
 
@@ -82,11 +85,6 @@ def _outcome(stage: Stage, report: Artifact, content: Mapping[str, Any], compute
 def _around(stage: Stage, targets: Mapping[str, Any]) -> dict[str, Any]:
     """report.json around the targets' parts."""
     pool = stage.shown("live_pool")
-    rejects: list[dict[str, Any]] = []
-    for shard in stage.lake.read_table(pool, ["shard"])["shard"].to_pylist():
-        found = stage.shown_or_none("rejects", shard)
-        if found is not None:
-            rejects += [{"shard": shard, **row} for row in stage.lake.read_table(found).to_pylist()]
     return {
         **page_head(stage),
         "lineage": {
@@ -98,11 +96,21 @@ def _around(stage: Stage, targets: Mapping[str, Any]) -> dict[str, Any]:
             for one in (pool, stage.warmup)
         },
         "feature_version": stage.feature_version,
-        "rejects": rejects,
-        "contamination": pool.notes["contaminated"],
-        "duplicates": pool.notes["duplicates"],
+        "intake": intake(stage, scan_inbox(stage, at_rest_seconds=0).ignored).as_data(),
+        "rejects": _first_rejects(stage, pool),
         "targets": dict(targets),
     }
+
+
+def _first_rejects(stage: Stage, pool: Artifact) -> list[dict[str, Any]]:
+    """The first rejects of the pool's shards: the table `rejects` has them all, however many there are."""
+    found: list[dict[str, Any]] = []
+    for shard in stage.lake.read_table(pool, ["shard"])["shard"].to_pylist():
+        rejects = stage.shown_or_none("rejects", shard)
+        if rejects is not None and rejects.notes["rows"] and len(found) < _REJECTS:
+            first = stage.lake.read_first(rejects, _REJECTS - len(found))
+            found += [{"shard": shard, **row} for row in first.to_pylist()]
+    return found
 
 
 def write_combined_report(stage: Stage) -> Path:

@@ -554,3 +554,32 @@ def test_the_least_length_is_the_first_one_that_is_taken(turns, rejected, templa
     least = Encoder(tokenizer, max_length=8, template=template).least_length(messages, rejected)
     assert _takes(tokenizer, template, least, messages, rejected)
     assert least == 2 or not _takes(tokenizer, template, least - 1, messages, rejected)
+
+
+# --- Texts without a prompt ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["plain", CHATML])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_text_has_the_tokens_that_the_tokenizer_gives_it_and_an_end(template, bos):
+    tokenizer = character_tokenizer(bos_by_default=bos)
+    encoder = Encoder(tokenizer, max_length=40, template=template)
+    for text in ("abc d", "<|user|>a<|assistant|>b", "abc</s>"):
+        example = encoder.encode((Message("text", text),))
+        # As TRL: EOS unless it is there; special tokens are what they are written as.
+        assert example.input_ids.tolist() == tokenizer(text.removesuffix("</s>") + "</s>").input_ids
+        assert example.loss_mask.tolist() == [False] + [True] * (len(example.input_ids) - 1)
+        assert encoder.length((Message("text", text),)) == len(example.input_ids) and not example.truncated
+
+
+def test_of_a_text_that_is_too_long_the_end_goes():
+    tokenizer = character_tokenizer()
+    example = Encoder(tokenizer, max_length=6).encode((Message("text", "abcdefgh"),))
+    assert example.input_ids.tolist() == tokenizer("abcde").input_ids and example.truncated
+
+
+def test_a_text_makes_no_pair_and_no_empty_one_is_taken():
+    encoder = Encoder(character_tokenizer(bos_by_default=False), max_length=6)
+    with pytest.raises(Untokenizable, match="no other completion"):
+        encoder.encode_options((Message("text", "abc"),), ["d"])
+    assert encoder.least_length((Message("text", "abcdefgh"),)) == 2

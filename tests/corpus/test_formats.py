@@ -302,3 +302,28 @@ def test_the_page_of_formats_is_made_from_the_code_and_names_every_field():
     assert page.read_text(encoding="utf-8") == formats_page(), "python -m prism_assets.corpus.formats_page writes it"
     named = set(re.findall(r"`([^`]+)`", formats_page()))
     assert KNOWN_FIELDS <= named
+
+
+def test_a_text_is_one_turn_without_a_prompt(tmp_path):
+    example = only(tmp_path, {"text": "Once upon a time.", "id": 3})
+    assert example.messages == (Message("text", "Once upon a time."),)
+    assert (example.prompt_text, example.completion_text) == ("", "Once upon a time.")
+    assert messages_from_json(messages_to_json(example.messages)) == example.messages
+    # Alpaca's rows hold the whole prompt once more as `text`, which is not what they are.
+    alpaca = only(tmp_path, {"instruction": "q", "output": "a", "text": "Below is an instruction"})
+    assert [one.role for one in alpaca.messages] == ["user", "assistant"] and alpaca.unused == ("text",)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"prompt": "q"}, {"completion": "a"}, {"system": "s"}, {"instruction": "i"}, {"tools": [{"name": "f"}]},
+     {"rejected": "r"}, {"history": [["a", "b"]]}],
+)  # fmt: skip
+def test_what_a_text_has_no_place_for_is_refused_beside_it(tmp_path, beside):
+    reject = refusal(tmp_path, {"text": "a b c", **beside})
+    assert reject.field == next(iter(beside)) and "beside 'text'" in reject.reason
+
+
+def test_a_column_is_named_as_the_text(tmp_path):
+    (example,), _ = read(tmp_path, {"body": "words"}, columns={"text": "body"})
+    assert example.completion_text == "words"

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import time
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -197,7 +198,11 @@ def test_a_file_without_permission_is_reported(tmp_path):
         ("v1.2-final.parquet", "v1.2-final"),
         ("a...b|c,d\ne.jsonl.zst", "a.b_c_d_e"),
         ("..-_.jsonl", "shard"),
-        ("数据.jsonl", "shard"),
+        ("数据.jsonl", "数据"),
+        ("e\u0301te\u0301 2026.jsonl", "été_2026"),
+        ("данные|a\u202e.jsonl", "данные_a"),
+        ("\u202e…!.jsonl", "shard"),
+        ("数" * 300 + ".jsonl", "数" * 17),
         ("x" * 300 + ".jsonl", "x" * 60),
     ],
 )
@@ -208,4 +213,5 @@ def test_shard_names(name, expected):
 @given(st.text(max_size=80), st.sampled_from([".jsonl", ".jsonl.gz", ".parquet", ""]))
 def test_any_file_name_gives_a_key_fit_for_a_partition_and_a_path(stem, extension):
     key = shard_key(stem + extension, "f" * 64)
-    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}-f{12}", key) and ".." not in key
+    assert re.fullmatch(r"[\w.-]{1,60}-f{12}", key) and key[0] not in "_.-" and ".." not in key
+    assert len(quote(key)) <= 180  # it is a part of file names, quoted

@@ -145,7 +145,9 @@ def test_report_json_has_the_promised_layout(finished):
 
 def test_the_report_counts_what_was_left_out(finished):
     report = finished.report
-    assert report["contamination"] == 3 and report["duplicates"] == 1
+    pool = report["intake"]["parts"][0]
+    assert pool["contaminated"] == 3 and pool["duplicates"] == 1
+    assert (pool["given"], pool["used"], pool["rejected"]) == (44, 36, 4) and sum(pool["reasons"].values()) == 4
     # 44 rows in two files: four are rejected, three are in target or held-out files, one is there twice.
     assert report["targets"]["plain"]["pool"]["rows"] == 40
     assert report["targets"]["plain"]["pool"]["canonical"] == 36

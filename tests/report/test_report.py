@@ -79,9 +79,38 @@ def sample() -> dict:
         "settings": {"note": HOSTILE, "selection": {"budget": "5%"}},
         "lineage": {"manifest": "cd" * 16},
         "targets": {"reverse_noise": target, HOSTILE: copy.deepcopy(target)},
-        "rejects": [{"shard": "pool-1a", "line": 3, "reason": HOSTILE}] * 60,
-        "contamination": 7,
-        "duplicates": 200,
+        "rejects": [{"shard": "pool-1a", "line": 3, "field": "prompt", "reason": HOSTILE}] * 60,
+        "intake": {
+            "parts": [
+                {
+                    "name": "candidates",
+                    "files": 2,
+                    "given": 1240,
+                    "used": 1000,
+                    "rejected": 33,
+                    "duplicates": 200,
+                    "contaminated": 7,
+                    "cut": 5,
+                    "reasons": {HOSTILE: 30, "missing": 3},
+                    "unreadable": {"pool-1b": HOSTILE},
+                    "unused_fields": [HOSTILE],
+                },
+                {
+                    "name": HOSTILE,
+                    "files": 1,
+                    "given": 2,
+                    "used": 2,
+                    "rejected": 0,
+                    "duplicates": 0,
+                    "contaminated": 0,
+                    "cut": 0,
+                    "reasons": {},
+                    "unreadable": {},
+                    "unused_fields": [],
+                },
+            ],
+            "ignored": [{"path": HOSTILE, "reason": "unknown extension"}],
+        },
     }
 
 
@@ -310,9 +339,13 @@ def test_contents_are_listed_where_there_are_several_targets(page):
     assert not any(tag == "nav" for tag, _ in Page(build_report(bare)).tags)
 
 
-def test_rejects_are_counted_by_reason(page):
-    assert "and 10 more, in the rejects table" in page.text
-    assert "rejected records60" in page.text.replace("\n", "").replace("  ", "")
+def test_what_became_of_the_records_is_shown_by_file_and_reason(page):
+    text = "".join(page.text.split())  # cells have nothing between them
+    assert "candidates21,2401,0003320075" in text
+    assert f"candidates{HOSTILE}30candidatesmissing3" in text.replace("\u2026", "") or "candidatesmissing3" in text
+    assert "pool-1bnotread" in text and "ignoredunknownextension" in text
+    assert 'prism sql "SELECT kind, name, line, field, reason FROM rejects"' in page.text
+    assert page.text.count("pool-1a") == 50  # of the 60 rejects
 
 
 def test_trust_is_shown_question_by_question_or_named_as_not_measured():
