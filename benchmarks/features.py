@@ -93,6 +93,7 @@ PRETRAINED = ("smollm2", "gemma3_270m")
 LESS_PROJECTION_ROWS = 16
 LESS_PROJECTION_BLOCK = 128
 LESS_PROJECTION_ROUNDS = 2  # it depends on no row, only on the number of parameters
+PLAIN_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ '\n' if m['role'] == 'user' else eos_token }}{% endfor %}"
 BERGSON_PROJECTION_DIM = 8
 BERGSON_TOKENS = 1024  # a batch
 BERGSON_FEW_ROWS = 8
@@ -296,6 +297,10 @@ def time_bergson(
         ours = our_features(model, dim)
         ours(examples[:2])
         many, few = folder / "many.jsonl", folder / "few.jsonl"
+        tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = PLAIN_TEMPLATE  # bergson knows prompts and completions through a template alone
+        tokenizer.save_pretrained(folder / "peer_tokenizer")
         write_records(many, records)
         write_records(few, records[:BERGSON_FEW_ROWS])
         tokens = sum(len(example.input_ids) for example in examples)
@@ -325,7 +330,7 @@ def run_bergson(python: Path, folder: Path, rows: Path) -> ProcessCost:
     """One `bergson build`. Raises RuntimeError with its last words where it fails."""
     command = [
         str(python), "-m", "bergson", "build", str(folder / "bergson"), "--model", str(folder / "adapter"),
-        "--tokenizer", str(folder / "adapter"), "--dataset", str(rows), "--prompt_column", "prompt",
+        "--tokenizer", str(folder / "peer_tokenizer"), "--dataset", str(rows), "--prompt_column", "prompt",
         "--completion_column", "completion", "--truncation", "--token_batch_size", str(BERGSON_TOKENS),
         "--projection_dim", str(BERGSON_PROJECTION_DIM), "--precision", "fp32", "--overwrite",
     ]  # fmt: skip
