@@ -94,7 +94,8 @@ LESS_PROJECTION_ROWS = 16
 LESS_PROJECTION_BLOCK = 128
 LESS_PROJECTION_ROUNDS = 2  # it depends on no row, only on the number of parameters
 PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ '\n' if m['role'] == 'user' else eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ m['content'] }}"
+    "{{ '\n' if m['role'] == 'user' else eos_token }}{% endfor %}"
 )
 BERGSON_PROJECTION_DIM = 8
 BERGSON_TOKENS = 1024  # a batch

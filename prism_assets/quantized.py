@@ -13,8 +13,10 @@ anew and rounds x to bfloat16, and has no derivative there. So the layers get a 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,9 +67,17 @@ def dequantized(module: nn.Module, dtype: torch.dtype) -> Tensor:
     if not _has_codes(module):
         raise UnsupportedModelError(f"a {type(module).__name__} has no quantised weights: load the model on a device")
     if isinstance(module, library.nn.Linear4bit):
-        return library.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        return _dequantized_4bit(library, weight.data, weight.quant_state).to(dtype)
     scales = (_scales(module) / 127)[:, None]
     return weight.data.to(dtype).mul_(scales) if dtype.itemsize == 4 else weight.data.float().mul_(scales).to(dtype)
+
+
+def _dequantized_4bit(library: Any, codes: Tensor, state: Any) -> Tensor:
+    """As one row: on CPUs with AVX512 bitsandbytes 0.50 begins a block with every row, though the blocks that it made
+    go on from row to row, so that rows which are no multiple of a block come out wrong."""
+    as_a_row = copy(state)
+    as_a_row.shape = torch.Size([math.prod(state.shape)])
+    return library.functional.dequantize_4bit(codes, as_a_row).view(state.shape)
 
 
 def quantized_weights(model: nn.Module) -> set[int]:

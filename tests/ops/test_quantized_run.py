@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from four_bits import as_plain_layers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -81,7 +82,7 @@ def test_a_fine_tuned_adapter_loads_in_peft_and_gives_the_log_probabilities_of_t
     base = AutoModelForCausalLM.from_pretrained(
         quantized.folder / "model", dtype=torch.float32, device_map={"": "cpu"}, quantization_config=quantization
     )
-    model = PeftModel.from_pretrained(base, folder).eval()
+    model = PeftModel.from_pretrained(as_plain_layers(base), folder).eval()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "model"
     records = lake.read_table(stage.shown("eval_examples", "plain"))
     expected = []
