@@ -106,7 +106,7 @@ def project_settings(folder: Path, seed: int, situations: list[str]) -> Any:
     from prism_assets.demo.data import demo_settings
     from prism_assets.settings import from_mapping
 
-    content = demo_settings(folder)
+    content = demo_settings()
     content["warmup"]["seed"] = content["features"]["seed"] = seed
     content["selection"]["seed"] = seed
     content["seeds"] = [seed]

@@ -144,6 +144,11 @@ class StageError(PrismError):
     """A stage cannot do its work with what there is: no candidate, no usable target, a part that went missing."""
 
 
+class ShardGone(StageError):
+    """The file of a shard was edited, renamed or removed after it was listed: the next look at the inbox takes what is
+    there then."""
+
+
 class PipelineError(PrismError):
     """A Dagster run failed; the message carries the step's own reason."""
 

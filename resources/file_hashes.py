@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prism_assets.resources.private_folders import make_private
 from prism_assets.resources.regular_files import open_regular
+from prism_assets.resources.store import unless_read_only
 
 # A hash is remembered only for a file older than this: a younger one may be written again within one tick of
 # the file system's clock, with the same size and modification time.
@@ -56,7 +57,7 @@ class FileHashes:
         return digest
 
     def save(self, below: Path | None = None) -> None:
-        """Replace the JSON file as a whole, if anything is new. Raises OSError where it cannot be written.
+        """Replace the JSON file as a whole, if anything is new. In a lake that can only be read it stays as it is.
 
         Of the files under the folder `below`, only those that this object was asked for are kept: the others are gone.
         """
@@ -67,11 +68,12 @@ class FileHashes:
         kept = others | self._seen
         if kept == self._stored:
             return
-        for folder in (self.path.parent.parent, self.path.parent):
-            make_private(folder)
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(kept), encoding="utf-8")
-        os.replace(draft, self.path)
+        with unless_read_only():
+            for folder in (self.path.parent.parent, self.path.parent):
+                make_private(folder)
+            draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            draft.write_text(json.dumps(kept), encoding="utf-8")
+            os.replace(draft, self.path)
         self._stored = kept
 
 

@@ -18,7 +18,10 @@ from prism_assets.resources.private_folders import make_private
 
 DRAFTS = "unpublished"
 # What os.link says on a file system that has none.
-_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_HARD_LINKS = (
+    *(errno.EPERM, errno.EACCES, errno.EXDEV),
+    *(errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK),
+)
 
 
 class FolderStore:
@@ -144,6 +147,16 @@ class FolderStore:
             ) from error
 
 
+@contextmanager
+def unless_read_only() -> Iterator[None]:
+    """For what is remembered to save time: where nothing may be written, it is not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+
+
 def _move_unless_there(draft: Path, target: Path) -> None:
     """Give a draft its place in one atomic step. The second of two writers leaves the first one's content as it is."""
     try:
@@ -177,5 +190,5 @@ def _flush(path: Path) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif path.exists():  # asked first: on a read-only file system even a file that is not there cannot be removed
         path.unlink(missing_ok=True)

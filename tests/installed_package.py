@@ -85,7 +85,7 @@ def small_demo(folder: Path) -> None:
         *((one, 8) for one in sorted((folder / "targets").glob("*/*.jsonl"))),
     ):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:number]))
-    settings = demo_settings(folder)
+    settings = demo_settings()
     settings |= {"strategies": ["prism", "random"], "seeds": [0]}
     settings["training"] |= {"epochs": 1, "steps": 2}
     (folder / "prism.yaml").write_text(yaml.safe_dump(settings))

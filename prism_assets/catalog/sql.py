@@ -25,6 +25,16 @@ def refresh(lake: Lake) -> Path:
     return lake.rebuild_catalog(additions())
 
 
+def refreshed(lake: Lake) -> "duckdb.DuckDBPyConnection":
+    """A connection to the catalogue file, written again; to views in memory where the lake can only be read."""
+    import duckdb
+
+    try:
+        return duckdb.connect(str(refresh(lake)), read_only=True)
+    except (OSError, duckdb.IOException):
+        return connect(lake)
+
+
 def connect(lake: Lake) -> "duckdb.DuckDBPyConnection":
     """The views of today's lake on a connection of its own, in memory; it locks nothing."""
     return lake.connect(additions())

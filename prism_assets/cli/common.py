@@ -50,6 +50,13 @@ def expected_failures() -> Iterator[None]:
         raise _said(str(error), error.exit_status) from error
     except KeyboardInterrupt as error:
         raise _said("Interrupted. What was finished is kept; run again to go on.", 1) from error
+    except Exception as error:
+        from prism_assets.cli.machine_faults import advice
+
+        found = advice(error)
+        if found is None:
+            raise
+        raise _said(found, 1) from error
 
 
 def _said(message: str, status: int) -> typer.Exit:

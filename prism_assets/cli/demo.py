@@ -28,5 +28,5 @@ def demo(
         if not config.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_demo_data(folder, seed=0)
-            config.write_text(yaml.safe_dump(demo_settings(folder), sort_keys=False), encoding="utf-8")
+            config.write_text(yaml.safe_dump(demo_settings(), sort_keys=False), encoding="utf-8")
         run_everything(read_settings(config))

@@ -1,5 +1,7 @@
 """`prism doctor`: what this installation has, and what is stale."""
 
+from typing import Annotated
+
 import typer
 
 from prism_assets.cli.common import (
@@ -16,14 +18,21 @@ from prism_assets.cli.common import (
 
 
 @app.command()
-def doctor(config: Config = None, as_json: AsJson = False) -> None:
-    """What this installation has: versions, device, model, inbox, and what is stale."""
+def doctor(
+    config: Config = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every artefact whole and compare it with its content hash.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What this installation has: versions, device, model, inbox, and what is stale or damaged."""
     with expected_failures():
         settings = read_settings(config)
-        from prism_assets.ops.doctor import examine, intake_of_today
+        from prism_assets.ops.doctor import examine, intake_of_today, integrity
 
         stage = load_project(settings).stage
-        findings, intake = examine(stage), intake_of_today(stage)
+        verified = integrity(stage) if verify else []  # first: what is damaged counts as not made
+        findings, intake = [*examine(stage), *verified], intake_of_today(stage)
         if as_json:
             print_json([finding._asdict() for finding in findings])
         else:

@@ -31,14 +31,11 @@ def sql(
     with expected_failures():
         settings = read_settings(config)
         values = {name: value for name, _, value in (one.partition("=") for one in parameter or ())}
-        import duckdb
-
-        from prism_assets.catalog.sql import ask, refresh
+        from prism_assets.catalog.sql import ask, refreshed
         from prism_assets.engines import open_lake
 
         lake = open_lake(settings)
-        path = refresh(lake)
-        with duckdb.connect(str(path), read_only=True) as connection:
+        with refreshed(lake) as connection:
             lake.confine(connection)
             answer = ask(connection, query, limit, values)
         if as_json:

@@ -8,10 +8,11 @@ import dagster as dg
 
 from prism_assets.corpus.encoding import encode_file, limits_of, limits_of_recipe
 from prism_assets.corpus.record_file import WHOLE_FILE, RecordFile
-from prism_assets.errors import StageError
+from prism_assets.errors import ShardGone
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
 from prism_assets.stage import Stage
+from prism_assets.text import visible
 from prism_assets.work import Outcome, each_partition, stage_of
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def build(project: Project) -> dg.AssetsDefinition:
         """
         stage = stage_of(project, context)
         files = inbox_files(stage, at_rest_seconds=0)
-        return each_partition(context, stage, lambda shard: _ingest(stage, files, shard))
+        return each_partition(context, stage, lambda shard: _ingest_if_there(stage, files, shard))
 
     return candidates
 
@@ -85,6 +86,16 @@ def _is_pending(stage: Stage, key: str) -> bool:
     return any("limits." in reason for reason in stage.lake.read_table(rejects, ["reason"])["reason"].to_pylist())
 
 
+def _ingest_if_there(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outcome:
+    """The rows of a shard's file. One that went after it was listed fails no run: the next look at the inbox retires
+    the shard."""
+    try:
+        return _ingest(stage, files, shard)
+    except ShardGone as gone:
+        stage.log.warning(visible(str(gone)))
+        return Outcome([], 0, {"gone": str(gone)}, [FILE_READABLE(False, reason=str(gone))])
+
+
 def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outcome:
     from prism_assets.corpus.files import iter_examples
     from prism_assets.corpus.token_tables import CANDIDATE_SCHEMA
@@ -92,9 +103,10 @@ def _ingest(stage: Stage, files: "Mapping[str, InboxFile]", shard: str) -> Outco
     if shard not in files:
         known = stage.shown_or_none("candidates", shard)
         if known is None:
-            raise StageError(
+            raise ShardGone(
                 f"Shard {shard} is no longer in the inbox {stage.settings.candidates.inbox}: its file was edited, "
-                "renamed or removed before it could be read. It will be retired at the next look at the inbox."
+                "renamed or removed before it could be read. The next look at the inbox retires the shard, and takes "
+                "what is there then."
             )
         return Outcome([known], 0)
     file, limits = files[shard], inbox_limits(stage)

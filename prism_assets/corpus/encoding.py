@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from prism_assets.corpus.limits import Limits
 from prism_assets.corpus.record_file import RecordFile
-from prism_assets.errors import ModelError, StageError
+from prism_assets.errors import ModelError, ShardGone
 from prism_assets.resources.lake import Artifact, Recipe, hash_table
 from prism_assets.resources.regular_files import open_regular
 
@@ -65,7 +65,7 @@ class Encoded(NamedTuple):
 def encode_file(stage: "Stage", source: RecordFile) -> Encoded:
     """Read a file into accepted rows, rejects and, where they are kept, the rows' other fields; what exists is found.
 
-    Raises StageError where the file changes while it is read.
+    Raises ShardGone where the file changes while it is read.
     """
     reading = _Reading(stage, source)
     recipe, rejects_recipe = _recipes_of_today(stage, source, reading)
@@ -136,11 +136,11 @@ class _Reading:
 
     @cached_property
     def tables(self) -> "Tables":
-        """What the file is read into. Raises StageError where it changed meanwhile."""
+        """What the file is read into. Raises ShardGone where it changed meanwhile."""
         from prism_assets.corpus.reading import read_tables
 
         tables = read_tables(self.stage, self.source, encoder_of(self.stage))
         if _hash(self.source) != self.source.sha256:
             # Rows of one content must never be published under the fingerprint of another.
-            raise StageError(f"{self.source.path} was changed while it was read. The next run takes it as it is then.")
+            raise ShardGone(f"{self.source.path} was changed while it was read. The next run takes it as it is then.")
         return tables

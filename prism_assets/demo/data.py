@@ -70,17 +70,16 @@ def draw_fresh(source: str, number: int, rng: Random, used: set[str]) -> list[Sk
     return drawn
 
 
-def demo_settings(folder: Path | str) -> dict[str, Any]:
-    """The content of the demo's `prism.yaml` for data and results in `folder`, all paths absolute."""
-    folder = Path(folder).resolve()
-    targets = {name: folder / "targets" / name for name in TARGET_SKILLS}
+def demo_settings() -> dict[str, Any]:
+    """The content of the demo's `prism.yaml`, whose paths are relative to it: the folder may be moved and copied."""
+    targets = {name: Path("targets") / name for name in TARGET_SKILLS}
     return {
         "model": {"name": str(MODEL), "dtype": "float32"},
         "lora": {"rank": 8, "alpha": 16},
         "tokenization": {"max_length": 64, "separator": ""},
         "warmup": {"share": 0.05, "epochs": 4, "learning_rate": 5.0e-4},
         "features": {"optimizer": "adam", "sketch_dim": 4096},
-        "candidates": {"inbox": str(folder / INBOX), "at_rest_seconds": 0},
+        "candidates": {"inbox": INBOX, "at_rest_seconds": 0},
         "targets": {
             name: {"examples": str(place / "target.jsonl"), "eval": str(place / "eval.jsonl")}
             for name, place in targets.items()
@@ -91,7 +90,7 @@ def demo_settings(folder: Path | str) -> dict[str, Any]:
         "evaluation": {"max_new_tokens": 10, "batch_size": HELD_OUT_ROWS},
         "strategies": ["prism", "prism-cover", "uniform", "less", "random"],
         "seeds": [0, 1, 2],
-        "storage": {"root": str(folder / "lake"), "report": str(folder / "report")},
+        "storage": {"root": "lake", "report": "report"},
     }
 
 

@@ -2,7 +2,7 @@
 compared with."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
 
@@ -121,13 +121,14 @@ def _anchored(work: GradientPass, targets: Artifact, name: str) -> Rows:
         return found
     from prism_assets.corpus.anchors import swapped
 
-    if found.table["rejected"].null_count:
+    table = cast("pa.Table", found.table)
+    if table["rejected"].null_count:
         raise UnusableTargets(
             f"targets.{name}: use: remove needs pairs of a wanted and an unwanted answer, and the records of "
             f"{_file(work.stage, name)} have none of the second: give them `rejected`, or ask for anchors "
             "(choices, generated, shuffled)."
         )
-    return Rows(swapped(found.table), found.notes)
+    return Rows(swapped(table), found.notes)
 
 
 def _as_wanted(work: GradientPass, targets: Artifact, name: str) -> Rows:

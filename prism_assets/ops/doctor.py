@@ -175,6 +175,14 @@ def intake_of_today(stage: Stage) -> Intake | None:
     return intake(stage, scan_inbox(stage, at_rest_seconds=0).ignored)
 
 
+def integrity(stage: Stage) -> list[Finding]:
+    """What is damaged, each file set aside so that the next run makes it again; read whole, so it takes its time."""
+    from prism_assets.ops.integrity import damaged
+
+    found = [Finding("problem", "damaged", one) for one in damaged(stage)]
+    return found or [Finding("ok", "integrity", "every artefact has the content that was published")]
+
+
 def _permissions(stage: Stage) -> list[Finding]:
     """Whether others on this machine can read what people brought."""
     given = os.environ.get("DAGSTER_HOME")

@@ -132,6 +132,8 @@ class Pipeline:
             for partition_tags in self._partition_tags(step, chosen):
                 wait_for_slots(self.instance, self._pools(step), self.listener.on_wait)
                 runs.append(self._execute(step, {**self.tags, **partition_tags}))
+            if "candidates" in step.assets:
+                self._retire_what_went()
             computed = sum(count for _, count, _ in runs)
             failed = [check for *_, checks in runs for check in checks]
             results.append(StepResult(step, [run for run, *_ in runs], computed, time.monotonic() - started, failed))
@@ -179,6 +181,16 @@ class Pipeline:
             ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
             raise RunRefused(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
         reconcile_shards(self.project, self.instance, [file.key for file in found.files])
+
+    def _retire_what_went(self) -> None:
+        """Take back the shards whose files were edited or removed after they were listed. What is new is for the next
+        run: it is not at rest yet."""
+        from prism_assets.corpus.candidates import scan_inbox
+        from prism_assets.ops.shards import reconcile_shards
+
+        live = {file.key for file in scan_inbox(self._stage(), at_rest_seconds=0).files}
+        known = self.instance.get_dynamic_partitions(str(self.project.shards.name))
+        reconcile_shards(self.project, self.instance, [key for key in known if key in live])
 
     def _partition_tags(self, step: Step, targets: Sequence[str]) -> Iterable[dict[str, str]]:
         """Run tags that make one run of a contiguous range of partitions; none where no shard has anything to do."""

@@ -6,13 +6,21 @@ import dagster as dg
 
 from prism_assets.features.candidate_index import COMPACT_TAG
 from prism_assets.identity import join_key
+from prism_assets.ops.integrity import JOB, PARTS, build_verify_job
 from prism_assets.project import Project
 from prism_assets.settings import Settings
 from prism_assets.tables import ASSETS, JOBS
 
 
 def build_jobs(project: Project) -> list[Any]:
-    """A job for each of `tables.JOBS`, with the assets that name it."""
+    """A job for each of `tables.JOBS`, with the assets that name it, and the one that verifies the lake."""
+    return [
+        build_verify_job(project),
+        *_asset_jobs(project),
+    ]
+
+
+def _asset_jobs(project: Project) -> list[Any]:
     return [
         dg.define_asset_job(
             project.named(name),
@@ -54,6 +62,13 @@ def build_schedules(project: Project) -> list[Any]:
             tags={COMPACT_TAG: "true"},
             description="Reconciles manifest, warm-up and index with the inbox once a night, and compacts small "
             "index segments into one.",
+        ),
+        dg.ScheduleDefinition(
+            name=project.named("nightly_verify"),
+            job_name=project.named(JOB),
+            cron_schedule="30 2 * * *",
+            description="Reads a share of all artefacts every night and compares them with their content hashes; "
+            f"in {PARTS} nights everything.",
         ),
         weekly_refresh,
         weekly_trust,

@@ -1,6 +1,7 @@
 """What a target's report shows, gathered from the lake."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from prism_assets.corpus.target_fit import given_records
@@ -18,6 +19,7 @@ from prism_assets.trust.verdict import findings
 # Strategies whose selections are compared row by row with PRISM's.
 _COMPARED_WITH = ("uniform", "less")
 _EXPLAINED = 3  # rows of each kind
+_PLACES = ("selected", "selected_jsonl", "removed", "removed_jsonl", "adapter")
 
 
 class ReportPart(NamedTuple):
@@ -150,16 +152,16 @@ def _strategy_content(stage: Stage, target: str, strategy: str, harmful: Mapping
             {"seed": seed, **{metric: one.notes[metric] for metric in METRICS}}
             for seed, one in zip(stage.settings.seeds, scores, strict=True)
         ],
-        "selected": str(stage.lake.local(selection)),
-        "selected_jsonl": str(json_lines_of(stage, selection)),
-        "adapter": str(stage.lake.local(adapters[0])),
+        "selected": _place(stage, stage.lake.local(selection)),
+        "selected_jsonl": _place(stage, json_lines_of(stage, selection)),
+        "adapter": _place(stage, stage.lake.local(adapters[0])),
         "rows": notes["rows"],
         "completion_tokens": notes["completion_tokens"],
         "pool_rows": notes["pool_rows"],
         "removed_rows": notes.get("removed_rows"),
         "removed_composition": notes.get("removed_composition"),
-        "removed": str(stage.lake.local(removed)) if removed else None,
-        "removed_jsonl": str(json_lines_of(stage, removed)) if removed else None,
+        "removed": _place(stage, stage.lake.local(removed)) if removed else None,
+        "removed_jsonl": _place(stage, json_lines_of(stage, removed)) if removed else None,
         "steps": adapters[0].notes["steps"],
         "seconds": sum(one.notes["seconds"] for one in adapters),
         "composition": notes["composition"],
@@ -171,6 +173,27 @@ def _strategy_content(stage: Stage, target: str, strategy: str, harmful: Mapping
     }
     data = {name: value for name, value in entry.items() if value is not None or name in METRICS}
     return ReportPart(data, [selection, *([removed] if removed else []), *adapters, *scores])
+
+
+def _place(stage: Stage, path: Path) -> str:
+    """Where something lies, from the lake's folder on: what is stored in a lake moves with it."""
+    return path.relative_to(stage.lake.folder).as_posix()
+
+
+def with_places(stage: Stage, target: dict[str, Any]) -> dict[str, Any]:
+    """A target's part of report.json with the files of its strategies where they lie now."""
+    strategies = {
+        name: {key: _now(stage, value) if key in _PLACES else value for key, value in entry.items()}
+        for name, entry in target["strategies"].items()
+    }
+    return {**target, "strategies": strategies}
+
+
+def _now(stage: Stage, place: str | None) -> str | None:
+    if place is None:
+        return None
+    inside = place[place.rindex("artifacts/") :]  # reports of earlier versions hold whole paths
+    return str(stage.lake.folder / inside)
 
 
 def _labels(stage: Stage, target: str) -> dict[str, bool] | None:

@@ -21,6 +21,17 @@ def page_head(stage: Stage) -> dict[str, Any]:
     }
 
 
+def relative_to(value: Any, folder: Path) -> Any:
+    """A JSON value with absolute paths, of what there is or may be made, as seen from a folder."""
+    if isinstance(value, Mapping):
+        return {name: relative_to(one, folder) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [relative_to(one, folder) for one in value]
+    if isinstance(value, str) and os.path.isabs(value) and os.path.exists(os.path.dirname(value)):
+        return os.path.relpath(value, folder)
+    return value
+
+
 def replace_texts(folder: Path, texts: Mapping[str, str]) -> Path:
     """Write files, each renamed into place whole; returns the folder, which is made where there is none."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ from prism_assets.corpus.candidates import scan_inbox
 from prism_assets.corpus.intake import intake
 from prism_assets.metadata import picture, preview
 from prism_assets.project import Project
-from prism_assets.report.content import ReportPart, explanations, target_content
-from prism_assets.report.files import page_head, replace_texts
+from prism_assets.report.content import ReportPart, explanations, target_content, with_places
+from prism_assets.report.files import page_head, relative_to, replace_texts
 from prism_assets.resources.lake import Artifact, Folder
 from prism_assets.stage import Stage
 from prism_assets.tables import METRICS
@@ -61,6 +61,8 @@ def _write_page(stage: Stage, name: str, content: ReportPart, folder: Path) -> N
     from prism_assets.report.page import build_report
 
     data = _around(stage, {name: {**content.data, "explanations": explanations(stage, name)}})
+    # What is stored in the lake names nothing by where the lake is now: it is moved and copied.
+    data |= {name: relative_to(data[name], stage.lake.folder) for name in ("settings", "model", "intake")}
     (folder / DATA).write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
     (folder / PAGE).write_text(build_report(data), encoding="utf-8")
 
@@ -122,6 +124,6 @@ def write_combined_report(stage: Stage) -> Path:
         report = stage.shown_or_none("report", name)
         if report is not None:
             parts |= json.loads(stage.lake.local(report, DATA).read_text(encoding="utf-8"))["targets"]
-    data = _around(stage, parts)
+    data = _around(stage, {name: with_places(stage, part) for name, part in parts.items()})
     texts = {DATA: json.dumps(data, indent=1, ensure_ascii=False), PAGE: build_report(data)}
     return replace_texts(stage.settings.storage.report, texts) / PAGE

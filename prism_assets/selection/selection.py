@@ -14,7 +14,7 @@ from prism_assets.project import Check, Project
 from prism_assets.reference.base_model import base_model_recipe
 from prism_assets.resources.lake import Artifact, Recipe, Rows, digest
 from prism_assets.selection.direction_artifacts import COMPARED
-from prism_assets.selection.json_lines import JSON_LINES, json_lines_of, write_json_lines
+from prism_assets.selection.json_lines import JSON_LINES, json_lines_of, restore_json_lines, write_json_lines
 from prism_assets.selection.labels import harmful_rows
 from prism_assets.selection.pool import COPIED, Pool
 from prism_assets.selection.ranking import TopRows, top_of_ranking
@@ -71,6 +71,9 @@ def _select(project: Project, stage: Stage, key: str) -> Outcome:
         stage.retire("removed", key)
     elif made.removed is not None:
         stage.show(made.removed, key)
+    for one in (made.selection, made.removed):
+        if one is not None and not made.computed:
+            restore_json_lines(stage, one)
     return _outcome(project, stage, made)
 
 

@@ -49,6 +49,10 @@ def load_settings(given: str | os.PathLike | None = None) -> Settings:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML: {error}") from error
+    except RecursionError:
+        raise SettingsError(f"{path} is nested too deeply: no setting lies deeper than four levels.") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
     if not isinstance(content, dict):
         raise SettingsError(
             f"{path} must hold keys and values at its top, such as `targets:`; it holds {type(content).__name__}."

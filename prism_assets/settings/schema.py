@@ -317,9 +317,10 @@ class StorageSettings(Section):
 
 
 def _safe_name(name: str) -> str:
-    if not _NAME.match(name):
+    if not _NAME.match(name) or "..." in name:
         raise ValueError(
-            "a target's name is made of letters, digits, '_', '-' and '.', and starts with one of the first"
+            "a target's name is made of letters, digits, '_', '-' and '.' (never three dots in a row, which mean a "
+            "range of partitions), and starts with a letter or digit"
         )
     return name
 

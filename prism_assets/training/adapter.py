@@ -1,16 +1,18 @@
 """The asset `adapter`: one LoRA adapter per seed on what was selected; the published one is the first seed's."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from prism_assets.errors import DamagedArtifact
 from prism_assets.identity import seed_partition, split_key
 from prism_assets.metadata import picture
 from prism_assets.project import Check, Project
 from prism_assets.reference.engine import gradient_engine
-from prism_assets.resources.lake import Artifact, Folder, Lake, Recipe, hash_table
+from prism_assets.resources.lake import Artifact, Folder, Lake, Recipe, hash_table, verify
 from prism_assets.stage import Made, Stage
 from prism_assets.stats.losses import quarter_means
 from prism_assets.work import Outcome, each_partition, stage_of
@@ -55,6 +57,10 @@ def _train_all(stage: Stage, key: str) -> Outcome:
 def make_adapter(stage: Stage, key: str, selection: Artifact, seed: int) -> Made:
     """The adapter fine-tuned with a seed on the rows of a selection; `key` names it."""
     recipe = adapter_recipe(stage, key, selection, seed)
+    found = stage.lake.find(recipe)
+    if found is not None:
+        with suppress(DamagedArtifact):  # set aside, and trained again below: people load these files
+            verify(stage.lake, found)
     return stage.make(
         recipe,
         lambda: Folder(

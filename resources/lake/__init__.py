@@ -14,6 +14,7 @@ from prism_assets.resources.lake.recipe import (
     references,
 )
 from prism_assets.resources.lake.spool import Spool
+from prism_assets.resources.lake.verification import damaged_among, verify
 from prism_assets.resources.lake.views import CatalogAdditions
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "Rows",
     "Spool",
     "Tensors",
+    "damaged_among",
     "digest",
     "hash_file",
     "hash_folder",
     "hash_table",
     "hash_tensors",
     "references",
+    "verify",
 ]

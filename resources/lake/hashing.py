@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_assets.resources.lake.recipe import FINGERPRINT_LENGTH, SIDECAR
-from prism_assets.resources.lake.spool import Spool, rows_between
+from prism_assets.resources.lake.spool import RowSource, rows_between
 from prism_assets.resources.regular_files import open_regular
 
 if TYPE_CHECKING:
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     import torch
 
 
-_ROWS_A_BLOCK = 65_536
+ROWS_A_BLOCK = 65_536
 _MOST_BYTES = 2**31 - 1  # that 32-bit offsets reach
 
 
-def hash_table(table: "pa.Table | Spool") -> str:
+def hash_table(table: "pa.Table | RowSource") -> str:
     """A hash of the values, names and types of a table; chunking, compression and metadata do not count.
 
     A table of more than 65,536 rows is hashed in blocks of so many: what is needed of it is a column of a block.
     """
-    if table.num_rows <= _ROWS_A_BLOCK:
+    if table.num_rows <= ROWS_A_BLOCK:
         return _hash_block(table, 0)
-    blocks = [_hash_block(table, start) for start in range(0, table.num_rows, _ROWS_A_BLOCK)]
+    blocks = [_hash_block(table, start) for start in range(0, table.num_rows, ROWS_A_BLOCK)]
     return hashlib.sha256("\n".join(blocks).encode()).hexdigest()[:FINGERPRINT_LENGTH]
 
 
-def _hash_block(table: "pa.Table | Spool", start: int) -> str:
+def _hash_block(table: "pa.Table | RowSource", start: int) -> str:
     hasher = hashlib.sha256()
     for name in table.schema.names:
-        _add_column(hasher, name, rows_between(table, start, _ROWS_A_BLOCK, [name]).column(0))
+        _add_column(hasher, name, rows_between(table, start, ROWS_A_BLOCK, [name]).column(0))
     return hasher.hexdigest()[:FINGERPRINT_LENGTH]
 
 

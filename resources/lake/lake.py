@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from prism_assets.errors import DamagedArtifact, LakeError, NotMadeYet
-from prism_assets.resources.lake.hashing import hash_folder, hash_table, hash_tensors
+from prism_assets.resources.lake.hashing import ROWS_A_BLOCK, hash_folder, hash_table, hash_tensors
 from prism_assets.resources.lake.headers import HEADER_KEY, header_of, new_header, sizes
 from prism_assets.resources.lake.recipe import SIDECAR, Artifact, Content, Recipe, Rows, Tensors
 from prism_assets.resources.lake.spool import Spool, rows_between
 from prism_assets.resources.lake.views import CatalogAdditions, define_views
-from prism_assets.resources.store import FolderStore
+from prism_assets.resources.store import FolderStore, unless_read_only
 
 if TYPE_CHECKING:
     import duckdb
@@ -44,6 +44,7 @@ SUFFIXES = (".parquet", ".safetensors", "")  # of the kinds of artefacts
 _CHECKSUM_BYTES = 4
 _ROWS_A_GROUP = 4096  # of a Parquet file
 _CATALOG_BLOCK = "16384"  # bytes, DuckDB's least
+_HEAD_TEXTS = ("table", "scope", "fingerprint", "content_hash", "run_id")
 _log = logging.getLogger(__name__)
 
 
@@ -156,10 +157,17 @@ class Lake:
         self.store.delete(_head_key(table, partition, scope))
 
     def _read_json(self, key: str) -> dict[str, Any] | None:
+        """The entry of a head; None where there is none, or what is there is none: the next run points it again."""
         try:
-            return json.loads(self.store.local(key).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            entry = json.loads(self.store.local(key).read_text(encoding="utf-8"))
+        except FileNotFoundError:
             return None
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in _HEAD_TEXTS):
+            return entry
+        _log.warning("%s is damaged: it counts as showing nothing, and the next run writes it again", key)
+        return None
 
     # -- publishing --------------------------------------------------------------------------------------------
 
@@ -197,6 +205,7 @@ class Lake:
         import pyarrow.parquet as pq
 
         header = new_header(recipe, hash_table(table), run_id, {"rows": table.num_rows, **(notes or {})})
+        header |= {"hashed_in_blocks": True} if table.num_rows > ROWS_A_BLOCK else {}
         key = _artifact_key(recipe)
 
         def write(path: Path) -> None:
@@ -211,6 +220,11 @@ class Lake:
                     self.store.put(f"{key}{suffix}", writer)
             self.store.put_new(f"{key}.parquet", write)
         return self._published(recipe)
+
+    def attach(self, artifact: Artifact, suffix: str, write: Callable[[Path], object]) -> None:
+        """Write a file beside an artefact again, in the place of what is there."""
+        with self.store.disk_errors(f"{artifact.table}{suffix}"):
+            self.store.put(f"{artifact.key.rpartition('.')[0]}{suffix}", write)
 
     def spool(self, schema: "pa.Schema") -> Spool:
         """Somewhere to write the rows of a table that may be larger than the memory, before they are published."""
@@ -276,13 +290,13 @@ class Lake:
 
         wanted = list(columns) if columns else None
         # Not `pq.read_table`: for a single file it takes twice as long.
-        with self._reading(artifact) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with self.reading(artifact) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read(wanted)
         table = table.select(wanted) if wanted else table  # the file has them in its own order
         return table.replace_schema_metadata(None)
 
     @contextmanager
-    def _reading(self, artifact: Artifact) -> Iterator[Path]:
+    def reading(self, artifact: Artifact) -> Iterator[Path]:
         """The file of an artefact. What pyarrow says of a damaged one, or the disk of one that it cannot reach, becomes
         what `read_table` raises."""
         import pyarrow as pa
@@ -294,7 +308,7 @@ class Lake:
             if isinstance(error, OSError) and error.errno is not None:
                 # The operating system's own: the file went, or cannot be reached now. It may be whole.
                 raise LakeError(f"{path} cannot be read: {error}. Run again when it can.") from error
-            raise self._damaged(artifact, str(error)) from error
+            raise self.damaged(artifact, str(error)) from error
 
     def read_first(self, artifact: Artifact, rows: int, columns: Sequence[str] | None = None) -> "pa.Table":
         """The first rows of a Parquet artefact, however many it has. Raises as `read_table`."""
@@ -302,7 +316,7 @@ class Lake:
         import pyarrow.parquet as pq
 
         wanted = list(columns) if columns else None
-        with self._reading(artifact) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with self.reading(artifact) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
             batch = next(file.iter_batches(rows, columns=wanted), None)
             table = pa.Table.from_batches([] if batch is None else [batch], None if batch else file.schema_arrow)
         table = table.select(wanted) if wanted else table
@@ -325,10 +339,10 @@ class Lake:
 
         tensors = load_file(self.local(artifact))
         if hash_tensors(tensors) != artifact.content_hash:
-            raise self._damaged(artifact, "the tensors differ from their content hash")
+            raise self.damaged(artifact, "the tensors differ from their content hash")
         return tensors
 
-    def _damaged(self, artifact: Artifact, why: str) -> DamagedArtifact:
+    def damaged(self, artifact: Artifact, why: str) -> DamagedArtifact:
         """What to raise for an artefact that turned out to be damaged when it was read; it is set aside."""
         name = f"{artifact.table}[{artifact.partition}]" if artifact.partition else artifact.table
         aside = self.store.set_aside(artifact.key)
@@ -360,8 +374,9 @@ class Lake:
         return data if checksum == _checksum(data) else None
 
     def remember(self, name: str, data: bytes) -> None:
-        """Keep what can be computed again at any time: `cache/<name>`, with a checksum, in place at once."""
-        with self.store.disk_errors(f"the cache entry {name}"):
+        """Keep what can be computed again at any time: `cache/<name>`, with a checksum, in place at once. In a lake
+        that can only be read it is not kept."""
+        with self.store.disk_errors(f"the cache entry {name}"), unless_read_only():
             self.store.put(f"cache/{name}", lambda path: path.write_bytes(data + _checksum(data)), durable=False)
 
     # -- the views ---------------------------------------------------------------------------------------------

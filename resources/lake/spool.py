@@ -3,13 +3,24 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _ROWS_A_BATCH = 4096
 _BYTES_A_BATCH = 2**25  # of what rows hold, as their writer counts it
+
+
+class RowSource(Protocol):
+    """Rows that are read in parts."""
+
+    schema: "pa.Schema"
+    num_rows: int
+
+    def read(self, start: int, rows: int, columns: Sequence[str] | None = None) -> "pa.Table":
+        """So many rows from the row `start`, fewer at the end: all columns, or those named."""
+        ...
 
 
 class Spool:
@@ -79,8 +90,13 @@ class Spool:
                 yield batch.slice(max(start - first, 0), min(end, after) - max(start, first))
 
 
-def rows_between(rows: "pa.Table | Spool", start: int, count: int, columns: Sequence[str] | None = None) -> "pa.Table":
-    """So many rows of a table or a spool from the row `start`, fewer at the end: all columns, or those named."""
-    if isinstance(rows, Spool):
+def rows_between(
+    rows: "pa.Table | RowSource", start: int, count: int, columns: Sequence[str] | None = None
+) -> "pa.Table":
+    """So many rows of a table or another source from the row `start`, fewer at the end: all columns, or those named."""
+    import pyarrow as pa
+
+    if not isinstance(rows, pa.Table):
         return rows.read(start, count, columns)
-    return (rows if columns is None else rows.select(list(columns))).slice(start, count)
+    table = cast("Any", rows)
+    return (table if columns is None else table.select(list(columns))).slice(start, count)

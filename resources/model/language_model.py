@@ -263,9 +263,12 @@ class LanguageModel:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"model.name: {folder} has no readable config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"model.name: config.json in {folder} holds no object; copy the model again.")
+    return config
 
 
 def _class_for(folder: str, trust_remote_code: bool) -> Any:

@@ -134,7 +134,7 @@ def test_large_tables_are_hashed_in_blocks_whatever_their_chunks(monkeypatch: py
     table = pa.table({"text": [str(number) for number in range(40)], "list": [[number] for number in range(40)]})
     chunked = pa.concat_tables([table.slice(0, 13), table.slice(13, 1), table.slice(14)])
     whole = hash_table(table)
-    monkeypatch.setattr(hashing, "_ROWS_A_BLOCK", 16)
+    monkeypatch.setattr(hashing, "ROWS_A_BLOCK", 16)
     in_blocks = hash_table(table)
     assert in_blocks == hash_table(chunked) != whole
     assert hash_table(table.slice(0, 39)) != in_blocks

@@ -249,7 +249,7 @@ def test_the_package_reads_every_format_and_rejects_exactly_the_bad_records(demo
 def test_the_settings_are_valid_and_point_at_what_was_written(demo):
     from prism_assets.settings import from_mapping
 
-    settings = from_mapping(data.demo_settings(demo), demo / "prism.yaml")
+    settings = from_mapping(data.demo_settings(), demo / "prism.yaml")
     assert (data.MODEL / "config.json").samefile(f"{settings.model.name}/config.json")
     assert {path.name for path in settings.candidates.inbox.iterdir()} == {
         "strings-1.jsonl",
