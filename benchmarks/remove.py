@@ -235,7 +235,7 @@ def repair(config: Path, drawn: Drawn, strategies: Sequence[str]) -> dict[str, d
         curvature={"kind": "none"},
         strategies=[*strategies, "random", "full"],
     )
-    stage = run(config, "Selection, fine-tuning, evaluation", ["harm"])
+    stage = run(config, "Fine-tuning, evaluation", ["harm"])
     from prism_assets.identity import base_key, join_key, seed_partition
 
     seed = stage.settings.seeds[0]

@@ -12,7 +12,7 @@ Scope = Literal["none", "corpus", "warmup", "features"]
 Partitions = Literal["shard", "target", "target_strategy"] | None
 # How automation makes an asset (`ops.conditions`); None: started manually only.
 Condition = Literal["when_missing", "follow", "follow_arrivals"] | None
-Command = Literal["run", "trust", "experiment"]
+Command = Literal["run", "select", "trust", "experiment"]
 
 
 @dataclass(frozen=True)

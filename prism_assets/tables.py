@@ -53,7 +53,8 @@ METRICS = (
 )
 
 # What the trials of an experiment share with everything else.
-_SHARED: tuple[Command, ...] = ("run", "experiment")
+_SHARED: tuple[Command, ...] = ("run", "select", "experiment")
+_SELECTING: tuple[Command, ...] = ("run", "select")
 
 ASSETS: list[Asset] = [
     Asset(
@@ -204,6 +205,7 @@ ASSETS: list[Asset] = [
         reads=("targets", "tokenization", "evaluation", "model"),
         job="refresh_targets",
         step="Target directions",
+        commands=_SELECTING,
     ),
     Asset(
         "target_features",
@@ -214,6 +216,7 @@ ASSETS: list[Asset] = [
         reads=("features", "model"),
         job="refresh_targets",
         step="Target directions",
+        commands=_SELECTING,
     ),
     Asset(
         "target_direction",
@@ -236,6 +239,7 @@ ASSETS: list[Asset] = [
         reads=("preference", "curvature", "strategies"),
         job="refresh_targets",
         step="Target directions",
+        commands=_SELECTING,
     ),
     Asset(
         "selection",
@@ -251,7 +255,8 @@ ASSETS: list[Asset] = [
         needs=Needs(),
         reads=("selection", "preference", "model"),
         job="refresh_selections",
-        step="Selection, fine-tuning, evaluation",
+        step="Selection",
+        commands=_SELECTING,
     ),
     Asset(
         "adapter",
@@ -261,7 +266,7 @@ ASSETS: list[Asset] = [
         condition="follow",
         reads=("training", "seeds", "lora", "model"),
         job="refresh_selections",
-        step="Selection, fine-tuning, evaluation",
+        step="Fine-tuning, evaluation",
     ),
     Asset(
         "evaluation",
@@ -294,7 +299,7 @@ ASSETS: list[Asset] = [
         condition="follow",
         reads=("evaluation", "seeds", "model"),
         job="refresh_selections",
-        step="Selection, fine-tuning, evaluation",
+        step="Fine-tuning, evaluation",
     ),
     Asset(
         "report",

@@ -229,7 +229,7 @@ def test_a_variable_that_is_no_yaml_is_named(load, monkeypatch):
         ({"lora": {"rnak": 4}}, "lora.rnak", "did you mean `rank`?"),
         ({"warmup": {"learning_rte": 1}}, "warmup.learning_rte", "did you mean `learning_rate`?"),
         ({"targets": {"a": {"examples": "t", "eval": "e", "evals": "f"}}}, "targets.a.evals", "did you mean `eval`?"),
-        ({"storage": {"zzzzzzzz": 1}}, "storage.zzzzzzzz", "known here: report, root."),
+        ({"storage": {"zzzzzzzz": 1}}, "storage.zzzzzzzz", "known here: out, report, root."),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(load, content, place, advice):

@@ -27,10 +27,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Pick the SFT data worth fine-tuning on, with influence functions weighted by the model's preference.",
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"prism-assets {version('prism-assets')}")
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and exit.")
+    ] = False,
+) -> None:
+    """Pick the SFT data worth fine-tuning on, with influence functions weighted by the model's preference."""
+
 
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="The prism.yaml to use (else PRISM_CONFIG, else ./prism.yaml).")

@@ -48,10 +48,12 @@ def run(
 
 def run_everything(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
     """Run all steps and show the results."""
+    from prism_assets.cli.select import print_files
     from prism_assets.ops.doctor import intake_of_today
+    from prism_assets.selection.handed_out import hand_out
 
     loaded, results = run_steps(settings, targets)
-    intake = intake_of_today(loaded.stage)
+    intake, files = intake_of_today(loaded.stage), hand_out(loaded.stage)
     report = settings.storage.report / "report.json"
     data = json.loads(report.read_text(encoding="utf-8"))
     if as_json:
@@ -60,7 +62,15 @@ def run_everything(settings: "Settings", targets: Sequence[str] | None = None, a
             for one in results
         ]
         given = None if intake is None else intake.as_data()
-        print_json({"steps": steps, "intake": given, "report": str(report), "targets": data["targets"]})
+        print_json(
+            {
+                "steps": steps,
+                "intake": given,
+                "files": [one._asdict() for one in files],
+                "report": str(report),
+                "targets": data["targets"],
+            }
+        )
         return
     from prism_assets.report.comparison import comparison_table
 
@@ -69,12 +79,8 @@ def run_everything(settings: "Settings", targets: Sequence[str] | None = None, a
         say()
     header, *rows = comparison_table(data)
     print_table(header, rows, title="Held-out results (mean ± standard deviation over seeds)")
-    say("\nSelected data (JSON Lines, ready for training):")
-    for name, part in data["targets"].items():
-        for strategy, entry in part["strategies"].items():
-            say(f"  {name}/{strategy}: {entry['selected_jsonl']}")
-            if entry.get("removed_rows"):
-                say(f"    without {entry['removed_rows']} removed rows: {entry['removed_jsonl']}")
+    say()
+    print_files(files)
     config = os.environ["PRISM_CONFIG"]
     say(f"\nReport:  {report.with_suffix('.html')}")
     say(f"Browse the same history in the Dagster UI:  prism ui --config {config}")

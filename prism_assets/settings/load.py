@@ -91,6 +91,7 @@ def _require_folders(settings: Settings, path: Path) -> None:
         "candidates.inbox": settings.candidates.inbox,
         "storage.root": settings.storage.root,
         "storage.report": settings.storage.report,
+        "storage.out": settings.storage.out,
     }
     for key, folder in folders.items():
         there = next(one for one in (folder, *folder.parents) if one.exists())
@@ -171,7 +172,7 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
                     )
                 }
             ),
-            "storage": StorageSettings(root=at(settings.storage.root), report=at(settings.storage.report)),
+            "storage": StorageSettings(**{name: at(path) for name, path in settings.storage}),
         }
     )
 

@@ -314,6 +314,11 @@ class StorageSettings(Section):
 
     root: Path = Field(default=Path("prism-lake"), description="The folder of the lake, made when first needed.")
     report: Path = Field(default=Path("report"), description="The folder of the report over all targets.")
+    out: Path = Field(
+        default=Path("out"),
+        description="The folder of the selected rows, `<target>/<strategy>.jsonl` and `.parquet`, which `prism select` "
+        "and `prism run` write.",
+    )
 
 
 def _safe_name(name: str) -> str:

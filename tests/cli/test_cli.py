@@ -205,8 +205,8 @@ def test_run_ends_with_the_comparison_and_the_paths(finished):
     assert result.exit_code == DONE, result.output
     assert all(f"{row} " in result.output for row in ("base", "prism", "random"))
     for strategy in ("prism", "random"):
-        path = project.report["targets"]["plain"]["strategies"][strategy]["selected_jsonl"]
-        assert path in result.output and Path(path).is_file()
+        path = project.folder / "out" / "plain" / f"{strategy}.jsonl"
+        assert str(path) in result.output and path.is_file()
     assert str(project.settings.storage.report / "report.html") in result.output
     assert f"prism ui --config {project.config}" in result.output
     assert (project.settings.storage.root / "prism.duckdb").is_file()

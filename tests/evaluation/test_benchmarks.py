@@ -331,7 +331,7 @@ def test_changed_data_are_scored_anew_and_nothing_else_is_made(copy):
     adapters = {
         copy.lake.require("adapters", f"{s}|plain/seed-{n}").content_hash for s in ("prism", "random") for n in (0, 1)
     }
-    assert made == {"Selection, fine-tuning, evaluation": 1 + len(adapters), "Report": 1}
+    assert made == {"Fine-tuning, evaluation": 1 + len(adapters), "Report": 1}
     copy.configure(evaluation={"benchmarks": []})
     assert {step for step, count in copy.run().items() if count} == {"Report"}
     assert "benchmarks" not in copy.report["targets"]["plain"] and copy.lake.heads("benchmarks") == []

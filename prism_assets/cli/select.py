@@ -1,0 +1,54 @@
+"""`prism select`: from the files in the inbox to the selections, and no further."""
+
+from typing import TYPE_CHECKING
+
+from prism_assets.cli.common import (
+    AsJson,
+    Config,
+    Targets,
+    app,
+    expected_failures,
+    known_targets,
+    print_intake,
+    print_json,
+    read_settings,
+    run_steps,
+    say,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from prism_assets.selection.handed_out import HandedOut
+
+
+@app.command()
+def select(config: Config = None, target: Targets = None, as_json: AsJson = False) -> None:
+    """Select rows for every target and strategy, without fine-tuning on them. What exists is not computed again."""
+    with expected_failures():
+        settings = read_settings(config)
+        known_targets(settings, target)
+        from prism_assets.ops.doctor import intake_of_today
+        from prism_assets.ops.pipeline import steps_of
+        from prism_assets.selection.handed_out import hand_out
+
+        loaded, results = run_steps(settings, target, steps_of("select"))
+        intake, files = intake_of_today(loaded.stage), hand_out(loaded.stage, target)
+        if as_json:
+            steps = [{"step": one.step.title, "computed": one.computed, "seconds": one.seconds} for one in results]
+            given = None if intake is None else intake.as_data()
+            print_json({"steps": steps, "intake": given, "files": [one._asdict() for one in files]})
+            return
+        if intake is not None:
+            print_intake(intake)
+            say()
+        print_files(files)
+        say("\nTo fine-tune on them and see which helps: prism run")
+
+
+def print_files(files: "Sequence[HandedOut]") -> None:
+    """Where the rows of each selection are. On lines of their own: a table would break long paths."""
+    say("Rows (JSON Lines, ready for training; Parquet beside them):")
+    for one in files:
+        say(f"  {one.target}/{one.strategy}: {one.rows:,} {one.what}, {one.completion_tokens:,} completion tokens")
+        say(f"    {one.json_lines}")
