@@ -586,7 +586,7 @@ def test_a_row_in_two_shards_counts_once_and_survives_the_first(copy):
     project.add("zz_twin", [twin, *make_rows(3, 70)])
     project.run()
     pool = project.report["targets"]["plain"]["pool"]
-    assert pool["rows"] == 44 and pool["canonical"] == 43 and project.report["duplicates"] == 1
+    assert pool["rows"] == 44 and pool["canonical"] == 43 and project.report["intake"]["parts"][0]["duplicates"] == 1
     again = [row for row in project.selected("prism") if row["id"] == top["id"]]
     assert len(again) == 1 and again[0]["shard"] == top["shard"]
 
@@ -630,7 +630,7 @@ def test_one_file_under_two_names_counts_once(copy):
     shutil.copy(project.inbox / "shard0.jsonl", project.inbox / "another.jsonl")
     computed = project.run()
     assert computed["Candidate features"] == 0
-    assert project.report["targets"]["plain"]["pool"]["canonical"] == 40 and project.report["duplicates"] == 20
+    assert project.report["targets"]["plain"]["pool"]["canonical"] == 40 and project.report["intake"]["parts"][0]["duplicates"] == 20
     assert [row["id"] for row in project.selected("prism")] == selected
 
 
@@ -705,7 +705,7 @@ def test_one_target_can_be_run_alone(make_project, tmp_path):
     other = {"examples": "other.jsonl", "eval": "plain/eval.jsonl"}
     project.configure(targets={**project.content["targets"], "other": other})
     project.run(targets=["plain"])
-    assert set(project.report["targets"]) == {"plain"} and project.report["contamination"] == 1
+    assert set(project.report["targets"]) == {"plain"} and project.report["intake"]["parts"][0]["contaminated"] == 1
     project.run()
     assert set(project.report["targets"]) == {"plain", "other"}
 
