@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -92,7 +92,8 @@ class Encoder:
         self._special_pattern = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))))
         self._template = None if text is None else ChatTemplate(tokenizer, text, self._special_pattern)
         self._leading_id = self._bos_added_by_default()
-        self._anchored = self._adds_a_leading_space()
+        self._leading_space = self._where_a_space_leads()
+        self._before_text = self._tokens_at_the_end()
         self.stop_token_ids = self._stop_token_ids()
 
     @property
@@ -106,7 +107,7 @@ class Encoder:
         Where it has more than ``max_length`` tokens, the earliest exchanges go first, whole (the system turn
         stays); then the start of the longest user text. BOS, role headers and the system turn stay. Raises
         `Untokenizable` where what stays is too long or the completion tokenises to nothing, or where the template
-        cannot say where a completion begins. Of a text without a prompt see `_encode_text`.
+        cannot say where an answer begins or ends. Of a text without a prompt see `_encode_text`.
         """
         return self._encode(messages, self.max_length)
 
@@ -202,7 +203,7 @@ class Encoder:
         return TokenizedExample(ids, np.arange(len(ids)) > 0, truncated)
 
     def _text_ids(self, text: str) -> list[int]:
-        ids = self._token_ids(text, first=True)
+        ids = self._token_ids(text)
         if self._leading_id is not None and ids[:1] != [self._leading_id]:
             ids = [self._leading_id, *ids]
         eos = cast("int", self.tokenizer.eos_token_id)
@@ -266,8 +267,8 @@ class Encoder:
         the prompt have the tokens that the whole has."""
         found = []
         for start, stop in spans:
-            before = len(self._token_ids(prompt[:start], first=True)) if start else 0
-            inside = self._token_ids(prompt[start:stop], first=not start)
+            before = len(self._token_ids(prompt[:start])) if start else 0
+            inside = self._token_ids(prompt[start:stop], prompt[:start])
             places = range(first + before, first + before + len(inside))
             same = [tokens.ids[place] for place in places if place < len(tokens.ids)] == inside
             found.append(list(places)[:-1] if same else [])
@@ -286,12 +287,15 @@ class Encoder:
         supervised: list[bool] = []
         if self._template is None and self._leading_id is not None:
             ids, supervised = [self._leading_id], [False]
-        for index, segment in enumerate(self._segments(messages)):
-            new = self._token_ids(segment.text, first=index == 0)
+        before = ""
+        for segment in self._segments(messages):
+            new = self._token_ids(segment.text, before)
+            before = segment.text
             if segment.supervised and self._special_ids.issuperset(new):
                 raise Untokenizable(f"tokenises to nothing the tokenizer knows: {excerpt_of(segment.text)!r}")
             if segment.append_eos:
                 new = [*new, self.tokenizer.eos_token_id]
+                before = cast("str", self.tokenizer.eos_token)
             ids += new
             supervised += [segment.supervised] * len(new)
         return _Tokens(ids, supervised)
@@ -301,21 +305,49 @@ class Encoder:
             return plain_segments(messages, self.separator)
         return self._template.segments(messages)
 
-    def _token_ids(self, text: str, first: bool) -> list[int]:
-        if first or not self._anchored:
-            return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        after_eos = cast("str", self.tokenizer.eos_token) + text
-        return self.tokenizer.encode(after_eos, add_special_tokens=False, verbose=False)[1:]
+    def _token_ids(self, text: str, before: str = "") -> list[int]:
+        """The tokens of a text as it has them behind the text ``before``, that one's tokens left out.
 
-    def _adds_a_leading_space(self) -> bool:
-        """Whether the tokenizer writes a space before the first word (SentencePiece's dummy prefix).
-
-        Such a space would appear at the start of each segment, in the middle of the example. There, segments
-        are tokenised after an EOS token, which is then dropped.
+        At the start of a text, or of what follows a special token, SentencePiece writes a space before the first word
+        (its dummy prefix), and some special tokens take the white space after them (Phi's, by ``rstrip``). A segment
+        begins elsewhere, so it is tokenised after something that stands for what is before it, and is then dropped.
         """
+        anchor = self._anchor(before) if before else ""
+        ids = self.tokenizer.encode(anchor + text, add_special_tokens=False, verbose=False)
+        if not anchor:
+            return ids
+        dropped = self.tokenizer.encode(anchor, add_special_tokens=False, verbose=False)
+        if ids[: len(dropped)] == dropped:
+            return ids[len(dropped) :]
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def _anchor(self, before: str) -> str:
+        """What a text is tokenised after, to be tokenised as it is after ``before``."""
+        if self._before_text and (found := self._before_text.search(before)):
+            return found[0]
+        return {"nowhere": "", "first": cast("str", self.tokenizer.eos_token), "each": "\n"}[self._leading_space]
+
+    def _where_a_space_leads(self) -> Literal["nowhere", "first", "each"]:
+        """Where the tokenizer writes a space before a word: at the start of a text, or after special tokens too."""
         alone = self.tokenizer.encode("a", add_special_tokens=False)
-        after_eos = self.tokenizer.encode(cast("str", self.tokenizer.eos_token) + "a", add_special_tokens=False)
-        return after_eos[:1] == [self.tokenizer.eos_token_id] and after_eos[1:] != alone
+        eos = cast("str", self.tokenizer.eos_token)
+        if self._token_ids_after(eos) not in (None, alone):
+            return "first"
+        return "nowhere" if self._token_ids_after("\n") in (None, alone) else "each"
+
+    def _token_ids_after(self, anchor: str) -> list[int] | None:
+        """The tokens of "a" after an anchor, or None where they share a token."""
+        before = self.tokenizer.encode(anchor, add_special_tokens=False)
+        ids = self.tokenizer.encode(f"{anchor}a", add_special_tokens=False)
+        return ids[len(before) :] if ids[: len(before)] == before else None
+
+    def _tokens_at_the_end(self) -> re.Pattern[str] | None:
+        """A pattern that finds, at the end of a text, an added token that shapes what follows it; None without any."""
+        added = list(self.tokenizer.added_tokens_decoder.values())
+        taking = [re.escape(token.content) + r"\s*" for token in added if token.rstrip]
+        plain = [re.escape(token.content) for token in added if not token.rstrip]
+        patterns = taking + (plain if self._leading_space == "each" else [])
+        return re.compile(f"(?:{'|'.join(patterns)})\\Z") if patterns else None
 
     def _bos_added_by_default(self) -> int | None:
         bos = cast("int | None", self.tokenizer.bos_token_id)
