@@ -36,7 +36,8 @@ _END = """
 - Where the template knows no system turn, its text leads the first user turn (`prism doctor` says which roles the
   template writes).
 - A record is rejected where the template leaves out the text of a system, user or tool turn, a call of a tool or the
-  last turn's reasoning, or cannot say where a completion begins. The plain format has no place for tools and reasoning.
+  last turn's reasoning, or cannot say where an answer begins or ends. The plain format has no place for tools
+  and reasoning.
 - Where it has more tokens than `tokenization.max_length`, the earliest exchanges go first, then the start of the
   longest user text. Headers, system turn and completion stay. Such rows are counted (`truncated`, check
   `prompts_whole`). Of a text without a prompt the end goes.

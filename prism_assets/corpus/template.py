@@ -45,6 +45,7 @@ PLACEHOLDER = Message("assistant", "PlaceholderForTheCompletion")
 _PROBE = {role: Message(role, f"PlaceholderForThe{role.title()}") for role in ("system", "user", "tool")}
 # Templates that can reason aloud write it themselves where there is none.
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+_THINKING_START = re.compile(r"\s*<think>\s*")
 # Templates read the same thoughts under different names.
 _REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 _MANY_TURNS = 5  # from so many learned turns on, most are found without rendering their prompts
@@ -65,14 +66,6 @@ class TextSegment(NamedTuple):
     text: str
     supervised: bool
     append_eos: bool = False
-
-
-class _Piece(NamedTuple):
-    """A rendered stretch without special tokens; its start, and the end of the special token after it, if any."""
-
-    text: str
-    start: int
-    special_end: int | None
 
 
 def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
@@ -153,7 +146,7 @@ class ChatTemplate:
 
         Where the template knows no system turn, its text leads the first user turn. A greeting that the template
         refuses is left out. Raises `Untokenizable` where the template raises an error for the conversation, leaves out
-        the text of a turn, or cannot say where a completion begins.
+        the text of a turn, or cannot say where an answer begins or ends.
         """
         messages = self._with_system(tuple(messages))
         try:
@@ -199,8 +192,7 @@ class ChatTemplate:
             end, ended = self._calls_end(rendered, start, messages[: index + 1], last)
             _require_calls(extra["tool_calls"], message.content, rendered[start:end])
         else:
-            stop = len(rendered) if last else self._turn_stop(rendered, messages[: index + 1])
-            end, ended = self._completion_end(rendered, start, stop, message.content, last)
+            end, ended = self._answer_end(rendered, start, messages, index)
         thoughts = extra.get("reasoning_content", "")
         if last and _squeezed(thoughts) not in _squeezed(rendered[start:end]):
             raise Untokenizable("the chat template leaves out its reasoning", f"messages[{index}].reasoning_content")
@@ -238,18 +230,22 @@ class ChatTemplate:
     ) -> tuple[int, int, bool] | None:
         """As `_place`, where the turn follows the user's words as it does elsewhere; None where it does not."""
         message, words = messages[index], messages[index - 1].content.strip()
+        if index > 1 and not (messages[index - 2].role == "assistant" and messages[index - 2].learn):
+            return None  # the cursor stands before other turns, and they may have the same words
+        if _THINKING_START.match(message.content):
+            return None  # the prompt for generation may hold a part of it
         at = rendered.find(words + opening, cursor) if words and opening and not message.extra else -1
         if at < 0 or at - cursor > _HEADER_CHARACTERS:
             return None
         start = at + len(words) + len(opening)
-        special = self._special_tokens.search(rendered, start)
+        special = self._special_after(rendered, start)
         if special is None or rendered[start : special.start()].strip() != message.content.strip():
             return None
         return start, special.end(), True
 
     def _calls_end(self, rendered: str, start: int, messages: Sequence[Message], last: bool) -> tuple[int, bool]:
         """Where a turn with calls of tools ends, which a template writes in words of its own."""
-        stop = len(rendered) if last else self._turn_stop(rendered, messages)
+        stop = len(rendered) if last else self._turn_stop(rendered, start, messages)
         if not last and stop == len(rendered):
             raise Untokenizable("the chat template does not say where a turn with calls of tools ends", "messages")
         *_, special = [None, *self._special_tokens.finditer(rendered, start, stop)]
@@ -281,48 +277,75 @@ class ChatTemplate:
         if found:
             yield before.rstrip(" ")  # a space goes with the word that follows it
 
-    def _turn_stop(self, rendered: str, messages: Sequence[Message]) -> int:
-        """Where these messages end in ``rendered``; the end of it where the template cannot say."""
+    def _turn_stop(self, rendered: str, start: int, messages: Sequence[Message]) -> int:
+        """Where the turn at ``start``, the last of these messages, ends in ``rendered``; the end of it where the
+        template cannot say."""
         so_far = self._render(messages)
-        return len(so_far) if rendered.startswith(so_far) else len(rendered)
+        if rendered.startswith(so_far):
+            return len(so_far)
+        special = self._special_after(rendered, start)
+        return special.end() if special else len(rendered)
 
-    def _completion_end(self, rendered: str, start: int, stop: int, content: str, last: bool) -> tuple[int, bool]:
-        """Where the supervised text ends, and whether that is after a token that ends the turn."""
-        content = content.strip()
-        if content not in rendered[start:stop]:
-            content = _EMPTY_THINKING.sub("", content, count=1) if _EMPTY_THINKING.match(content) else content
-        pieces = list(self._pieces(rendered, start, stop))
-        piece = (
-            next((piece for piece in pieces if piece.text.strip() == content), None)
-            or next((piece for piece in pieces if content in piece.text), None)
-            or self._rewritten_piece(pieces, content, last)
-        )
-        if piece.special_end is not None:
-            return piece.special_end, True
-        end = piece.text.find(content) + len(content)
-        if last and piece.text[end:].strip():  # the template ends the turn in words
-            end = len(piece.text.rstrip())
-        return piece.start + end, False
+    def _special_after(self, rendered: str, start: int) -> re.Match[str] | None:
+        """The first special token from ``start`` on, if it is the one that ends a turn: others may stand within one."""
+        special = self._special_tokens.search(rendered, start)
+        return special if special and special[0] == self._end_of_turn else None
 
-    def _rewritten_piece(self, pieces: list[_Piece], content: str, last: bool) -> _Piece:
-        """The words of a turn whose content the template rewrote: it parses a thinking block, say.
+    @cached_property
+    def _closing(self) -> str:
+        """What the template writes after the words of the last answer."""
+        return self._render((_PROBE["user"], PLACEHOLDER)).partition(PLACEHOLDER.content)[2]
 
-        It may write other white space, and drop the thinking of earlier turns, but not of the completion.
+    @cached_property
+    def _end_of_turn(self) -> str | None:
+        """The special token that stands right after the words of the last answer; None where there is none."""
+        special = self._special_tokens.match(self._closing.lstrip())
+        return special[0] if special else None
+
+    def _answer_end(self, rendered: str, start: int, messages: Sequence[Message], index: int) -> tuple[int, bool]:
+        """Where the supervised text of the turn at an index ends, and whether a token that ends the turn does."""
+        last = index == len(messages) - 1
+        words_end, stop = self._words_end(rendered, start, messages, index)
+        _require_answer(messages[index].content.strip(), rendered[:start], rendered[start:words_end], last)
+        special = self._special_tokens.search(rendered, words_end, stop)
+        if special is not None:
+            return special.end(), True
+        return start + len(rendered[start:stop].rstrip()), False  # the template may end the turn in words
+
+    def _words_end(self, rendered: str, start: int, messages: Sequence[Message], index: int) -> tuple[int, int]:
+        """Where the words of the turn at an index end in ``rendered``, and where the turn does.
+
+        While a turn is the last one, what the template writes after its words is known. Raises `Untokenizable`.
         """
-        ended = (piece for piece in pieces if piece.text.strip() and piece.special_end is not None)
-        piece = next(ended, None)
-        if piece is None or (last and "".join(content.split()) not in "".join(piece.text.split())):
-            raise Untokenizable(
-                "the chat template leaves out a part of it (a thinking block, perhaps); set "
-                "tokenization.template to plain, or to a template that keeps it"
-            )
-        return piece
+        last = index == len(messages) - 1
+        so_far = rendered if last else self._render(messages[: index + 1])
+        words_end = len(so_far) - len(self._closing)
+        if so_far.endswith(self._closing) and start <= words_end and rendered.startswith(so_far[:words_end]):
+            if rendered.startswith(so_far):
+                return words_end, len(so_far)
+            # It ends in another way when it is not the last one.
+            special = self._special_tokens.search(rendered, words_end)
+            ended = special is not None and not rendered[words_end : special.start()].strip()
+            return words_end, special.end() if special and ended else words_end
+        special = self._special_after(rendered, start)  # as Qwen3's, with a thinking block while it is the last
+        if special is None and self._end_of_turn and not last:
+            special = self._end_by_words(rendered, start, messages[index].content, messages[index + 1].content)
+        if special is None:
+            raise Untokenizable("the chat template does not say where an assistant's turn ends", "messages")
+        return special.start(), special.end()
 
-    def _pieces(self, rendered: str, start: int, stop: int) -> Iterator[_Piece]:
-        for found in self._special_tokens.finditer(rendered, start, stop):
-            yield _Piece(rendered[start : found.start()], start, found.end())
-            start = found.end()
-        yield _Piece(rendered[start:stop], start, None)
+    def _end_by_words(self, rendered: str, start: int, content: str, following: str) -> re.Match[str] | None:
+        """The special token right after the words of a turn that has others before them, as gpt-oss' channels have;
+        None where they are not found before what the next turn says."""
+        found = None
+        for special in self._special_tokens.finditer(rendered, start):
+            text = rendered[start : special.start()].strip()
+            if not following.strip() or following.strip() in text:
+                break
+            if text and text in (content.strip(), content.rpartition("</think>")[2].strip()):
+                found = special
+            start = special.end()
+        return found
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False, **arguments: Any) -> str:
         from jinja2 import TemplateError
@@ -380,6 +403,25 @@ def _require_texts(messages: Sequence[Message], written: str) -> None:
                 "or to a template that writes it",
                 f"messages[{index}].content",
             )
+
+
+def _require_answer(content: str, prompt: str, written: str, last: bool) -> None:
+    """Raise Untokenizable where a template left out words of an answer.
+
+    It may write other white space, and drop the thinking of earlier answers as long as something is left.
+    """
+    if content in written:
+        return
+    # The prompt for generation may end in an empty thinking block, or in the start of one.
+    thinking = _EMPTY_THINKING.match(content)
+    if not thinking and prompt.rstrip().endswith("<think>"):
+        thinking = _THINKING_START.match(content)
+    words = content[thinking.end() :] if thinking else content
+    if not written.strip() or (last and _squeezed(words) not in _squeezed(written)):
+        raise Untokenizable(
+            "the chat template leaves out a part of it (a thinking block, perhaps); set "
+            "tokenization.template to plain, or to a template that keeps it"
+        )
 
 
 def _require_calls(calls: Sequence[Mapping[str, Any]], content: str, written: str) -> None:
