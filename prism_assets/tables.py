@@ -87,9 +87,9 @@ ASSETS: list[Asset] = [
         "targets",
         "prism_assets.corpus.targets",
         (
-            Table("targets", 3, "corpus", on_cards=True),
+            Table("targets", 4, "corpus", on_cards=True),
             Table("targets_rejects", 2, "corpus", _REJECTS),
-            Table("eval_examples", 3, "corpus"),
+            Table("eval_examples", 4, "corpus"),
             Table("eval_examples_rejects", 2, "corpus", _REJECTS),
         ),
         partitions="target",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from prism_assets.corpus.encoding import encode_file, limits_of, limits_of_recipe
+from prism_assets.corpus.encoding import READING, encode_file, limits_of, limits_of_recipe
 from prism_assets.corpus.record_file import WHOLE_FILE, RecordFile
 from prism_assets.errors import ShardGone
 from prism_assets.metadata import preview
@@ -79,6 +79,8 @@ def _is_pending(stage: Stage, key: str) -> bool:
     rows, rejects, fields = (stage.shown_or_none(table, key) for table in TABLES)
     if rows is None or rejects is None or fields is None:
         return True
+    if fields.header["settings"].get("reading") != READING:
+        return True  # rows that an earlier reading gave are compared with today's
     if rejects.header["settings"].get("columns", {}) != stage.settings.candidates.columns:
         return True
     if rejects.header["settings"].get("limits") == limits_of_recipe(stage).get("limits"):

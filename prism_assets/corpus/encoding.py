@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from prism_assets.stage import Stage
 
 # How files are read, raised where the same file gives other rows. Those that an earlier reading gave are compared.
-READING = 2
+READING = 3
 
 
 def require_context(stage: "Stage") -> None:

@@ -630,7 +630,8 @@ def test_one_file_under_two_names_counts_once(copy):
     shutil.copy(project.inbox / "shard0.jsonl", project.inbox / "another.jsonl")
     computed = project.run()
     assert computed["Candidate features"] == 0
-    assert project.report["targets"]["plain"]["pool"]["canonical"] == 40 and project.report["intake"]["parts"][0]["duplicates"] == 20
+    assert project.report["targets"]["plain"]["pool"]["canonical"] == 40
+    assert project.report["intake"]["parts"][0]["duplicates"] == 20
     assert [row["id"] for row in project.selected("prism")] == selected
 
 
