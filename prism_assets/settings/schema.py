@@ -74,7 +74,9 @@ class ModelSettings(Section):
         description="The base_model_name_or_path of `adapter`, where that is `name` by another name; null: the same.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="The type of the base weights; auto: bfloat16 on a GPU, else float32."
+        default="auto",
+        description="The type of the base weights; auto: bfloat16 on a GPU, else float32. On CPUs that compute in "
+        "bfloat16 it saves time at a small change of the ranking (docs/operations.md).",
     )
     quantization: Annotated[Literal["none", "nf4", "int8"], AfterValidator(_bitsandbytes_installed)] = Field(
         default="none",
