@@ -104,6 +104,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+@pytest.fixture(scope="module")
+def blank_plots():
+    """For tests that look at no picture: drawing is half of the time of a run."""
+    from prism_assets.plots import canvas
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvas, "png", lambda figure: b"no picture")
+        yield
+
+
 def make_rows(count: int, seed: int, skill: str | None = None) -> list[dict[str, Any]]:
     """Records that reverse or copy a word."""
     rng = random.Random(seed)

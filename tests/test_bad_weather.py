@@ -43,12 +43,7 @@ HEAVY = [
 SMALL = {"strategies": ["prism", "random"], "seeds": [0]}
 
 
-@pytest.fixture(autouse=True)
-def blank_plots(monkeypatch):
-    """Drawing is half of the time of a run."""
-    from prism_assets.plots import canvas
-
-    monkeypatch.setattr(canvas, "png", lambda figure: b"no picture")
+pytestmark = pytest.mark.usefixtures("blank_plots")
 
 
 @pytest.fixture(scope="module")

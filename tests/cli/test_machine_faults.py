@@ -19,13 +19,20 @@ from prism_assets.resources import store
 from prism_assets.resources.file_hashes import FileHashes
 from prism_assets.resources.lake import Lake
 
+pytestmark = pytest.mark.usefixtures("blank_plots")
 
-@pytest.fixture
-def finished(make_project, tmp_path):
-    """A project whose files are ingested, with its own Dagster home."""
-    project = make_project(tmp_path / "project", strategies=["random"], seeds=[0])
+
+@pytest.fixture(scope="module")
+def once(make_project, tmp_path_factory):
+    project = make_project(tmp_path_factory.mktemp("faults") / "project", strategies=["random"], seeds=[0])
     project.run()
     return project
+
+
+@pytest.fixture
+def finished(once, tmp_path):
+    """A finished project that may be harmed, with a Dagster home of its own."""
+    return once.copy(tmp_path / "project")
 
 
 def prism(project, *arguments: str):
@@ -92,7 +99,7 @@ def test_a_damaged_history_of_dagster_ends_in_advice_and_loses_nothing(finished,
     assert {one.fingerprint for one in finished.lake.artifacts()} == before
 
 
-@pytest.mark.parametrize("content", [b"[1]", b"\xff\xfe", b"{}", b'"x"', b"", b'{"table": 3}'])
+@pytest.mark.parametrize("content", [b"[1]", b"\xff\xfe", b"", b'{"table": 3}'])
 def test_a_damaged_head_or_cache_costs_a_look_and_nothing_else(finished, content):
     root = Path(finished.settings.storage.root)
     before = {(head["table"], head["partition"]): head["fingerprint"] for head in finished.lake.heads()}

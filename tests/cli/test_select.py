@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from conftest import make_rows, write_lines
 from prism_assets.cli import app
 
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
 
 def prism(project, *arguments):
     result = CliRunner().invoke(app, [*arguments, "--config", str(project.config)])

@@ -13,6 +13,8 @@ from prism_assets.cli import app
 from prism_assets.ops import integrity
 from prism_assets.resources.lake import Recipe, damaged_among, hashing, verification, verify
 
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
 
 @pytest.fixture(scope="module")
 def finished(make_project, tmp_path_factory):

@@ -29,6 +29,9 @@ BAD_LINES = [
     {"prompt": "copy: nothing="},
     {"prompt": "copy: long=", "completion": "x" * 60},
 ]
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
+
 FINISHED_STEPS = {
     "Base model",
     "Candidates",
