@@ -6,11 +6,13 @@ in the lake, so every one of them ends in: mend it and run again.
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM)
+_LITTLE_BYTES = 2**20
 _AGAIN = "What was finished is kept; run again then."
 
 
@@ -48,13 +50,18 @@ def _of_the_disk(error: OSError) -> str | None:
     return None
 
 
+def _is_full(folder: Path) -> bool:
+    return folder.is_dir() and shutil.disk_usage(folder).free < _LITTLE_BYTES
+
+
 def _of_the_database(words: str) -> str:
     """Dagster keeps runs, events and schedules in SQLite files, which no result depends on."""
     home = Path(os.environ.get("DAGSTER_HOME", "."))
     said = words.strip().splitlines()[0].rpartition(") ")[2]
     what = f"Dagster's own database in {home} cannot be used: {said}."
     lowered = words.lower()
-    if "full" in lowered:
+    # SQLite calls a full disk an input/output error where it meets it in its journal.
+    if "full" in lowered or ("i/o error" in lowered and _is_full(home)):
         return f"{what} The disk is full: free some space. {_AGAIN}"
     if "readonly" in lowered or "read-only" in lowered or "unable to open" in lowered:
         return f"{what} Let this user write there, or set DAGSTER_HOME to a folder that can be written. {_AGAIN}"

@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -75,6 +76,14 @@ def test_what_dagsters_database_refuses_is_named_with_what_to_do(said, words, mo
     kind = DatabaseError if "not a" in said else OperationalError
     found = advice(kind("PRAGMA x", {}, sqlite3.DatabaseError(said))) or ""
     assert words in found and said in found and "/some/home" in found and "PRAGMA" not in found
+
+
+@pytest.mark.parametrize(("free", "words"), [(1000, "The disk is full"), (2**30, "run again")])
+def test_an_input_output_error_of_the_database_on_a_full_disk_is_a_full_disk(free, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    found = advice(OperationalError("x", {}, sqlite3.OperationalError("disk I/O error"))) or ""
+    assert words in found and ("full" in found) == (free == 1000)
 
 
 def test_a_fault_of_the_program_is_left_as_it_is():
