@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
+
+from prism_assets.corpus.json_text import json_value
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,6 +21,41 @@ def readable(batch: pa.RecordBatch, as_they_are: Collection[str] = ()) -> pa.Rec
         kind = column.type if name in as_they_are else _readable_type(column.type)
         columns.append(column if kind == column.type else column.cast(kind))
     return pa.record_batch(columns, names=batch.schema.names)
+
+
+def require_sound(batch: pa.RecordBatch) -> None:
+    """Raise ArrowInvalid where lengths, offsets or indices of a batch lead out of it: Arrow takes them from a file as
+    they are, and a damaged one ends the process. Texts need not be UTF-8: that costs the row, not the file."""
+    import pyarrow as pa
+
+    batch.validate()
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            column.view(_as_bytes(column.type)).validate(full=True)
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type of the same layout that says nothing of the encoding of its texts."""
+    import pyarrow as pa
+
+    texts = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    if kind in texts:
+        return texts[kind]
+    if isinstance(kind, pa.BaseExtensionType):
+        return _as_bytes(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _as_bytes(kind.value_type), kind.ordered)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind.fields])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    return kind
 
 
 def _readable_type(kind: pa.DataType) -> pa.DataType:
@@ -50,7 +86,7 @@ def _json_decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
     import pyarrow as pa
 
     if getattr(kind, "extension_name", "") == "arrow.json":
-        return lambda value: None if value is None else json.loads(value)
+        return lambda value: None if value is None else json_value(value)
     if pa.types.is_struct(kind):
         inner = {field.name: _json_decoder(field.type) for field in kind.fields}
         inner = {name: decode for name, decode in inner.items() if decode is not None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from prism_assets.corpus.arrow_values import json_decoders, readable
 from prism_assets.corpus.formats import KNOWN_FIELDS, TEXT_FIELDS, example_of
+from prism_assets.corpus.json_text import json_value
 from prism_assets.corpus.limits import (
     Limits,
     TooLong,
@@ -19,7 +19,6 @@ from prism_assets.corpus.limits import (
     bounded_slices,
     decompressed,
     require_bounded_parquet,
-    require_depth,
     text_leaves,
     too_long,
 )
@@ -240,7 +239,7 @@ def _require_lines(first: bytes, path: Path) -> None:
     """Raise UnreadableFile for a file whose first line shows that it is no JSON Lines."""
     if b"\x00" in first[:4]:
         raise UnreadableFile(path, "is UTF-16 or UTF-32; save it as UTF-8")
-    if first[:1] == b"[" and first.rstrip(b", \t")[-1:] != b"]":
+    if first.lstrip()[:1] == b"[" and first.rstrip(b", \t")[-1:] != b"]":
         raise UnreadableFile(path, "is a JSON array over several lines; name it .json")
     if first == b"{":
         raise UnreadableFile(path, "has an object over several lines; write one a line: jq -c .")
@@ -253,29 +252,15 @@ def json_object(raw: bytes, limits: Limits = Limits()) -> dict:
     except UnicodeDecodeError as error:
         raise BadRecord("", f"invalid UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
     try:
-        record = _DECODER.decode(text)
+        record = json_value(text, raw, limits)
     except json.JSONDecodeError as error:
         raise BadRecord("", f"invalid JSON at column {error.pos + 1}: {error.msg}") from None
-    except RecursionError:
-        raise BadRecord("", "invalid JSON: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
         raise BadRecord("", f"invalid JSON: {error}") from None
     if not isinstance(record, dict):
         advice = "; jq -c '.[]' turns an array into lines" if isinstance(record, list) else ""
         raise BadRecord("", f"{type_name(record)}, not an object{advice}")
-    require_depth(record, raw, limits)
     return record
-
-
-def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise BadRecord(repeated, "given twice in one object; keep one")
-    return record
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object_without_repeats)
 
 
 def _parquet_records(path: Path, limits: Limits, wanted: Collection[str] | None) -> Iterator[_Record]:
@@ -284,15 +269,22 @@ def _parquet_records(path: Path, limits: Limits, wanted: Collection[str] | None)
     try:
         with opened(path, limits) as raw, parquet_file(raw, path, limits, wanted) as file:
             row = 0
-            for batch in file.parquet.iter_batches(PARQUET_BATCH_ROWS, columns=file.columns):
+            for batch in _batches(file):
                 for record in batch_records(batch, file, limits):
                     row += 1
                     yield row, record, lambda record=record: _parquet_excerpt(record)
     except pa.ArrowMemoryError:
         raise  # says nothing of the file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of the name of a column
         advice = f"is not a whole Parquet file ({error}); write it again, or copy it again"
         raise UnreadableFile(path, advice) from error
+
+
+def _batches(file: Columns) -> Iterator[Any]:
+    """The rows in batches, none of them of two row groups: each group has dictionaries of its own, and of texts inside
+    of lists Arrow joins no two."""
+    for group in range(file.parquet.num_row_groups):
+        yield from file.parquet.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=file.columns)
 
 
 class Columns(NamedTuple):
@@ -317,7 +309,7 @@ def parquet_file(
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
             raise UnreadableFile(path, "has two columns of one name; rename one")
-        columns = [name for name in names if wanted is None or name in wanted]
+        columns = [name for name in names if wanted is None or name in wanted] or names[:1]  # without one: no rows
         require_bounded_parquet(file, columns, path, os.fstat(raw.fileno()).st_size, limits)
         schema = pa.schema([file.schema_arrow.field(name) for name in columns])
         leaves, metadata = text_leaves(file, columns), file.metadata
@@ -348,7 +340,9 @@ def rows_of(batch: Any) -> Iterator[dict | BadRecord]:
             continue
         try:
             yield record | {name: decode(record[name]) for name, decode in decoders.items()}
-        except (ValueError, RecursionError) as error:
+        except BadRecord as bad:
+            yield bad
+        except ValueError as error:
             yield BadRecord("", f"a value of the type JSON that is none: {error}")
 
 

@@ -6,11 +6,11 @@ and `turns.TURN_FIELDS` say what every known field does; docs/formats.md is made
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from prism_assets.corpus.json_text import json_value
 from prism_assets.corpus.record_fields import other_fields
 from prism_assets.corpus.records import (
     NAMES,
@@ -147,7 +147,8 @@ def _require_wanted(record: dict) -> None:
         value = record.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if isinstance(value, str):
-            is_false = value.strip().lower() == "false"
+            text = value.strip().lower()  # of a table of texts a number is one too
+            is_false = text == "false" or (name in _NUMBERS_COUNT and text in ("0", "0.0"))
         else:
             is_false = value is False or (is_number and name in _NUMBERS_COUNT and value == 0)
         if is_false:
@@ -239,8 +240,8 @@ def _decoded_conversation(value: Any, field: str, unused: set[str]) -> list[Mess
     """The turns of an array, or of its JSON text, which is how a table of texts holds it."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = json_value(value)
+        except ValueError:
             raise BadRecord(field, "a string that is no JSON array of turns") from None
     return conversation(value, field, unused)
 
@@ -282,8 +283,8 @@ def _history(value: Any, used: set[str]) -> list[Message]:
     used.add("history")
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = json_value(value)
+        except ValueError:
             raise BadRecord("history", "a string that is no JSON array of pairs") from None
     if not given(value):
         return []

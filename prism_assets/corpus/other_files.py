@@ -6,10 +6,12 @@ import codecs
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from prism_assets.corpus.arrow_values import require_sound
 from prism_assets.corpus.limits import Limits, bounded_slices, too_long
 from prism_assets.corpus.records import EXCERPT_CHARACTERS, BadRecord, excerpt_of
 from prism_assets.errors import UnreadableFile
@@ -51,7 +53,7 @@ class _Text:
     def __init__(self, stream: BinaryIO, path: Path, limits: Limits) -> None:
         self._stream, self._path, self._limits = stream, path, limits
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder()
+        self._json = json.JSONDecoder(parse_int=str)  # it finds the end of a value; no number is too long for that
         self._text, self._at, self._ended = "", 0, False
 
     def next(self) -> str:
@@ -148,14 +150,30 @@ def arrow_records(
 
     row = 0
     try:
-        for batch in _batches(pa.PythonFile(stream, "r")):
+        for batch in _batches(pa.PythonFile(_NoLonger(stream), "r")):
+            require_sound(batch)
             for part in bounded_slices(batch, limits):
                 records = [too_long(part, limits)] if isinstance(part, int) else rows_of(part)
                 for record in records:
                     row += 1
                     yield row, record, lambda record=record: excerpt(record)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of the name of a column
         raise UnreadableFile(path, f"is not a whole Arrow file ({error}); write it again, or copy it again") from error
+
+
+class _NoLonger:
+    """A file of which never more is asked for than it holds: a damaged length is no reason to ask for memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+
+    def read(self, size: int = -1) -> bytes:
+        """As of any file."""
+        left = max(self._size - self._file.tell(), 0)
+        return self._file.read(left if size < 0 else min(size, left))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _batches(file: Any) -> Iterator[Any]:

@@ -149,9 +149,10 @@ def _from_turn(turn: dict[str, Any]) -> Message:
 def canonical_json(value: Any) -> str:
     """A JSON value as compact text, names in their order. Raises `BadRecord`."""
     try:
-        return _COMPACT.encode(value)
+        text = _COMPACT.encode(value)
     except (TypeError, ValueError) as error:
         raise BadRecord("", f"holds a value that JSON cannot: {error}") from None
+    return text_of(text, "")
 
 
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # made once: it is asked often
@@ -159,8 +160,13 @@ _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan
 
 def excerpt_of(text: str) -> str:
     """The first `EXCERPT_CHARACTERS` of a text, safe to store as UTF-8."""
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    text = storable(text)
     return text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 1] + "…"
+
+
+def storable(text: str) -> str:
+    """The text with lone surrogates, which UTF-8 cannot hold, as their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def type_name(value: Any) -> str:
@@ -172,9 +178,13 @@ def type_name(value: Any) -> str:
 
 
 class BadRecord(Exception):
-    """A record that is no example: ``field`` (a path in the record, or empty) and ``reason`` become a `Reject`."""
+    """A record that is no example: ``field`` (a path in the record, or empty) and ``reason`` become a `Reject`.
+
+    Both may quote the record: they are made fit to be stored.
+    """
 
     def __init__(self, field: str, reason: str):
+        field, reason = excerpt_of(field), storable(reason)
         super().__init__(field, reason)
         self.field, self.reason = field, reason
 

@@ -6,10 +6,10 @@ else a turn says is used, refused by name, or counted as not used; `TURN_FIELDS`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prism_assets.corpus.json_text import json_value
 from prism_assets.corpus.records import (
     BadRecord,
     Message,
@@ -132,11 +132,11 @@ def pruned(value: Any) -> Any:
 def _turn(turn: Any, where: str, unused: set[str]) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRecord(where, f"{type_name(turn)}, not an object")
-    names, sharegpt = turn.keys(), False
-    if "role" not in names and "content" not in names and ("from" in names or "value" in names):
-        sharegpt = True
+    names = turn.keys()
+    # A null counts as absent: in a table each turn has the fields of all.
+    sharegpt = _has_neither(turn, "role", "content") and not _has_neither(turn, "from", "value")
     role_field, content_field = ("from", "value") if sharegpt else ("role", "content")
-    role = _role(turn, role_field, where, SHAREGPT_ROLES if sharegpt or "from" in names else ROLES)
+    role = _role(turn, role_field, where, SHAREGPT_ROLES if sharegpt or turn.get("from") is not None else ROLES)
     extra: dict[str, Any] = {}
     if len(names) > 2:
         _refuse_or_count(turn, role, where, unused)
@@ -155,6 +155,10 @@ def _turn(turn: Any, where: str, unused: set[str]) -> Message:
         not_empty(content, f"{where}.{content_field}")
     learn = len(names) <= 2 or _learned(turn, role, where)
     return Message(role, content, learn, canonical_json(extra) if extra else "")
+
+
+def _has_neither(turn: Mapping, one: str, other: str) -> bool:
+    return turn.get(one) is None and turn.get(other) is None
 
 
 def _role(turn: Mapping, field: str, where: str, known: Mapping[str, str]) -> str:
@@ -206,7 +210,9 @@ def _content(value: Any, where: str, extra: dict[str, Any]) -> str:
             continue
         if not isinstance(part, Mapping):
             raise BadRecord(here, f"{type_name(part)}, not a part of a content")
-        kind = part.get("type", "text" if "text" in part else None)
+        kind = part.get("type")
+        if kind is None and part.get("text") is not None:
+            kind = "text"
         if kind not in ("text", "input_text", "output_text"):
             raise BadRecord(f"{here}.type", f"{kind!r}: parts of type text alone are supported")
         texts.append(text_of(part.get("text"), f"{here}.text"))
@@ -257,7 +263,7 @@ def _decoded(value: Any) -> Any:
     """The value that a JSON text holds; anything else as it is."""
     if isinstance(value, str) and value.strip()[:1] in ("{", "["):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return json_value(value)
+        except ValueError:
             return value
     return value
