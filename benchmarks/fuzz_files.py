@@ -171,7 +171,7 @@ def _json_bytes(given: Given) -> bytes:
 
 def _in_typed_table(given: Given) -> Given | None:
     """A record as Parquet and Arrow hold it; None where they cannot."""
-    if isinstance(given.value, Raw) or not all(map(is_unicode, given.value)):
+    if isinstance(given.value, Raw) or not given.value or not all(map(is_unicode, given.value)):
         return None
     return replace(given, verdict=given.in_table or given.verdict)
 

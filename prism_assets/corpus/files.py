@@ -50,6 +50,13 @@ DATA_EXTENSIONS = (
     *PARQUET_EXTENSIONS,
     *OTHER_EXTENSIONS,
 )
+# What other kinds of files begin with.
+_OTHER_KINDS = {
+    b"\x1f\x8b": "compressed by gzip (.jsonl.gz)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd (.jsonl.zst)",
+    b"PAR1": "Parquet (.parquet)",
+    b"ARROW1": "Arrow (.arrow)",
+}
 PARQUET_BATCH_ROWS = 1024
 HINTS = 200  # names of other columns that are looked through for one that was meant
 LINK_ADVICE = (
@@ -237,6 +244,9 @@ def _numbered_lines(path: Path, compression: str | None, limits: Limits) -> Iter
 
 def _require_lines(first: bytes, path: Path) -> None:
     """Raise UnreadableFile for a file whose first line shows that it is no JSON Lines."""
+    found = next((name for beginning, name in _OTHER_KINDS.items() if first.startswith(beginning)), None)
+    if found is not None:  # what is not compressed in it would be read
+        raise UnreadableFile(path, f"is {found}; give it the extension of what it is")
     if b"\x00" in first[:4]:
         raise UnreadableFile(path, "is UTF-16 or UTF-32; save it as UTF-8")
     if first.lstrip()[:1] == b"[" and first.rstrip(b", \t")[-1:] != b"]":

@@ -1,5 +1,6 @@
 """What `benchmarks.fuzz` found: files and records that once ended the process, or passed for something else."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -115,6 +116,16 @@ def test_an_array_over_several_lines_is_no_json_lines_however_it_begins(tmp_path
     path.write_text("\ufeff [ " + ",\n ".join(json.dumps(one) for one in [GOOD, {**GOOD, "prompt": "c"}, GOOD]) + "]")
     with pytest.raises(UnreadableFile, match="JSON array over several lines"):
         read_examples(path, "candidate")
+
+
+@pytest.mark.parametrize("level", [0, 9])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_compressed_file_without_its_extension_gives_no_rows(tmp_path, name, level):
+    """What compression leaves as it is looks like lines."""
+    content = gzip.compress(f"{json.dumps(GOOD)}\n".encode() * 3, level)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(UnreadableFile, match="compressed by gzip"):
+        read_examples(tmp_path / name, "candidate")
 
 
 # -- Arrow, which takes lengths from a file as they are ------------------------------------------------------------
