@@ -315,8 +315,8 @@ def serve_dagster_webserver(options: Sequence[str], before: Callable[[Any], Any]
 
 
 @contextmanager
-def sleeping_while_waiting() -> Iterator[None]:
-    """Within the context a run that waits for a slot sleeps until it may ask again.
+def sleeping_while_waiting(meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Within the context a run that waits for a slot sleeps until it may ask again, and calls `meanwhile` before.
 
     dagster 1.13 takes the smaller of zero and the time that is left, so that it never sleeps: a waiting run would keep
     a core busy, the one that the run which it waits for could use.
@@ -332,6 +332,8 @@ def sleeping_while_waiting() -> Iterator[None]:
         pending = getattr(self, "_pending_timeouts", None)
         if pending is None:
             raise LibraryChanged("dagster", "InstanceConcurrencyContext._pending_timeouts")
+        if pending:
+            meanwhile()
         left = [ready_at - time.time() for ready_at in pending.values()]
         return max(0.0, min(left, default=0.0))
 

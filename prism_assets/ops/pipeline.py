@@ -229,15 +229,19 @@ class Pipeline:
         return {pool for asset in assets if (pool := asset.op.pool)}
 
     def _execute(self, step: Step, tags: dict[str, str]) -> tuple[str, int, list[str]]:
-        result = self.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
-            instance=self.instance,
-            asset_selection=self.project.keys(step.assets),
-            partition_key=tags.get("dagster/partition"),
-            # The terminal shows progress of its own; the whole log is in the instance, for the UI.
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-            tags={**tags, "prism/step": step.title},
-            raise_on_error=False,
-        )
+        from prism_assets.ops.runs import waiting
+
+        job = self.definitions.resolve_implicit_global_asset_job_def()
+        with waiting(self.instance):  # another run may take the slot that was free a moment ago
+            result = job.execute_in_process(
+                instance=self.instance,
+                asset_selection=self.project.keys(step.assets),
+                partition_key=tags.get("dagster/partition"),
+                # The terminal shows progress of its own; the whole log is in the instance, for the UI.
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                tags={**tags, "prism/step": step.title},
+                raise_on_error=False,
+            )
         self.listener.on_run()
         if not result.success:
             if any(error.cls_name in _INTERRUPTS for error in _errors(result)):

@@ -16,7 +16,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,7 +74,7 @@ class _Watched(dg.Executor):
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         work_on(plan_context.dagster_run, plan_context.instance)
-        with sleeping_while_waiting():
+        with waiting(plan_context.instance):
             yield from self._executor.execute(plan_context, execution_plan)
 
 
@@ -116,6 +116,12 @@ def close_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
         closed.append(run.run_id)
     _sweep(instance)
     return closed
+
+
+def waiting(instance: dg.DagsterInstance) -> AbstractContextManager[None]:
+    """A context in which a run that waits for a slot sleeps, and gives back what runs of killed processes hold: the one
+    that it waits for may be killed meanwhile."""
+    return sleeping_while_waiting(lambda: close_orphaned_runs(instance))
 
 
 def wait_for_slots(instance: dg.DagsterInstance, pools: set[str], on_wait: Callable[[str], None]) -> None:

@@ -12,7 +12,15 @@ import pytest
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 
 from prism_assets.compat import sleeping_while_waiting
-from prism_assets.ops.runs import PROCESS_TAG, close_orphaned_runs, one_process, registered, wait_for_slots, work_on
+from prism_assets.ops.runs import (
+    PROCESS_TAG,
+    close_orphaned_runs,
+    one_process,
+    registered,
+    wait_for_slots,
+    waiting,
+    work_on,
+)
 
 spawn = multiprocessing.get_context("spawn")
 
@@ -194,6 +202,16 @@ def test_who_waits_for_the_dead_goes_on(instance, worker):
     child = worker(run)
     wait_for_slots(instance, {"model"}, lambda _: os.kill(child.pid, signal.SIGKILL))
     assert status(instance, run) == dg.DagsterRunStatus.FAILURE
+
+
+def test_a_run_that_waits_inside_of_dagster_goes_on_when_the_holder_is_killed(instance):
+    """Between `wait_for_slots` and the step another run took the slot, and then its process was killed."""
+    with registered(instance) as name:
+        run = started(instance, {PROCESS_TAG: name})
+    job = dg.Definitions([worked_on]).resolve_implicit_global_asset_job_def()
+    with waiting(instance):
+        assert job.execute_in_process(instance=instance).success
+    assert status(instance, run) == dg.DagsterRunStatus.CANCELED
 
 
 def test_a_run_that_waits_for_a_slot_sleeps(instance):
