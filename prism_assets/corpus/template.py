@@ -235,7 +235,8 @@ class ChatTemplate:
         if _THINKING_START.match(message.content):
             return None  # the prompt for generation may hold a part of it
         at = rendered.find(words + opening, cursor) if words and opening and not message.extra else -1
-        if at < 0 or at - cursor > _HEADER_CHARACTERS:
+        # The first opening has to be the one: words with a space at their end may be those of a later turn without it.
+        if at < 0 or at - cursor > _HEADER_CHARACTERS or rendered.find(opening, cursor) != at + len(words):
             return None
         start = at + len(words) + len(opening)
         special = self._special_after(rendered, start)

@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -157,6 +157,7 @@ WORDS = st.text("ab \n<>?", min_size=1, max_size=8).filter(str.strip)
 
 
 @settings(max_examples=40, deadline=None)
+@example([("<", "<")] * 3 + [("< ", "<"), ("<", "<")], CHATML, False)
 @given(
     st.lists(st.tuples(WORDS, WORDS), min_size=5, max_size=9),
     st.sampled_from([CHATML, LLAMA3, GEMMA, QWEN3, TOOLS]),
