@@ -99,8 +99,12 @@ class FolderStore:
         """Take something damaged out of the way, so that it counts as not made; returns a sentence that says so."""
         path = self.local(key)
         aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
-        with suppress(FileNotFoundError):  # another process was faster
+        try:
             os.replace(path, aside)
+        except FileNotFoundError:
+            pass  # another process was faster
+        except OSError as error:
+            return f"It cannot be moved aside ({error.strerror}): do that, or remove it, and it will be rebuilt."
         return f"It was moved to {aside.name} and will be rebuilt."
 
     def delete(self, key: str) -> None:

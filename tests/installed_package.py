@@ -113,7 +113,7 @@ def try_the_ui(folder: Path) -> None:
         print(f"prism ui: {len(assets)} assets", flush=True)
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(30)
+        process.wait(150)  # both processes end their threads first, which takes time on a busy machine
 
 
 def main() -> None:

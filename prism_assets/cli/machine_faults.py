@@ -7,6 +7,7 @@ in the lake, so every one of them ends in: mend it and run again.
 import errno
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _AGAIN = "What was finished is kept; run again then."
 def advice(error: BaseException) -> str | None:
     """What to do about an error that is the machine's; None for any other, which is a fault of the program."""
     for one in _chain(error):
-        if type(one).__module__.partition(".")[0] in ("sqlalchemy", "sqlite3"):
+        if type(one).__module__.partition(".")[0] in ("sqlalchemy", "sqlite3") and _met_by_dagster(error):
             return _of_the_database(str(one))
         if isinstance(one, OSError) and one.errno is not None:
             found = _of_the_disk(one)
@@ -29,12 +30,18 @@ def advice(error: BaseException) -> str | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it came from, the first of them last."""
+    """The error and what it was raised from, the first of them last. What was merely being handled is not the cause."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
+
+
+def _met_by_dagster(error: BaseException) -> bool:
+    """Whether Dagster was at work where an error came up: others have databases too (MLflow its own)."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any("dagster" in Path(name).parts for name in frames)
 
 
 def _of_the_disk(error: OSError) -> str | None:
@@ -57,7 +64,7 @@ def _is_full(folder: Path) -> bool:
 def _of_the_database(words: str) -> str:
     """Dagster keeps runs, events and schedules in SQLite files, which no result depends on."""
     home = Path(os.environ.get("DAGSTER_HOME", "."))
-    said = words.strip().splitlines()[0].rpartition(") ")[2]
+    said = (words.strip().splitlines() or ["no reason given"])[0].rpartition(") ")[2]
     what = f"Dagster's own database in {home} cannot be used: {said}."
     lowered = words.lower()
     # SQLite calls a full disk an input/output error where it meets it in its journal.

@@ -53,7 +53,7 @@ def run_everything(settings: "Settings", targets: Sequence[str] | None = None, a
     from prism_assets.selection.handed_out import hand_out
 
     loaded, results = run_steps(settings, targets)
-    intake, files = intake_of_today(loaded.stage), hand_out(loaded.stage)
+    intake, files = intake_of_today(loaded.stage), hand_out(loaded.stage, targets)
     report = settings.storage.report / "report.json"
     data = json.loads(report.read_text(encoding="utf-8"))
     if as_json:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FILE_READABLE = Check("file_readable", "The inbox file can be read at all.", dg.AssetCheckSeverity.ERROR)
 ROWS_ACCEPTED = Check("rows_accepted", "No row of the file was rejected.")
-PROMPTS_WHOLE = Check("prompts_whole", "No row lost a part of its prompt to max_length.")
+PROMPTS_WHOLE = Check("prompts_whole", "No row lost a part of its prompt, and no text its end, to max_length.")
 TABLES = ("candidates", "rejects", "candidate_fields")
 _SHOWN = 8  # rows and rejects in the metadata
 

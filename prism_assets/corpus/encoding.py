@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from prism_assets.corpus.limits import Limits
 from prism_assets.corpus.record_file import RecordFile
 from prism_assets.errors import ModelError, ShardGone
-from prism_assets.resources.lake import Artifact, Recipe, hash_table
+from prism_assets.resources.lake import Artifact, Recipe, hash_rows, hash_table
 from prism_assets.resources.regular_files import open_regular
 
 if TYPE_CHECKING:
@@ -109,7 +109,9 @@ def _recipes_of_today(stage: "Stage", source: RecordFile, reading: "_Reading") -
     old = stage.lake.find(recipes[0])
     if old is None or stage.lake.find(_fields_recipe(stage, source, old)) is not None:
         return recipes
-    same = hash_table(reading.tables.rows.table) == old.content_hash
+    # Tables were hashed whole before they were hashed in blocks.
+    hashed = hash_rows if old.header.get("hashed_in_blocks") else hash_table
+    same = hashed(reading.tables.rows.table) == old.content_hash
     return recipes if same else (again[0], again[1])
 
 

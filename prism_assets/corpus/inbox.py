@@ -94,7 +94,9 @@ def shard_key(file_name: str, sha256: str) -> str:
     of it once it is quoted.
     """
     stem = unicodedata.normalize("NFC", file_name[: len(file_name) - len(data_extension(file_name) or "")])
-    name = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.-]+", "_", stem)).strip("._-")[:NAME_CHARACTERS]
+    # Marks too: vowel signs are no letters to Python.
+    kept = "".join(one if one in "_.-" or unicodedata.category(one)[0] in "LNM" else " " for one in stem)
+    name = re.sub(r"\.{2,}", ".", re.sub(r" +", "_", kept)).strip("._-")[:NAME_CHARACTERS]
     while len(quote(name)) > QUOTED_CHARACTERS:
         name = name[:-1]
     name = name.strip("._-")

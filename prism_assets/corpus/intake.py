@@ -33,7 +33,7 @@ class Part(NamedTuple):
     rejected: int
     duplicates: int
     contaminated: int  # equal to a target or held-out record
-    cut: int  # used, but a part of the prompt did not fit into max_length
+    cut: int  # used, but a part of the prompt, or the end of a text, did not fit into max_length
     reasons: Mapping[str, int]  # of the rejected, figures left out
     unreadable: Mapping[str, str]  # by file: why nothing of it is used
     unused_fields: Sequence[str]
@@ -88,23 +88,31 @@ def intake_notes(rejects: Mapping[str, int], unreadable: str) -> dict[str, Any]:
     return {"reasons": dict(rejects), "unreadable": unreadable}
 
 
-def intake(stage: Stage, ignored: Iterable[Ignored] = ()) -> Intake:
-    """What became of the pool's records and of those of every target, as far as the lake shows them."""
-    parts = [part for part in (_pool(stage), *_targets(stage)) if part is not None]
+def intake(stage: Stage, ignored: Iterable[Ignored] = (), shards: Sequence[str] | None = None) -> Intake:
+    """What became of the records of the shards (None: of those of the live pool) and of those of every target, as far
+    as the lake shows them."""
+    parts = [part for part in (_pool(stage, shards), *_targets(stage)) if part is not None]
     return Intake(parts, [(str(one.path), one.reason) for one in ignored])
 
 
-def _pool(stage: Stage) -> Part | None:
-    """The candidates of the shards that count today."""
+def _pool(stage: Stage, shards: Sequence[str] | None) -> Part | None:
+    """The candidates of the shards."""
     pool = stage.shown_or_none("live_pool")
-    if pool is None:
-        return None
+    listed: dict[str, str] = {}
+    if pool is not None:
+        table = stage.lake.read_table(pool, ["shard", "candidates_fingerprint"])
+        listed = dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
     files = {}
-    for row in stage.lake.read_table(pool, ["shard", "candidates_fingerprint"]).to_pylist():
-        rows = stage.lake.get("candidates", row["candidates_fingerprint"])
+    for shard in listed if shards is None else shards:
+        known = listed.get(shard)
+        rows = stage.shown_or_none("candidates", shard) if known is None else stage.lake.get("candidates", known)
         if rows is not None:
-            files[row["shard"]] = rows
+            files[shard] = rows
+    if not files:
+        return None
     part = _part(stage, CANDIDATES, "rejects", files)
+    if pool is None or files.keys() != listed.keys():
+        return part  # what is in several files, or somebody's target, is known once the pool is listed
     # Rows that are in several files, and those that are somebody's target.
     left_out = {name: pool.notes[name] for name in ("duplicates", "contaminated")}
     return part._replace(

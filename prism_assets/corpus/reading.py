@@ -8,7 +8,7 @@ from prism_assets.corpus.encoder import Encoder, TokenizedExample, TokenizedPair
 from prism_assets.corpus.files import DUPLICATE_OF
 from prism_assets.corpus.intake import ReasonCounts, intake_notes
 from prism_assets.corpus.record_file import WHOLE_FILE, RecordFile
-from prism_assets.corpus.records import Example, Reject
+from prism_assets.corpus.records import Example, Reject, excerpt_of
 from prism_assets.corpus.token_tables import CHOICES, FIELDS_SCHEMA, REJECTS_SCHEMA, encode_one, row_of
 from prism_assets.errors import UnreadableFile
 from prism_assets.resources.lake import Lake, Rows
@@ -59,7 +59,8 @@ class _Writing:
         """Tokenise an example; what cannot be, and what was rejected before, is a reject."""
         if isinstance(record, Reject):
             return self.reject(record)
-        self.unused.update(record.unused)
+        # Half a surrogate pair in a name is no text that notes, logs and tables can hold.
+        self.unused.update(excerpt_of(name) for name in record.unused)
         tokens = encode_one(record, encoder)
         if isinstance(tokens, Reject):
             return self.reject(tokens)
@@ -80,8 +81,11 @@ class _Writing:
             self._counts[name] += row[name]
         self._counts["truncated"] += tokens.truncated
         self._has_choices |= bool(example.choices)
-        texts = len(row["prompt"]) + len(row["completion"])  # each of them is in `messages` too
-        self._rows.append(row, 4 * (2 * texts + row["tokens"]))
+        texts = 2 * (len(row["prompt"]) + len(row["completion"]))  # each of them is in `messages` too
+        beside = [example.record_id, example.source, example.group, example.rejected]
+        beside += [*example.answers, *example.choices]
+        texts += sum(len(text) for text in beside if text)
+        self._rows.append(row, 4 * (texts + row["tokens"]))
         fields = {"id": example.id, "line": example.line, "fields": example.fields}
         self._fields.append(fields, len(example.fields))
 

@@ -84,8 +84,13 @@ def export(stage: Stage, target: str, strategy: str, folder: Path, *, force: boo
 
 
 def data_table(rows: "pa.Table") -> "pa.Table":
-    """A selection without its tokens, which are the model's; turns as lists of role and content, not as JSON."""
+    """A selection without its tokens, which are the model's; turns as lists of role and content, not as JSON. Where
+    every row is a text, `text` stands in the place of prompt, completion and turns."""
     import pyarrow as pa
+
+    if rows.num_rows and not any(rows["prompt"].to_pylist()):  # of a conversation it is never empty
+        kept = rows.drop_columns(["input_ids", "loss_mask", "prompt", "messages"]).replace_schema_metadata(None)
+        return kept.rename_columns({"completion": "text"})
 
     turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
     messages = [

@@ -172,7 +172,8 @@ def intake_of_today(stage: Stage) -> Intake | None:
         return None
     if not stage.settings.candidates.inbox.is_dir():
         return None
-    return intake(stage, scan_inbox(stage, at_rest_seconds=0).ignored)
+    found = scan_inbox(stage, at_rest_seconds=0)
+    return intake(stage, found.ignored, [file.key for file in found.files])
 
 
 def integrity(stage: Stage) -> list[Finding]:
@@ -244,7 +245,7 @@ def _stale(stage: Stage) -> list[Finding]:
         return []
     keys = sorted(inbox_files(stage, at_rest_seconds=0))
     unread = [key for key in keys if stage.shown_or_none("candidates", key) is None]
-    findings = [_share("candidates", len(unread), len(keys), "files are not ingested"), *_rejected(stage)]
+    findings = [_share("candidates", len(unread), len(keys), "files are not ingested"), *_rejected(stage, keys)]
     if stage.shown_or_none("warmup_checkpoints") is None:
         return [*findings, Finding("note", "stale", "no warm-up for these settings yet: `prism run` makes it")]
     version = stage.feature_version
@@ -265,9 +266,9 @@ def _stale(stage: Stage) -> list[Finding]:
     return findings
 
 
-def _rejected(stage: Stage) -> list[Finding]:
-    """Files of the pool that could not be read, and how many records of the others were rejected or cut."""
-    pool = next((part for part in intake(stage).parts if part.name == CANDIDATES), None)
+def _rejected(stage: Stage, keys: list[str]) -> list[Finding]:
+    """Files of the inbox that could not be read, and how many records of the others were rejected or cut."""
+    pool = next((part for part in intake(stage, shards=keys).parts if part.name == CANDIDATES), None)
     if pool is None:
         return []
     findings = [Finding("problem", "unreadable", f"{name}: {why}") for name, why in pool.unreadable.items()]
@@ -275,7 +276,8 @@ def _rejected(stage: Stage) -> list[Finding]:
         findings.append(Finding("note", "rejects", f"{pool.rejected} records were rejected: {SHOW_REJECTS}"))
     if pool.cut:
         longest = stage.settings.tokenization.max_length
-        words = f"{pool.cut} rows lose a part of their prompt to tokenization.max_length ({longest:,})"
+        what = "a part of their prompt (texts: their end)"
+        words = f"{pool.cut} rows lose {what} to tokenization.max_length ({longest:,})"
         findings.append(Finding("note", "truncated", words))
     return findings
 

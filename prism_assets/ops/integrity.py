@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from prism_assets.errors import LakeError
 from prism_assets.project import ENGINES, Project
 from prism_assets.resources.lake import Lake, damaged_among
 from prism_assets.selection.json_lines import JSON_LINES, restore_json_lines
@@ -22,8 +23,12 @@ def damaged(stage: Stage) -> Iterator[str]:
     yield from damaged_among(stage.lake)
     for table in ("selection", "removed"):
         for artifact in list(stage.lake.artifacts(table)):
-            if restore_json_lines(stage, artifact):
-                yield f"{stage.lake.local(artifact, suffix=JSON_LINES)} was lost or altered; it was written again."
+            place = stage.lake.local(artifact, suffix=JSON_LINES)
+            try:
+                if restore_json_lines(stage, artifact):
+                    yield f"{place} was lost or altered; it was written again."
+            except (LakeError, OSError) as error:
+                yield f"{place} is lost or altered, or cannot be read, and was not written again: {error}"
 
 
 def build_verify_job(project: Project) -> dg.JobDefinition:

@@ -27,7 +27,8 @@ def relative_to(value: Any, folder: Path) -> Any:
         return {name: relative_to(one, folder) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [relative_to(one, folder) for one in value]
-    if isinstance(value, str) and os.path.isabs(value) and os.path.exists(os.path.dirname(value)):
+    is_path = isinstance(value, str) and os.path.isabs(value) and len(Path(value).parts) > 2  # "/n" may be a separator
+    if is_path and os.path.exists(os.path.dirname(value)):
         return os.path.relpath(value, folder)
     return value
 

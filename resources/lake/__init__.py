@@ -1,6 +1,6 @@
 """The lake: what was computed, published once, found by what it was made from."""
 
-from prism_assets.resources.lake.hashing import hash_file, hash_folder, hash_table, hash_tensors
+from prism_assets.resources.lake.hashing import hash_file, hash_folder, hash_rows, hash_table, hash_tensors
 from prism_assets.resources.lake.lake import Lake
 from prism_assets.resources.lake.recipe import (
     Artifact,
@@ -32,6 +32,7 @@ __all__ = [
     "digest",
     "hash_file",
     "hash_folder",
+    "hash_rows",
     "hash_table",
     "hash_tensors",
     "references",

@@ -14,25 +14,29 @@ if TYPE_CHECKING:
     import torch
 
 
-ROWS_A_BLOCK = 65_536
+ROWS_A_BLOCK = 4096
 _MOST_BYTES = 2**31 - 1  # that 32-bit offsets reach
 
 
 def hash_table(table: "pa.Table | RowSource") -> str:
-    """A hash of the values, names and types of a table; chunking, compression and metadata do not count.
+    """A hash of the values, names and types of a table; chunking, compression and metadata do not count. A column is in
+    memory at a time, whole."""
+    return _hash_between(table, 0, table.num_rows)
 
-    A table of more than 65,536 rows is hashed in blocks of so many: what is needed of it is a column of a block.
-    """
-    if table.num_rows <= ROWS_A_BLOCK:
-        return _hash_block(table, 0)
-    blocks = [_hash_block(table, start) for start in range(0, table.num_rows, ROWS_A_BLOCK)]
+
+def hash_rows(rows: "pa.Table | RowSource") -> str:
+    """The content hash of a published table: its `hash_table`, or of more than 4,096 rows the hash of those of blocks
+    of so many, so that a column of a block is all that is in memory."""
+    if rows.num_rows <= ROWS_A_BLOCK:
+        return hash_table(rows)
+    blocks = [_hash_between(rows, start, ROWS_A_BLOCK) for start in range(0, rows.num_rows, ROWS_A_BLOCK)]
     return hashlib.sha256("\n".join(blocks).encode()).hexdigest()[:FINGERPRINT_LENGTH]
 
 
-def _hash_block(table: "pa.Table | RowSource", start: int) -> str:
+def _hash_between(table: "pa.Table | RowSource", start: int, count: int) -> str:
     hasher = hashlib.sha256()
     for name in table.schema.names:
-        _add_column(hasher, name, rows_between(table, start, ROWS_A_BLOCK, [name]).column(0))
+        _add_column(hasher, name, rows_between(table, start, count, [name]).column(0))
     return hasher.hexdigest()[:FINGERPRINT_LENGTH]
 
 

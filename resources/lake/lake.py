@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from prism_assets.errors import DamagedArtifact, LakeError, NotMadeYet
-from prism_assets.resources.lake.hashing import ROWS_A_BLOCK, hash_folder, hash_table, hash_tensors
+from prism_assets.resources.lake.hashing import ROWS_A_BLOCK, hash_folder, hash_rows, hash_tensors
 from prism_assets.resources.lake.headers import HEADER_KEY, header_of, new_header, sizes
 from prism_assets.resources.lake.recipe import SIDECAR, Artifact, Content, Recipe, Rows, Tensors
 from prism_assets.resources.lake.spool import Spool, rows_between
@@ -204,7 +204,7 @@ class Lake:
         """
         import pyarrow.parquet as pq
 
-        header = new_header(recipe, hash_table(table), run_id, {"rows": table.num_rows, **(notes or {})})
+        header = new_header(recipe, hash_rows(table), run_id, {"rows": table.num_rows, **(notes or {})})
         header |= {"hashed_in_blocks": True} if table.num_rows > ROWS_A_BLOCK else {}
         key = _artifact_key(recipe)
 

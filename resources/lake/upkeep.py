@@ -3,15 +3,14 @@
 A key names a file or folder of the store; nobody else reads anything into it.
 """
 
-import re
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from prism_assets.resources.lake.lake import SUFFIXES, Lake
-from prism_assets.resources.lake.recipe import FINGERPRINT_LENGTH, Artifact
+from prism_assets.resources.lake.recipe import Artifact
+from prism_assets.resources.lake.verification import FINGERPRINT
 from prism_assets.resources.store import DRAFTS
 
-_FINGERPRINT = re.compile(rf"[0-9a-f]{{{FINGERPRINT_LENGTH}}}\Z")
 _DAMAGED = ".damaged"
 
 
@@ -55,7 +54,7 @@ def leftovers(lake: Lake, before: float, needed: Collection[str]) -> Iterator[st
     drafts = [*store.keys(f"{DRAFTS}/*"), *store.keys("heads/*/*/.*"), *store.keys("cache/**/.*")]
     attached = [key for key in store.keys("artifacts/*/*") if _is_attached(key)]
     alone = [key for key in attached if not store.exists(f"{key.removesuffix(_suffix(key))}.parquet")]
-    remembered = [key for key in store.files("cache/*/**/*") if _FINGERPRINT.match(_name(key))]
+    remembered = [key for key in store.files("cache/*/**/*") if FINGERPRINT.match(_name(key))]
     of_others = [key for key in remembered if _name(key) not in needed]
     old = [key for key in (*drafts, *alone, *of_others) if store.changed(key) < before]
     yield from sorted([*old, *store.keys(f"artifacts/*/*{_DAMAGED}")])
@@ -64,7 +63,7 @@ def leftovers(lake: Lake, before: float, needed: Collection[str]) -> Iterator[st
 def _is_attached(key: str) -> bool:
     """Whether a file lies beside a table, under its fingerprint and a suffix that no artefact has."""
     stem = _name(key).removesuffix(_suffix(key))
-    return _suffix(key) not in (*SUFFIXES, _DAMAGED) and _FINGERPRINT.match(stem) is not None
+    return _suffix(key) not in (*SUFFIXES, _DAMAGED) and FINGERPRINT.match(stem) is not None
 
 
 def _name(key: str) -> str:

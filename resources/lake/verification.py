@@ -1,25 +1,31 @@
 """Whether what an artefact holds is what was published: its content hash, computed again from the file."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_assets.errors import DamagedArtifact, LakeError
-from prism_assets.resources.lake.hashing import ROWS_A_BLOCK, hash_folder, hash_table
+from prism_assets.resources.lake.hashing import ROWS_A_BLOCK, hash_folder, hash_rows
 from prism_assets.resources.lake.lake import SUFFIXES, Lake
-from prism_assets.resources.lake.recipe import Artifact
+from prism_assets.resources.lake.recipe import FINGERPRINT_LENGTH, Artifact
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+FINGERPRINT = re.compile(rf"[0-9a-f]{{{FINGERPRINT_LENGTH}}}\Z")
 
 
 def verify(lake: Lake, artifact: Artifact) -> None:
     """Read an artefact whole. Raises DamagedArtifact where its content is not what its header says, having set it
     aside, so that the next run makes it again; and LakeError where it cannot be read now."""
     path = lake.local(artifact)
-    if path.suffix == ".safetensors":
-        lake.read_tensors(artifact)
-        return
-    found = _hash_of_parquet(lake, artifact) if path.suffix == ".parquet" else hash_folder(path)
+    try:
+        if path.suffix == ".safetensors":
+            lake.read_tensors(artifact)
+            return
+        found = _hash_of_parquet(lake, artifact) if path.suffix == ".parquet" else hash_folder(path)
+    except OSError as error:
+        raise LakeError(f"{path} cannot be read: {error}. Look again when it can.") from error
     if found not in (None, artifact.content_hash):
         raise lake.damaged(artifact, "its content differs from its content hash")
 
@@ -32,13 +38,17 @@ def damaged_among(lake: Lake, part: int = 0, parts: int = 1) -> Iterator[str]:
     for key in lake.store.keys("artifacts/*/*"):
         table, name = key.split("/")[1:3]
         fingerprint, dot, suffix = name.partition(".")
-        if dot + suffix not in SUFFIXES or int(fingerprint[:8], 16) % parts != part:
+        if dot + suffix not in SUFFIXES or not FINGERPRINT.match(fingerprint):
+            continue  # what lies beside artefacts, or is none of ours
+        if int(fingerprint[:8], 16) % parts != part:
             continue
         found = lake.get(table, fingerprint)
+        if found is None and lake.store.exists(key):
+            found = lake.get(table, fingerprint)  # another process may have published it anew meanwhile
         if found is None:
-            if lake.store.exists(key):
-                continue  # another process published it anew meanwhile
-            yield f"{lake.store.local(key)} could not be read and was set aside. Run again: `prism run`."
+            there = lake.store.exists(key)
+            what = "could not be moved aside: do that, or remove it" if there else "was set aside"
+            yield f"{lake.store.local(key)} could not be read and {what}. Run again: `prism run`."
             continue
         try:
             verify(lake, found)
@@ -49,7 +59,7 @@ def damaged_among(lake: Lake, part: int = 0, parts: int = 1) -> Iterator[str]:
 
 
 class _ParquetRows:
-    """A Parquet file as `hash_table` reads tables: a column of a block of rows at a time."""
+    """A Parquet file as `hash_rows` reads tables: a column of a block of rows at a time."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -79,4 +89,4 @@ def _hash_of_parquet(lake: Lake, artifact: Artifact) -> str | None:
             for group in range(file.num_row_groups):
                 file.read_row_group(group)
             return None
-        return hash_table(rows)
+        return hash_rows(rows)

@@ -42,6 +42,16 @@ def prism(project, *arguments: str):
     return result
 
 
+def met_by_dagster(error):
+    """The error as it comes out of code that lies in a folder named dagster."""
+    code: dict = {}
+    exec(compile("def fail(error):\n    raise error", "/lib/dagster/storage.py", "exec"), code)
+    try:
+        code["fail"](error)
+    except type(error) as raised:
+        return raised
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [
@@ -74,7 +84,7 @@ def test_what_the_disk_refuses_is_named_with_what_to_do(number, words):
 def test_what_dagsters_database_refuses_is_named_with_what_to_do(said, words, monkeypatch):
     monkeypatch.setenv("DAGSTER_HOME", "/some/home")
     kind = DatabaseError if "not a" in said else OperationalError
-    found = advice(kind("PRAGMA x", {}, sqlite3.DatabaseError(said))) or ""
+    found = advice(met_by_dagster(kind("PRAGMA x", {}, sqlite3.DatabaseError(said)))) or ""
     assert words in found and said in found and "/some/home" in found and "PRAGMA" not in found
 
 
@@ -82,13 +92,30 @@ def test_what_dagsters_database_refuses_is_named_with_what_to_do(said, words, mo
 def test_an_input_output_error_of_the_database_on_a_full_disk_is_a_full_disk(free, words, monkeypatch, tmp_path):
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-    found = advice(OperationalError("x", {}, sqlite3.OperationalError("disk I/O error"))) or ""
+    found = advice(met_by_dagster(OperationalError("x", {}, sqlite3.OperationalError("disk I/O error")))) or ""
     assert words in found and ("full" in found) == (free == 1000)
 
 
 def test_a_fault_of_the_program_is_left_as_it_is():
     assert advice(TypeError("x")) is None
     assert advice(OSError(errno.ENOTDIR, "x")) is None
+    for suppressed in (True, False):  # what was being handled is not the cause
+        try:
+            try:
+                raise PermissionError(errno.EACCES, "denied", "/root/.cache/x")
+            except PermissionError:
+                if suppressed:
+                    raise ValueError("a bug") from None
+                raise ValueError("a bug")  # noqa: B904
+        except ValueError as error:
+            assert advice(error) is None
+
+
+def test_a_database_that_is_not_dagsters_is_left_as_it_is():
+    try:
+        sqlite3.connect(":memory:").execute("SELECT nothing FROM nowhere")
+    except sqlite3.Error as error:
+        assert advice(error) is None
 
 
 def test_a_damaged_history_of_dagster_ends_in_advice_and_loses_nothing(finished, monkeypatch):

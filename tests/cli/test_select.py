@@ -1,6 +1,7 @@
 """`prism select`: selections under names that stay, with what the user wrote, and nothing trained."""
 
 import json
+import os
 from importlib.metadata import version
 
 import datasets
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from conftest import make_rows, write_lines
 from prism_assets.cli import app
+from prism_assets.resources.lake import Recipe
 
 pytestmark = pytest.mark.usefixtures("blank_plots")
 
@@ -107,3 +109,43 @@ def test_a_removal_hands_out_what_is_kept_and_what_was_removed(make_project, tmp
 def test_the_version_is_said():
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0 and result.stdout.strip() == f"prism-assets {version('prism-assets')}"
+
+
+def test_half_a_surrogate_pair_beside_a_conversation_stays_an_escape(make_project, tmp_path):
+    project = make_project(tmp_path / "project", strategies=["random"], selection={"budget": 44})
+    project.add("odd", ['{"prompt": "copy: odd=", "completion": "odd", "note": "\\ud83d", "\\udc00": 1}'])
+    prism(project, "select")
+    out = lines(project.folder / "out" / "plain" / "random.jsonl")
+    (odd,) = [row for row in out if row["prompt"] == "copy: odd="]
+    assert odd["fields"] == {"note": "\ud83d", "\udc00": 1}
+    table = duckdb.sql(f"SELECT fields FROM '{project.folder}/out/plain/random.parquet' WHERE prompt = 'copy: odd='")
+    assert json.loads(table.fetchall()[0][0]) == odd["fields"]
+
+
+def test_rows_of_another_reading_of_a_shard_are_never_put_beside_a_selection(project, tmp_path):
+    from prism_assets.errors import CannotExport
+    from prism_assets.selection.handed_out import hand_out
+
+    other = project.copy(tmp_path / "project")
+    shard = other.selected("random")[0]["shard"]
+    shown = other.stage.shown("candidate_fields", shard)
+    table = other.lake.read_table(shown)
+    moved = other.lake.publish_table(Recipe("candidate_fields", 1, {"other": True}), table.slice(1))
+    other.stage.show(moved, shard)
+    with pytest.raises(CannotExport, match=r"made from other rows of the shard .*prism select --target plain"):
+        hand_out(other.stage)
+    other.stage.retire("candidate_fields", shard)
+    with pytest.raises(CannotExport, match="prism select"):
+        hand_out(other.stage)
+
+
+def test_what_was_removed_once_does_not_stay_beside_what_is_selected_now(project, tmp_path):
+    other = project.copy(tmp_path / "project")
+    stale = other.folder / "out" / "plain" / "random.removed.jsonl"
+    stale.write_text("{}")
+    (stale.parent / ".random.jsonl.999").write_text("half")
+    os.utime(stale.parent / ".random.jsonl.999", (1, 1))
+    prism(other, "select")
+    assert sorted(path.name for path in stale.parent.iterdir()) == sorted(
+        f"{name}.{kind}" for name in ("prism", "prism-cover", "random") for kind in ("jsonl", "parquet")
+    )

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import time
+import unicodedata
 from urllib.parse import quote
 
 import pytest
@@ -202,6 +203,7 @@ def test_a_file_without_permission_is_reported(tmp_path):
         ("e\u0301te\u0301 2026.jsonl", "été_2026"),
         ("данные|a\u202e.jsonl", "данные_a"),
         ("\u202e…!.jsonl", "shard"),
+        ("हिन्दी ไทยที่.jsonl", "हिन्दी_ไทยที่"[:17]),
         ("数" * 300 + ".jsonl", "数" * 17),
         ("x" * 300 + ".jsonl", "x" * 60),
     ],
@@ -213,5 +215,6 @@ def test_shard_names(name, expected):
 @given(st.text(max_size=80), st.sampled_from([".jsonl", ".jsonl.gz", ".parquet", ""]))
 def test_any_file_name_gives_a_key_fit_for_a_partition_and_a_path(stem, extension):
     key = shard_key(stem + extension, "f" * 64)
-    assert re.fullmatch(r"[\w.-]{1,60}-f{12}", key) and key[0] not in "_.-" and ".." not in key
+    assert re.fullmatch(r"\S{1,60}-f{12}", key) and key[0] not in "_.-" and ".." not in key
+    assert all(one in "_.-" or unicodedata.category(one)[0] in "LNM" for one in key)
     assert len(quote(key)) <= 180  # it is a part of file names, quoted

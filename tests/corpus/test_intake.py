@@ -101,3 +101,20 @@ def test_reasons_that_differ_in_figures_alone_are_counted_together_and_kinds_are
     assert reasons.counts[DUPLICATE] == 1
     assert reasons.counts[OTHER_REASONS] == 71
     assert len(reasons.counts) == 32 and reasons.counts.total() == 108
+
+
+def test_before_the_pool_is_listed_and_after_a_file_is_repaired_doctor_names_the_files_of_the_inbox(
+    make_project, tmp_path
+):
+    from prism_assets.ops.doctor import examine
+
+    project = make_project(tmp_path / "project", strategies=["random"], seeds=[0])
+    (project.inbox / "broken.jsonl").write_text("[\n")
+    project.run_steps([step for step in steps_of("run") if set(step.assets) & {"candidates", "base_model"}])
+
+    def unreadable():
+        return [one.found for one in examine(project.stage) if one.what == "unreadable"]
+
+    assert len(unreadable()) == 1 and "broken-" in unreadable()[0]
+    (project.inbox / "broken.jsonl").unlink()
+    assert unreadable() == []

@@ -21,7 +21,7 @@ from prism_assets.corpus.template import Untokenizable
 from prism_assets.corpus.token_tables import CANDIDATE_SCHEMA, TARGET_SCHEMA, encode_all, to_table
 from prism_assets.errors import UnreadableFile
 from prism_assets.progress import progress
-from prism_assets.resources.lake import Lake, Recipe, hash_table
+from prism_assets.resources.lake import Lake, Recipe, hash_rows, hash_table
 from prism_assets.resources.lake import spool as spools
 
 
@@ -128,17 +128,35 @@ def test_of_a_record_that_was_read_only_its_id_stays_in_memory(tmp_path: Path):
     assert (large - small) / 10_000 < 250  # an example has thousands of bytes
 
 
-def test_large_tables_are_hashed_in_blocks_whatever_their_chunks(monkeypatch: pytest.MonkeyPatch):
+def test_large_tables_are_published_under_a_hash_of_blocks_whatever_their_chunks(monkeypatch: pytest.MonkeyPatch):
     from prism_assets.resources.lake import hashing
 
     table = pa.table({"text": [str(number) for number in range(40)], "list": [[number] for number in range(40)]})
     chunked = pa.concat_tables([table.slice(0, 13), table.slice(13, 1), table.slice(14)])
     whole = hash_table(table)
+    assert hash_rows(table) == whole
     monkeypatch.setattr(hashing, "ROWS_A_BLOCK", 16)
-    in_blocks = hash_table(table)
-    assert in_blocks == hash_table(chunked) != whole
-    assert hash_table(table.slice(0, 39)) != in_blocks
-    assert hash_table(table.slice(16, 16)) == hash_table(chunked.slice(16, 16))
+    in_blocks = hash_rows(table)
+    assert in_blocks == hash_rows(chunked) != whole == hash_table(chunked)
+    assert hash_rows(table.slice(0, 39)) != in_blocks
+    assert hash_rows(table.slice(16, 16)) == hash_table(chunked.slice(16, 16))
     # Texts that 32-bit offsets cannot reach.
     monkeypatch.setattr(hashing, "_MOST_BYTES", 10)
-    assert hash_table(table) == hash_table(chunked) != in_blocks
+    assert hash_rows(table) == hash_rows(chunked) != in_blocks
+
+
+def test_a_long_name_counts_as_what_waits_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    real = spools.Spool.append
+
+    def append(spool: Any, row: Any, size: int = 0) -> None:
+        sizes.append(size)
+        real(spool, row, size)
+
+    monkeypatch.setattr(spools.Spool, "append", append)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "completion": "y", "source": "s" * 50_000}) + "\n")
+    stage: Any = Stage(tmp_path)
+    encoder: Any = LettersAsTokens()
+    read_tables(stage, record_file(path), encoder)
+    assert max(sizes) > 50_000

@@ -76,6 +76,21 @@ def test_an_adapter_that_was_altered_is_trained_again(finished, tmp_path):
     assert (folder / "adapter_model.safetensors").read_bytes() == whole
 
 
+def test_what_is_no_artefact_or_cannot_be_moved_stops_no_verification(finished, tmp_path, monkeypatch):
+    project = finished.copy(tmp_path / "project")
+    (project.lake.folder / "artifacts" / "selection" / "README").write_text("mine")
+    assert list(integrity.damaged(project.stage)) == []
+    for table in ("adapters", "feature_blocks"):
+        flip(next(iter(sorted((project.lake.folder / "artifacts" / table).glob(KINDS[table])))))
+
+    def refuse(source, target):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("os.replace", refuse)
+    found = list(integrity.damaged(project.stage))
+    assert len(found) == 2 and all("cannot be moved aside" in one or "could not be read" in one for one in found)
+
+
 def test_doctor_verifies_and_every_night_a_share_is_read(finished, tmp_path, monkeypatch):
     project = finished.copy(tmp_path / "project")
     result = CliRunner().invoke(app, ["doctor", "--verify", "--json", "--config", str(project.config)])
