@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -320,7 +319,7 @@ def parquet_file(
         if len(set(names)) < len(names):
             raise UnreadableFile(path, "has two columns of one name; rename one")
         columns = [name for name in names if wanted is None or name in wanted] or names[:1]  # without one: no rows
-        require_bounded_parquet(file, columns, path, os.fstat(raw.fileno()).st_size, limits)
+        require_bounded_parquet(raw, file, columns, path, limits)
         schema = pa.schema([file.schema_arrow.field(name) for name in columns])
         leaves, metadata = text_leaves(file, columns), file.metadata
     with pq.ParquetFile(raw, metadata=metadata, read_dictionary=leaves, arrow_extensions_enabled=True) as file:

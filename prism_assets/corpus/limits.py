@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from prism_assets.corpus.records import BadRecord
 from prism_assets.errors import UnreadableFile
+from prism_assets.resources.parquet_footer import column_chunks
 
 FREE_BYTES = 2**26  # what a file may expand to in any case: a small one of little variety is no attack
 _SLICE_BYTES = 2**25  # of Parquet rows that are turned into Python values at a time
@@ -145,15 +146,17 @@ def require_depth(record: Any, raw: bytes, limits: Limits) -> None:
 # -- Parquet ------------------------------------------------------------------------------------------------------
 
 
-def require_bounded_parquet(file: Any, columns: list[str], path: Path, size: int, limits: Limits) -> None:
-    """Raise UnreadableFile where the columns of a Parquet file, by its footer, expand to more than is allowed."""
+def require_bounded_parquet(raw: BinaryIO, file: Any, columns: list[str], path: Path, limits: Limits) -> None:
+    """Raise UnreadableFile where the columns of a Parquet file, by its footer, expand to more than is allowed; OSError
+    where the footer cannot be read."""
+    leaves = [file.schema.column(number).path.split(".")[0] for number in range(len(file.schema))]
     expanded = 0
-    for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
-        for one in map(group.column, range(group.num_columns)):
-            if one.path_in_schema.split(".")[0] in columns:
-                expanded += max(one.total_uncompressed_size, _BYTES_A_VALUE * one.num_values)
-    limits.require_expansion(path, size, expanded)
+    for chunk in column_chunks(raw):
+        if not 0 <= chunk.column < len(leaves) or chunk.values < 0 or chunk.uncompressed < 0:
+            raise OSError("the footer names a column or a size that there cannot be")
+        if leaves[chunk.column] in columns:
+            expanded += max(chunk.uncompressed, _BYTES_A_VALUE * chunk.values)
+    limits.require_expansion(path, os.fstat(raw.fileno()).st_size, expanded)
 
 
 def text_leaves(file: Any, columns: list[str]) -> list[str]:

@@ -32,6 +32,12 @@ def good(number=1):
     return grammar.draft().good()
 
 
+@pytest.mark.parametrize("seed", [5143, 36627])
+def test_a_footer_that_makes_pyarrow_abort_is_refused(tmp_path, seed):
+    found = found_by_us(case_of(seed), tmp_path)
+    assert "is not a whole Parquet file" in str(found)
+
+
 BAD = Given({"prompt": ""}, "empty", "bad")
 
 

@@ -23,7 +23,7 @@ GOOD = {"prompt": "a", "completion": "b"}
 
 READER = """
 import resource, sys, time
-import pyarrow, pyarrow.compute, pyarrow.parquet
+import duckdb, pyarrow, pyarrow.compute, pyarrow.parquet
 from pathlib import Path
 from prism_assets.corpus.files import read_examples
 from prism_assets.corpus.sampling import sample_file
