@@ -160,6 +160,9 @@ def test_every_stage_has_its_checks(project, graph):
 def test_one_job_per_partitions_definition_and_one_on_demand_cover_every_asset_once(project, graph):
     definitions = project.definitions
     jobs = [job for job in definitions.resolve_all_job_defs() if not job.name.startswith("__")]
+    (verifying,) = [job for job in jobs if job.name == "verify_lake"]  # makes nothing
+    assert verifying.description
+    jobs.remove(verifying)
     covered = []
     for job in jobs:
         members = names(job.asset_layer.executable_asset_keys)

@@ -20,7 +20,7 @@ _AGAIN = "What was finished is kept; run again then."
 def advice(error: BaseException) -> str | None:
     """What to do about an error that is the machine's; None for any other, which is a fault of the program."""
     for one in _chain(error):
-        if type(one).__module__.partition(".")[0] in ("sqlalchemy", "sqlite3") and _met_by_dagster(error):
+        if type(one).__module__.partition(".")[0] in ("sqlalchemy", "sqlite3", "alembic") and _met_by_dagster(error):
             return _of_the_database(str(one))
         if isinstance(one, OSError) and one.errno is not None:
             found = _of_the_disk(one)
@@ -72,7 +72,7 @@ def _of_the_database(words: str) -> str:
         return f"{what} The disk is full: free some space. {_AGAIN}"
     if "readonly" in lowered or "read-only" in lowered or "unable to open" in lowered:
         return f"{what} Let this user write there, or set DAGSTER_HOME to a folder that can be written. {_AGAIN}"
-    if "not a database" in lowered or "malformed" in lowered or "corrupt" in lowered:
+    if any(one in lowered for one in ("not a database", "malformed", "corrupt", "more than one head")):
         return (
             f"{what} It holds the history of runs, no result: move {home / 'history'} and {home / 'schedules'} away. "
             "What was finished is in the lake and is found again; the UI begins a new history."

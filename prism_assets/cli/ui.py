@@ -20,7 +20,7 @@ def ui(
         settings = read_settings(config)
         from prism_assets.compat import dagster_dev
         from prism_assets.ops.guard import is_loopback
-        from prism_assets.ops.home import dagster_home, package_file
+        from prism_assets.ops.home import dagster_home, instance_of, package_file
         from prism_assets.ops.webserver import webserver_command
 
         os.environ["DAGSTER_HOME"] = str(dagster_home(settings))
@@ -33,6 +33,8 @@ def ui(
             )
         shown = f"[{host}]" if ":" in host else host
         say(f"Dagster UI on http://{shown}:{port} (DAGSTER_HOME={os.environ['DAGSTER_HOME']}); stop it with Ctrl-C.")
+        with instance_of(settings):
+            pass  # its database is made here, once: webserver and daemon, which start together, would both make it
         # Others may not write to what is made from here on: Dagster's servers run what they are told by their sockets.
         os.umask(os.umask(0) | stat.S_IWOTH)
         options = ["-w", str(package_file("workspace.yaml")), "-p", str(port), "-h", host]

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Names, in a DAGSTER_HOME outside of the lake, the lake of a project: this file for the project without a prefix, one
 # with a dash and the project's name for another.
 _OWNER_FILE = "prism-lake"
+_OPENING = ".prism-opening"
 
 
 def package_file(name: str) -> Path:
@@ -76,7 +77,14 @@ def instance_of(settings: Settings) -> "Iterator[dg.DagsterInstance]":
     Dagster would redirect both to files for the UI, and print them by processes of its own: no progress on the
     terminal, and tracebacks of these processes at Ctrl-C.
     """
+    from filelock import FileLock
+
     from prism_assets.compat import instance_without_captured_output
 
-    with instance_without_captured_output(dagster_home(settings)) as instance:
+    home = dagster_home(settings)
+    with ExitStack() as stack:
+        # One process at a time: two that make the database of a new instance leave it with two versions, and no process
+        # opens it again.
+        with FileLock(home / _OPENING):
+            instance = stack.enter_context(instance_without_captured_output(home))
         yield instance

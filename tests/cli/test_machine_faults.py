@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import sqlite3
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from alembic.util.exc import CommandError
 from sqlalchemy.exc import DatabaseError, OperationalError
 from typer.testing import CliRunner
 
@@ -116,6 +118,40 @@ def test_a_database_that_is_not_dagsters_is_left_as_it_is():
         sqlite3.connect(":memory:").execute("SELECT nothing FROM nowhere")
     except sqlite3.Error as error:
         assert advice(error) is None
+
+
+def opens(config, ready, found):
+    """In a process of its own: open the Dagster instance of a project at the same moment as others do."""
+    from prism_assets.ops.home import instance_of
+    from prism_assets.settings import load_settings
+
+    settings = load_settings(config)
+    ready.wait(60)
+    with instance_of(settings) as instance:
+        found.put(len(instance.get_runs()))
+
+
+def test_a_new_instance_of_dagster_that_many_open_at_once_is_made_once(once, tmp_path, monkeypatch):
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dagster", "prism_assets.ops.home"])
+    for number in range(3):
+        project = once.copy(tmp_path / f"project{number}")
+        ready, found = context.Barrier(3), context.Queue()
+        others = [context.Process(target=opens, args=(project.config, ready, found)) for _ in range(3)]
+        for one in others:
+            one.start()
+        for one in others:
+            one.join(100)
+        assert [one.exitcode for one in others] == [0, 0, 0]
+        database = next(dagster_home(project.settings).rglob("runs.db"))
+        with sqlite3.connect(database) as connection:
+            assert len(connection.execute("SELECT * FROM alembic_version").fetchall()) == 1
+
+
+def test_two_versions_of_dagsters_database_end_in_advice():
+    found = advice(met_by_dagster(CommandError("Version table 'alembic_version' has more than one head present"))) or ""
+    assert "move" in found and "history" in found
 
 
 def test_a_damaged_history_of_dagster_ends_in_advice_and_loses_nothing(finished, monkeypatch):
