@@ -101,11 +101,13 @@ def close_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
     executors, runs that are only starting) are left to Dagster's own run monitoring.
     """
     closed = []
+    # Looked at once: of a process that dies meanwhile the file is all that says so, and has to stay for the next look.
+    gone = _orphaned(instance)
     for run in [one.dagster_run for one in instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED))]:
         ours = run.tags.get(PROCESS_TAG)
-        file = _folder(instance) / (ours or run.run_id)
+        name = ours or run.run_id
         # A process of `prism run` has its file before its first run; one of the daemon, before its first step.
-        if not (_is_orphaned(file) or (ours and not file.exists())):
+        if not (name in gone or (ours and not (_folder(instance) / name).exists())):
             continue
         message = "The process of this run was killed. What it had finished is kept; a later run goes on."
         if ours or run.status == dg.DagsterRunStatus.CANCELING:
@@ -114,7 +116,8 @@ def close_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
             instance.report_run_failed(run, message)
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         closed.append(run.run_id)
-    _sweep(instance)
+    for name in gone:
+        (_folder(instance) / name).unlink(missing_ok=True)
     return closed
 
 
@@ -171,9 +174,8 @@ def _is_orphaned(path: Path) -> bool:
     return True
 
 
-def _sweep(instance: dg.DagsterInstance) -> None:
-    """Delete the files of processes of this machine that are gone."""
+def _orphaned(instance: dg.DagsterInstance) -> set[str]:
+    """The names of the files of processes of this machine that are gone."""
     folder = _folder(instance)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.name.startswith(".") and _is_orphaned(path):
-            path.unlink(missing_ok=True)
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    return {path.name for path in files if not path.name.startswith(".") and _is_orphaned(path)}

@@ -12,6 +12,7 @@ import pytest
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 
 from prism_assets.compat import sleeping_while_waiting
+from prism_assets.ops import runs
 from prism_assets.ops.runs import (
     PROCESS_TAG,
     close_orphaned_runs,
@@ -201,6 +202,24 @@ def test_who_waits_for_the_dead_goes_on(instance, worker):
     run = started(instance)
     child = worker(run)
     wait_for_slots(instance, {"model"}, lambda _: os.kill(child.pid, signal.SIGKILL))
+    assert status(instance, run) == dg.DagsterRunStatus.FAILURE
+
+
+def test_a_process_that_dies_while_others_are_closed_is_found_by_the_next_look(instance, worker, monkeypatch):
+    run = started(instance)
+    child = worker(run)
+    real = runs._orphaned
+
+    def and_then_it_dies(*arguments):
+        found = real(*arguments)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_orphaned", and_then_it_dies)
+        assert close_orphaned_runs(instance) == []
+    assert close_orphaned_runs(instance) == [run.run_id]
     assert status(instance, run) == dg.DagsterRunStatus.FAILURE
 
 
