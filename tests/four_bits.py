@@ -5,13 +5,15 @@ import torch
 
 
 def looked_up(layer) -> np.ndarray:
-    """float32 [out, in]: code by code, with the scales of the blocks, which are quantised too, around their mean."""
+    """float32 [out, in]: code by code, with the scales of the blocks, which may be quantised too, around their mean."""
     state = layer.weight.quant_state
-    packed = layer.weight.data.flatten().numpy()
+    packed = layer.weight.data.flatten().view(torch.uint8).numpy()
     codes = np.stack([packed >> 4, packed & 15], axis=1).ravel()
-    inner = state.state2
-    scales = inner.code.numpy()[state.absmax.numpy()] * np.repeat(inner.absmax.numpy(), 256)[: len(state.absmax)]
-    scales = scales + float(state.offset)
+    scales = state.absmax.numpy()
+    if state.nested:
+        inner = state.state2
+        scales = inner.code.numpy()[scales] * np.repeat(inner.absmax.numpy(), 256)[: len(scales)]
+        scales = scales + float(state.offset)
     codes = codes[: layer.out_features * layer.in_features]
     values = state.code.numpy()[codes] * np.repeat(scales, state.blocksize)[: len(codes)]
     return values.reshape(layer.out_features, layer.in_features)

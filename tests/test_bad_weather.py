@@ -497,7 +497,7 @@ def full(*_, **__):
 
 
 FULL_AT = {
-    "candidates": ("pyarrow.parquet.write_table", "Candidates"),
+    "candidates": ("pyarrow.parquet.ParquetWriter", "Candidates"),
     "index_segments": ("faiss.write_index", "Index"),
     "target_directions": ("safetensors.torch.save_file", "Target directions"),
 }

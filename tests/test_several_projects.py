@@ -41,7 +41,7 @@ def test_a_prefix_stands_before_everything_that_has_a_name(make_project, tmp_pat
     graph = found.resolve_asset_graph()
     assert keys(found) == {f"team/acme/{one.name}" for one in ASSETS}
     assert all(graph.get(key).group_name.startswith("acme_") for key in graph.get_all_asset_keys())
-    assert {job.name for job in found.jobs} == {f"team_acme_{name}" for name in JOBS}
+    assert {job.name for job in found.jobs} == {f"team_acme_{name}" for name in (*JOBS, "verify_lake")}
     named = [*found.sensors, *found.schedules]
     assert named and all(one.name.startswith("team_acme_") for one in named)
     assert all(name.startswith("team_acme_") for name in found.resources)

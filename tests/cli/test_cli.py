@@ -232,7 +232,7 @@ def test_a_second_run_says_that_everything_is_up_to_date(finished):
     result = prism("run", "--json", "--config", project.config)
     assert result.exit_code == DONE
     content = json.loads(result.stdout)
-    assert len(content["steps"]) == 9 and {step["computed"] for step in content["steps"]} == {0}
+    assert len(content["steps"]) == 10 and {step["computed"] for step in content["steps"]} == {0}
     assert set(content["targets"]) == {"plain"}
 
 

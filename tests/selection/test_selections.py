@@ -11,12 +11,12 @@ from test_baselines import slow_mmr, slow_turns
 from conftest import make_rows, save_tiny_model
 from prism_assets.errors import LakeError
 from prism_assets.ops.gc import plan
-from prism_assets.ops.pipeline import Step, steps_of
+from prism_assets.ops.pipeline import steps_of
 from prism_assets.selection.selection import query_index, selection_inputs
 from prism_assets.selection.strategies import STRATEGIES as EVERY_STRATEGY
 
 NEW = ("perplexity", "bm25", "rds", "prism-mmr")
-UP_TO_SELECTION = (*steps_of("run")[:-2], Step("Selection", ("selection",), "target_strategy"))
+UP_TO_SELECTION = steps_of("select")
 
 
 def select(project):
