@@ -120,11 +120,7 @@ def run_here(config: Path) -> Measured:
     settings = load_settings(config)
     root = settings.storage.root
     before = files_below(root)
-    steps = [
-        step._replace(assets=step.assets[:1]) if "selection" in step.assets else step
-        for step in pipeline.steps_of("run")
-    ]
-    steps = [step for step in steps if "report" not in step.assets]
+    steps = pipeline.steps_of("select")
     reads = Reads()
     clock: list[float] = []
     read, cpu, wall = read_so_far(), time.process_time(), time.monotonic()
