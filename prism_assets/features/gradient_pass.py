@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prism_assets.progress import uncounted
 from prism_assets.reference.checkpoints import WarmupCheckpoint, read_checkpoints
 from prism_assets.reference.engine import gradient_engine
+from prism_assets.resources.lake import verify
 from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class GradientPass:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
+        verify(stage.lake, stage.warmup)  # every gradient is taken at these weights
         self.checkpoints: list[WarmupCheckpoint] = read_checkpoints(stage.lake.local(stage.warmup))
         self._stack = ExitStack()
         self._engine: GradientEngine | None = None

@@ -335,9 +335,13 @@ class Lake:
         Raises DamagedArtifact where they differ from their content hash (safetensors has no checksums); as
         `read_table`.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(self.local(artifact))
+        try:
+            tensors = load_file(self.local(artifact))
+        except SafetensorError as error:
+            raise self.damaged(artifact, str(error)) from error
         if hash_tensors(tensors) != artifact.content_hash:
             raise self.damaged(artifact, "the tensors differ from their content hash")
         return tensors

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from conftest import make_rows
 from prism_assets.cli import app
+from prism_assets.errors import PipelineError
 from prism_assets.ops import integrity
 from prism_assets.resources.lake import Recipe, damaged_among, hashing, verification, verify
 
@@ -51,6 +52,21 @@ def test_a_flipped_bit_is_found_by_name_and_the_next_run_makes_the_content_again
     project.run()
     assert {one.fingerprint: one.content_hash for one in project.lake.artifacts()} == before
     assert list(integrity.damaged(project.stage)) == []
+
+
+@pytest.mark.parametrize("place", [20, -20], ids=["header", "weights"])
+def test_damaged_weights_of_the_warmup_give_no_gradient_and_are_made_again(finished, tmp_path, place):
+    project = finished.copy(tmp_path / "project")
+    before = {one.fingerprint: one.content_hash for one in project.lake.artifacts("warmup_checkpoints")}
+    (file,) = (project.lake.folder / "artifacts" / "warmup_checkpoints").glob("*/*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[place] ^= 64
+    file.write_bytes(content)
+    project.add("late", make_rows(3, 91))
+    with pytest.raises(PipelineError, match="warmup_checkpoints.* is damaged"):
+        project.run()
+    project.run()
+    assert {one.fingerprint: one.content_hash for one in project.lake.artifacts("warmup_checkpoints")} == before
 
 
 @pytest.mark.parametrize("harm", ["lost", "emptied", "altered"])
