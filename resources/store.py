@@ -17,6 +17,7 @@ from prism_assets.errors import LakeError
 from prism_assets.resources.private_folders import make_private
 
 DRAFTS = "unpublished"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What os.link says on a file system that has none.
 _NO_HARD_LINKS = (
     *(errno.EPERM, errno.EACCES, errno.EXDEV),
@@ -178,10 +179,9 @@ def _move_unless_there(draft: Path, target: Path) -> None:
 
 def _says_disk_full(error: Exception) -> bool:
     """safetensors and FAISS put the operating system's words into exceptions of their own."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in numbers:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return True
-    return any(os.strerror(number) in str(error) for number in numbers)
+    return any(os.strerror(number) in str(error) for number in DISK_FULL)
 
 
 def _flush(path: Path) -> None:

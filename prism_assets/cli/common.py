@@ -22,14 +22,11 @@ if TYPE_CHECKING:
     from prism_assets.ops.estimate import Estimate
     from prism_assets.ops.pipeline import Step, StepResult
     from prism_assets.project import Project
+    from prism_assets.selection.handed_out import HandedOut
     from prism_assets.settings import Settings
     from prism_assets.stage import Stage
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Pick the SFT data worth fine-tuning on, with influence functions weighted by the model's preference.",
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _say_version(asked: bool) -> None:
@@ -221,6 +218,14 @@ def print_intake(intake: "Intake") -> None:
         say(f"  {one_line(note, _CHECK_WIDTH)}")
     if len(notes) > _SHOWN_REASONS:
         say(f"  and {len(notes) - _SHOWN_REASONS:,} more: prism doctor --json")
+
+
+def print_files(files: "Sequence[HandedOut]") -> None:
+    """Where the rows of each selection are. On lines of their own: a table would break long paths."""
+    say("Rows (JSON Lines, ready for training; Parquet beside them):")
+    for one in files:
+        say(f"  {one.target}/{one.strategy}: {one.rows:,} {one.what}, {one.completion_tokens:,} completion tokens")
+        say(f"    {one.json_lines}")
 
 
 def short(value: Any, width: int = 48) -> Any:

@@ -32,7 +32,7 @@ def doctor(
 
         stage = load_project(settings).stage
         verified = integrity(stage) if verify else []  # first: what is damaged counts as not made
-        findings, intake = [*examine(stage), *verified], intake_of_today(stage)
+        findings = [*examine(stage), *verified]
         if as_json:
             print_json([finding._asdict() for finding in findings])
         else:
@@ -40,6 +40,7 @@ def doctor(
 
             marks = {"ok": Text("✓", "green"), "note": Text("•", "yellow"), "problem": Text("✗", "red")}
             print_table(["", "what", "found"], [[marks[f.state], f.what, f.found] for f in findings])
+            intake = intake_of_today(stage)
             if intake is not None and intake.parts:
                 print_intake(intake._replace(ignored=[]))  # they are among the findings
         if any(finding.state == "problem" for finding in findings):

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from prism_assets.resources.store import DISK_FULL
+
 _DENIED = (errno.EACCES, errno.EPERM)
 _LITTLE_BYTES = 2**20
 _AGAIN = "What was finished is kept; run again then."
@@ -46,7 +47,7 @@ def _met_by_dagster(error: BaseException) -> bool:
 
 def _of_the_disk(error: OSError) -> str | None:
     where = error.filename or "the disk"
-    if error.errno in _FULL:
+    if error.errno in DISK_FULL:
         return f"The disk of {where} is full. Free some space (`prism gc` lists what no kept version needs). {_AGAIN}"
     if error.errno == errno.EROFS:
         return f"{where} is on a read-only file system, and this command has to write. Mount it for writing. {_AGAIN}"

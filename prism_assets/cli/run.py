@@ -14,6 +14,7 @@ from prism_assets.cli.common import (
     app,
     expected_failures,
     known_targets,
+    print_files,
     print_intake,
     print_json,
     print_table,
@@ -48,7 +49,6 @@ def run(
 
 def run_everything(settings: "Settings", targets: Sequence[str] | None = None, as_json: bool = False) -> None:
     """Run all steps and show the results."""
-    from prism_assets.cli.select import print_files
     from prism_assets.ops.doctor import intake_of_today
     from prism_assets.selection.handed_out import hand_out
 

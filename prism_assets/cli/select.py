@@ -1,7 +1,5 @@
 """`prism select`: from the files in the inbox to the selections, and no further."""
 
-from typing import TYPE_CHECKING
-
 from prism_assets.cli.common import (
     AsJson,
     Config,
@@ -9,17 +7,13 @@ from prism_assets.cli.common import (
     app,
     expected_failures,
     known_targets,
+    print_files,
     print_intake,
     print_json,
     read_settings,
     run_steps,
     say,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from prism_assets.selection.handed_out import HandedOut
 
 
 @app.command()
@@ -44,11 +38,3 @@ def select(config: Config = None, target: Targets = None, as_json: AsJson = Fals
             say()
         print_files(files)
         say("\nTo fine-tune on them and see which helps: prism run")
-
-
-def print_files(files: "Sequence[HandedOut]") -> None:
-    """Where the rows of each selection are. On lines of their own: a table would break long paths."""
-    say("Rows (JSON Lines, ready for training; Parquet beside them):")
-    for one in files:
-        say(f"  {one.target}/{one.strategy}: {one.rows:,} {one.what}, {one.completion_tokens:,} completion tokens")
-        say(f"    {one.json_lines}")

@@ -47,15 +47,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
         return _as_bytes(kind.storage_type)
     if pa.types.is_dictionary(kind):
         return pa.dictionary(kind.index_type, _as_bytes(kind.value_type), kind.ordered)
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind.fields])
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)), kind.list_size)
-    if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_as_bytes(kind.value_type)))
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
-    return kind
+    return _with_parts(kind, _as_bytes)
 
 
 def _readable_type(kind: pa.DataType) -> pa.DataType:
@@ -65,14 +57,21 @@ def _readable_type(kind: pa.DataType) -> pa.DataType:
         return pa.int64()  # Arrow writes no duration as text: its number of units
     if pa.types.is_temporal(kind) and not pa.types.is_interval(kind):
         return pa.string()
+    return _with_parts(kind, _readable_type)
+
+
+def _with_parts(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """A struct or list with the types of its parts changed; any other type as it is."""
+    import pyarrow as pa
+
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_readable_type(field.type)) for field in kind.fields])
+        return pa.struct([field.with_type(change(field.type)) for field in kind.fields])
     if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_readable_type(kind.value_type)), kind.list_size)
+        return pa.list_(kind.value_field.with_type(change(kind.value_type)), kind.list_size)
     if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_readable_type(kind.value_type)))
+        return pa.large_list(kind.value_field.with_type(change(kind.value_type)))
     if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_readable_type(kind.value_type)))
+        return pa.list_(kind.value_field.with_type(change(kind.value_type)))
     return kind
 
 

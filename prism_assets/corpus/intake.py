@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prism_assets.corpus.files import DUPLICATE_OF
 from prism_assets.corpus.record_file import WHOLE_FILE
 
 if TYPE_CHECKING:
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 
 CANDIDATES = "candidates"  # the part that is the pool
 SHOW_REJECTS = 'prism sql "SELECT kind, name, line, field, reason FROM rejects"'
-COLUMNS = ("records of", "files", "given", "used", "rejected", "duplicates", "target or held-out", "cut")
+FIGURES = ("files", "given", "used", "rejected", "duplicates", "contaminated", "cut")  # of a part
+COLUMNS = ("records of", *(name if name != "contaminated" else "target or held-out" for name in FIGURES))
 _KINDS = 30  # of reasons that are counted apart for a file
 OTHER_REASONS = "other reasons"
-DUPLICATE = "duplicate of line …"
+DUPLICATE = f"{DUPLICATE_OF}…"
 
 
 class Part(NamedTuple):
@@ -40,7 +42,7 @@ class Part(NamedTuple):
 
     def row(self) -> list[Any]:
         """The figures, as `COLUMNS` names them."""
-        return [self.name, self.files, self.given, self.used, *self[4:8]]
+        return [self.name, *(getattr(self, name) for name in FIGURES)]
 
 
 class Intake(NamedTuple):
@@ -55,12 +57,22 @@ class Intake(NamedTuple):
         found = [(part.name, reason, count) for part in self.parts for reason, count in part.reasons.items()]
         return sorted(found, key=lambda one: -one[2])
 
+    @property
+    def files(self) -> list[tuple[str, str, str]]:
+        """Files of which nothing is used: "not read" or "ignored", which, and why."""
+        unreadable = [("not read", *one) for part in self.parts for one in part.unreadable.items()]
+        return [*unreadable, *(("ignored", *one) for one in self.ignored)]
+
+    @property
+    def unused_fields(self) -> list[str]:
+        """Fields of records that are known to no format."""
+        return sorted({name for part in self.parts for name in part.unused_fields})
+
     def notes(self) -> list[str]:
         """What else is to be known: unreadable and ignored files, fields that are not used."""
-        unreadable = [f"not read: {name}: {why}" for part in self.parts for name, why in part.unreadable.items()]
-        ignored = [f"ignored: {path}: {why}" for path, why in self.ignored]
-        fields = sorted({name for part in self.parts for name in part.unused_fields})
-        return unreadable + ignored + ([f"fields that are not used: {', '.join(fields)}"] if fields else [])
+        notes = [f"{what}: {file}: {why}" for what, file, why in self.files]
+        fields = ", ".join(self.unused_fields)
+        return [*notes, *([f"fields that are not used: {fields}"] if fields else [])]
 
     def as_data(self) -> dict[str, Any]:
         """Parts and ignored files as JSON has them."""
@@ -69,23 +81,33 @@ class Intake(NamedTuple):
             "ignored": [{"path": path, "reason": why} for path, why in self.ignored],
         }
 
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Intake:
+        """The inverse of `as_data`."""
+        ignored = [(one["path"], one["reason"]) for one in data["ignored"]]
+        return cls([Part(**part) for part in data["parts"]], ignored)
+
 
 class ReasonCounts:
-    """Counts of the reasons of a file's rejects, alike but for figures counted together."""
+    """Counts of the reasons of a file's rejects, alike but for figures counted together; `unreadable` is why nothing of
+    the file is used, empty where it was read."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.unreadable = ""
 
-    def add(self, field: str, reason: str, count: int = 1) -> None:
+    def add(self, field: str, reason: str) -> None:
         """Count a reject."""
+        if field == WHOLE_FILE:
+            self.unreadable = reason
+            return
         alike = re.sub(r"\d[\d,.]*", "…", f"{field}: {reason}" if field else reason)
         known = alike == DUPLICATE or alike in self.counts or len(self.counts) < _KINDS
-        self.counts[alike if known else OTHER_REASONS] += count
+        self.counts[alike if known else OTHER_REASONS] += 1
 
-
-def intake_notes(rejects: Mapping[str, int], unreadable: str) -> dict[str, Any]:
-    """What the rows of a file note of its rejects."""
-    return {"reasons": dict(rejects), "unreadable": unreadable}
+    def notes(self) -> dict[str, Any]:
+        """What the rows of a file note of its rejects."""
+        return {"reasons": dict(self.counts), "unreadable": self.unreadable}
 
 
 def intake(stage: Stage, ignored: Iterable[Ignored] = (), shards: Sequence[str] | None = None) -> Intake:
@@ -156,10 +178,7 @@ def _part(stage: Stage, name: str, rejects: str, files: Mapping[str, Artifact]) 
 def _counted(stage: Stage, rejects: Artifact | None) -> dict[str, Any]:
     """The notes of rows that were read before their rejects were counted."""
     found = [] if rejects is None else stage.lake.read_table(rejects, ["field", "reason"]).to_pylist()
-    counts, unreadable = ReasonCounts(), ""
+    counts = ReasonCounts()
     for one in found:
-        if one["field"] == WHOLE_FILE:
-            unreadable = one["reason"]
-        else:
-            counts.add(one["field"], one["reason"])
-    return intake_notes(counts.counts, unreadable)
+        counts.add(one["field"], one["reason"])
+    return counts.notes()

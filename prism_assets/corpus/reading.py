@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism_assets.corpus.encoder import Encoder, TokenizedExample, TokenizedPair
-from prism_assets.corpus.files import DUPLICATE_OF
-from prism_assets.corpus.intake import ReasonCounts, intake_notes
+from prism_assets.corpus.intake import DUPLICATE, ReasonCounts
 from prism_assets.corpus.record_file import WHOLE_FILE, RecordFile
 from prism_assets.corpus.records import Example, Reject, excerpt_of
 from prism_assets.corpus.token_tables import CHOICES, FIELDS_SCHEMA, REJECTS_SCHEMA, encode_one, row_of
@@ -51,8 +50,8 @@ class _Writing:
         self._rows = lake.spool(source.schema.append(CHOICES))
         self._rejects, self._fields = lake.spool(REJECTS_SCHEMA), lake.spool(FIELDS_SCHEMA)
         self._has_choices = False
-        self._counts = dict.fromkeys(("completion_tokens", "tokens", "duplicates", "truncated"), 0)
-        self._reasons, self._unreadable = ReasonCounts(), ""
+        self._counts = dict.fromkeys(("completion_tokens", "tokens", "truncated"), 0)
+        self._reasons = ReasonCounts()
         self.unused: set[str] = set()
 
     def add(self, record: Example | Reject, encoder: Encoder) -> None:
@@ -68,11 +67,7 @@ class _Writing:
 
     def reject(self, reject: Reject) -> None:
         """Add a record that is not accepted."""
-        self._counts["duplicates"] += reject.reason.startswith(DUPLICATE_OF)
-        if reject.field == WHOLE_FILE:
-            self._unreadable = reject.reason
-        else:
-            self._reasons.add(reject.field, reject.reason)
+        self._reasons.add(reject.field, reject.reason)
         self._rejects.append(reject._asdict(), len(reject.excerpt) + len(reject.reason))
 
     def _accept(self, example: Example, tokens: TokenizedExample | TokenizedPair) -> None:
@@ -95,7 +90,8 @@ class _Writing:
         rows = self._rows.finish(leave_out=() if self._has_choices else (CHOICES.name,))
         notes = {
             **self._counts,
-            **intake_notes(self._reasons.counts, self._unreadable),
+            "duplicates": self._reasons.counts[DUPLICATE],
+            **self._reasons.notes(),
             "unused_fields": sorted(self.unused),
         }
         return Tables(Rows(rows, notes), Rows(self._rejects.finish()), Rows(self._fields.finish()))

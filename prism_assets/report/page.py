@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prism_assets.corpus.intake import COLUMNS, SHOW_REJECTS
+from prism_assets.corpus.intake import COLUMNS, SHOW_REJECTS, Intake
 from prism_assets.report.comparison import (
     METRIC_LABELS,
     Cell,
@@ -34,7 +34,6 @@ from prism_assets.report.wording import (
 _SHOWN_WEIGHTS = 8
 _SHOWN_EXAMPLES = 10
 _SHOWN_REJECTS = 50
-_FIGURES = ("files", "given", "used", "rejected", "duplicates", "contaminated", "cut")  # of a part of the intake
 _LONGEST_TEXT = 1500
 _TRUST_MARKS = {True: "holds", False: "does not hold", None: "not measured"}
 
@@ -312,24 +311,19 @@ def _lost(records: Mapping[str, Any], table: str) -> str:
 
 def _intake_view(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """What became of the records given, None where nothing is known of it."""
-    intake = data.get("intake")
-    if not intake:
+    if not data.get("intake"):
         return None
-    parts: list[Mapping[str, Any]] = list(intake.get("parts") or [])
-    reasons = [(part["name"], why, count) for part in parts for why, count in (part.get("reasons") or {}).items()]
-    unreadable = [(file, why) for part in parts for file, why in (part.get("unreadable") or {}).items()]
-    ignored = [(one["path"], one["reason"]) for one in intake.get("ignored") or []]
+    intake = Intake.from_data(data["intake"])
     rejects: list[Mapping[str, Any]] = list(data.get("rejects") or [])
-    rows = [
-        tuple(str(row.get(name) or "") for name in ("shard", "line", "field", "reason"))
-        for row in rejects[:_SHOWN_REJECTS]
-    ]
     return {
         "columns": COLUMNS[1:],
-        "parts": [(part["name"], [count_text(part[name]) for name in _FIGURES]) for part in parts],
-        "reasons": [(name, why, count_text(count)) for name, why, count in sorted(reasons, key=lambda one: -one[2])],
-        "files": [("not read", *one) for one in unreadable] + [("ignored", *one) for one in ignored],
-        "unused": sorted({name for part in parts for name in part.get("unused_fields") or ()}),
-        "rows": rows,
+        "parts": [(part.name, list(map(count_text, part.row()[1:]))) for part in intake.parts],
+        "reasons": [(name, why, count_text(count)) for name, why, count in intake.reasons],
+        "files": intake.files,
+        "unused": intake.unused_fields,
+        "rows": [
+            tuple(str(row.get(name) or "") for name in ("shard", "line", "field", "reason"))
+            for row in rejects[:_SHOWN_REJECTS]
+        ],
         "command": SHOW_REJECTS,
     }

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from prism_assets.resources.lake.spool import Spool
 
 FINGERPRINT_LENGTH = 32
+FINGERPRINT = re.compile(rf"[0-9a-f]{{{FINGERPRINT_LENGTH}}}\Z")
 SIDECAR = "artifact.json"  # in a folder artefact: its header
 
 

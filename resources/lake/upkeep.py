@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from prism_assets.resources.lake.lake import SUFFIXES, Lake
-from prism_assets.resources.lake.recipe import Artifact
-from prism_assets.resources.lake.verification import FINGERPRINT
+from prism_assets.resources.lake.recipe import FINGERPRINT, Artifact
 from prism_assets.resources.store import DRAFTS
 
 _DAMAGED = ".damaged"

@@ -1,18 +1,15 @@
 """Whether what an artefact holds is what was published: its content hash, computed again from the file."""
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prism_assets.errors import DamagedArtifact, LakeError
 from prism_assets.resources.lake.hashing import ROWS_A_BLOCK, hash_folder, hash_rows
 from prism_assets.resources.lake.lake import SUFFIXES, Lake
-from prism_assets.resources.lake.recipe import FINGERPRINT_LENGTH, Artifact
+from prism_assets.resources.lake.recipe import FINGERPRINT, Artifact
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-FINGERPRINT = re.compile(rf"[0-9a-f]{{{FINGERPRINT_LENGTH}}}\Z")
 
 
 def verify(lake: Lake, artifact: Artifact) -> None:

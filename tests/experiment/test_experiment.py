@@ -16,14 +16,7 @@ from prism_assets.ops.pipeline import steps_of
 STRATEGIES = ("prism", "random", "uniform", "less")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def blank_plots():
-    """Drawing is half of the time of a run."""
-    from prism_assets.plots import canvas
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvas, "png", lambda figure: b"no picture")
-        yield
+pytestmark = pytest.mark.usefixtures("blank_plots")
 
 
 def experiment(project, targets=None):

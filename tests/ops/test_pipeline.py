@@ -29,9 +29,6 @@ BAD_LINES = [
     {"prompt": "copy: nothing="},
     {"prompt": "copy: long=", "completion": "x" * 60},
 ]
-pytestmark = pytest.mark.usefixtures("blank_plots")
-
-
 FINISHED_STEPS = {
     "Base model",
     "Candidates",

@@ -25,13 +25,7 @@ def select(project):
     return {result.step.title: result.computed for result in results}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def blank_plots():
-    from prism_assets.plots import canvas
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvas, "png", lambda figure: b"no picture")
-        yield
+pytestmark = pytest.mark.usefixtures("blank_plots")
 
 
 STRATEGIES = {name: one for name, one in EVERY_STRATEGY.items() if not one.by_label}  # labels are for removal
