@@ -23,6 +23,40 @@ def readable(batch: pa.RecordBatch, as_they_are: Collection[str] = ()) -> pa.Rec
     return pa.record_batch(columns, names=batch.schema.names)
 
 
+def without_runs(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with columns of runs of equal values as dictionaries: Arrow takes no rows of runs."""
+    import numpy as np
+    import pyarrow as pa
+
+    def entries(column: Any) -> Any:
+        if not pa.types.is_run_end_encoded(column.type):
+            return column
+        ends = np.minimum(np.asarray(column.run_ends) - column.offset, len(column))
+        lengths = np.diff(np.maximum(ends, 0), prepend=0)
+        return pa.DictionaryArray.from_arrays(np.repeat(np.arange(len(lengths)), lengths), column.values)
+
+    return pa.record_batch([entries(column) for column in batch.columns], names=batch.schema.names)
+
+
+def schema_without_views(schema: pa.Schema) -> pa.Schema:
+    """The schema with what views show written out, to cast a batch to: Arrow takes no rows of views."""
+    import pyarrow as pa
+
+    return pa.schema([field.with_type(_written_out(field.type)) for field in schema])
+
+
+def _written_out(kind: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return pa.large_list(kind.value_field.with_type(_written_out(kind.value_type)))
+    return _with_parts(kind, _written_out)
+
+
 def require_sound(batch: pa.RecordBatch) -> None:
     """Raise ArrowInvalid where lengths, offsets or indices of a batch lead out of it: Arrow takes them from a file as
     they are, and a damaged one ends the process. Texts need not be UTF-8: that costs the row, not the file."""

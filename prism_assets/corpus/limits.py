@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from prism_assets.corpus.records import BadRecord
 from prism_assets.errors import UnreadableFile
+from prism_assets.resources.arrow_sizes import decompressed_size
 from prism_assets.resources.parquet_footer import column_chunks
 
 FREE_BYTES = 2**26  # what a file may expand to in any case: a small one of little variety is no attack
@@ -143,7 +146,7 @@ def require_depth(record: Any, raw: bytes, limits: Limits) -> None:
     raise BadRecord("", f"more than {limits.depth} arrays and objects within each other (limits.depth)")
 
 
-# -- Parquet ------------------------------------------------------------------------------------------------------
+# -- Parquet and Arrow --------------------------------------------------------------------------------------------
 
 
 def require_bounded_parquet(raw: BinaryIO, file: Any, columns: list[str], path: Path, limits: Limits) -> None:
@@ -157,6 +160,12 @@ def require_bounded_parquet(raw: BinaryIO, file: Any, columns: list[str], path: 
         if leaves[chunk.column] in columns:
             expanded += max(chunk.uncompressed, _BYTES_A_VALUE * chunk.values)
     limits.require_expansion(path, os.fstat(raw.fileno()).st_size, expanded)
+
+
+def require_bounded_arrow(raw: BinaryIO, path: Path, limits: Limits) -> None:
+    """Raise UnreadableFile where the batches of an Arrow file or stream, by its messages, expand to more than is
+    allowed; OSError where a message cannot be read."""
+    limits.require_expansion(path, os.fstat(raw.fileno()).st_size, decompressed_size(raw))
 
 
 def text_leaves(file: Any, columns: list[str]) -> list[str]:
@@ -175,7 +184,7 @@ def bounded_slices(batch: Any, limits: Limits) -> Iterator[Any]:
     record may comes as the figure."""
     import pyarrow as pa
 
-    size = sum(_bytes_of(column) for column in batch.columns)
+    size = bytes_of_rows(batch)
     if batch.num_rows == 1 and size > limits.record:
         yield size
     elif batch.num_rows <= 1 or size <= min(_SLICE_BYTES, limits.record):
@@ -187,6 +196,11 @@ def bounded_slices(batch: Any, limits: Limits) -> Iterator[Any]:
             yield from bounded_slices(batch.take(pa.array(rows)), limits)
 
 
+def bytes_of_rows(batch: Any) -> int:
+    """Bytes of an Arrow batch once each of its texts is written out."""
+    return sum(_bytes_of(column) for column in batch.columns)
+
+
 def _bytes_of(array: Any) -> int:
     """Bytes of an array once each of its texts is written out."""
     import pyarrow as pa
@@ -194,10 +208,38 @@ def _bytes_of(array: Any) -> int:
 
     kind = array.type
     if pa.types.is_dictionary(kind):
-        lengths = compute.call_function("binary_length", [array.dictionary]).take(array.indices)
-        return compute.call_function("sum", [lengths]).as_py() or 0
+        return _bytes_of_entries(array)
+    if pa.types.is_run_end_encoded(kind):
+        raise pa.ArrowInvalid("runs of equal values within a list or struct, which are not read")
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _BYTES_A_VALUE * len(array) + _bytes_of(array.flatten())
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        if (compute.call_function("sum", [compute.call_function("list_value_length", [array])]).as_py() or 0) > len(
+            array.values
+        ):
+            raise pa.ArrowInvalid("lists that share values with each other")  # to flatten them would copy each share
         return _BYTES_A_VALUE * len(array) + _bytes_of(array.flatten())
     if pa.types.is_struct(kind):
         return sum(map(_bytes_of, array.flatten()))
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        return _bytes_of_views(array)
     return array.nbytes
+
+
+def _bytes_of_entries(array: Any) -> int:
+    """Bytes of a dictionary's entries, each counted as often as it is named."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    kind = array.type.value_type
+    if any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
+        lengths = compute.call_function("binary_length", [array.dictionary])
+    else:
+        lengths = pa.array([_bytes_of(array.dictionary.slice(entry, 1)) for entry in range(len(array.dictionary))])
+    return compute.call_function("sum", [lengths.cast(pa.int64()).take(array.indices)]).as_py() or 0
+
+
+def _bytes_of_views(array: Any) -> int:
+    """Bytes of the texts that views show; any number of them may show the same."""
+    lengths = np.frombuffer(array.buffers()[1], np.int32)[::4][array.offset : array.offset + len(array)]
+    return 16 * len(array) + int(lengths[array.is_valid().to_numpy(zero_copy_only=False)].sum(dtype=np.int64))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prism_assets.corpus.arrow_values import require_sound
-from prism_assets.corpus.limits import Limits, bounded_slices, too_long
+from prism_assets.corpus.arrow_values import require_sound, schema_without_views, without_runs
+from prism_assets.corpus.limits import Limits, bounded_slices, bytes_of_rows, require_bounded_arrow, too_long
 from prism_assets.corpus.records import EXCERPT_CHARACTERS, BadRecord, excerpt_of
 from prism_assets.errors import UnreadableFile
 
@@ -150,8 +150,13 @@ def arrow_records(
 
     row = 0
     try:
+        require_bounded_arrow(stream, path, limits)
         for batch in _batches(pa.PythonFile(_NoLonger(stream), "r")):
             require_sound(batch)
+            batch = without_runs(batch)
+            if (schema := schema_without_views(batch.schema)) != batch.schema:
+                limits.require_expansion(path, os.fstat(stream.fileno()).st_size, bytes_of_rows(batch))
+                batch = batch.cast(schema)
             for part in bounded_slices(batch, limits):
                 records = [too_long(part, limits)] if isinstance(part, int) else rows_of(part)
                 for record in records:

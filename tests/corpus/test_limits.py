@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -119,6 +121,64 @@ def test_a_parquet_file_of_very_many_equal_rows(tmp_path):
     assert (tmp_path / "a.parquet").stat().st_size < MIB
     reading, sampling = read_in_little_memory(tmp_path / "a.parquet", 128)
     assert "limits.expansion" in reading and "limits.expansion" in sampling
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_an_arrow_file_of_which_little_says_much(tmp_path, new):
+    def write(name: str, table: pa.Table, compression: str | None = None) -> Path:
+        with new(str(tmp_path / name), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+            writer.write_table(table)
+        assert (tmp_path / name).stat().st_size < 2 * MIB
+        return tmp_path / name
+
+    count, long = 2000, b"x" * MIB
+    views = np.tile(np.frombuffer(struct.pack("<i4sii", len(long), long[:4], 0, 0), np.int32), count)
+    shared = pa.Array.from_buffers(pa.string_view(), count, [None, pa.py_buffer(views.tobytes()), pa.py_buffer(long)])
+    rows = {"prompt": [str(row) for row in range(count)], "completion": ["b"] * count}
+    files = [
+        write("compressed", pa.table({"prompt": [long.decode()] * 300, "completion": ["b"] * 300}), "zstd"),
+        write("views", pa.table({**rows, "completion": shared})),
+        write("nulls", pa.table({"prompt": pa.nulls(50_000_000), "completion": pa.nulls(50_000_000)})),
+    ]
+    for path in files:
+        arrow = path.rename(path.with_suffix(".arrow"))
+        for said in read_in_little_memory(arrow, 256):
+            assert "limits.expansion" in said, arrow
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([count], pa.int32()), [long.decode()])
+    path = write("runs", pa.table({"prompt": runs, "completion": ["b"] * count})).rename(tmp_path / "runs.arrow")
+    (reading,) = read_in_little_memory(path, 256, sample=False)
+    assert reading.startswith("rows 1 ['duplicate of line 1'")
+
+
+def test_a_compressed_buffer_that_asks_for_a_terabyte(tmp_path):
+    path = tmp_path / "a.arrow"
+    with pa.ipc.new_file(
+        str(path), pa.schema({"prompt": pa.string()}), options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
+        writer.write_table(pa.table({"prompt": ["x" * 4321]}))
+    content = path.read_bytes()
+    at = content.rindex(struct.pack("<q", 4321))  # the buffer of the text; before it stand the offsets
+    path.write_bytes(content[:at] + struct.pack("<q", 2**40) + content[at + 8 :])
+    assert "limits.expanded" in read_in_little_memory(path, 128)[0]
+
+
+def test_arrow_columns_of_every_layout_are_read(tmp_path):
+    count = 50
+    rows = {"prompt": [f"{row} " * 40_000 for row in range(count)], "completion": ["b"] * count}
+    notes = {
+        "runs": pa.RunEndEncodedArray.from_arrays(pa.array([20, count], pa.int32()), ["x", "y"]),
+        "numbers": pa.array([1, 2] * 25).dictionary_encode(),
+        "lists": pa.DictionaryArray.from_arrays(pa.array([0, 1] * 25, pa.int8()), pa.array([["x"], ["y", "z"]])),
+        "views": pa.array(["a" * 20_000] * count).cast(pa.string_view()),
+        "list views": pa.array([["a", "b"]] * count, pa.list_view(pa.string_view())),
+    }
+    for name, note in notes.items():
+        # Texts of prompts as views, as polars writes them: rows enough for several parts.
+        table = pa.table({**rows, "prompt": pa.array(rows["prompt"]).cast(pa.string_view()), "note": note})
+        with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        examples, rejects = read_examples(tmp_path / "a.arrow", "candidate")
+        assert [one.prompt_text for one in examples] == rows["prompt"] and not rejects, name
 
 
 def test_every_limit_names_its_figure_and_its_setting(tmp_path):
