@@ -50,6 +50,9 @@ NOT_PROMISED: dict[str, tuple[str, ...]] = {
     "dagster._utils.concurrency.ClaimedSlotInfo": ("run_id", "step_key"),
     "dagster.Definitions": ("resolve_implicit_global_asset_job_def", "get_assets_def", "resources"),
     "dagster.AssetsDefinition": ("map_asset_specs",),
+    "dagster.SensorDefinition": ("evaluate_tick",),
+    "dagster.RunRequest": ("asset_graph_subset",),
+    "dagster.AutomationContext": ("root_context", "get_empty_subset", "partitions_def", "key"),
     "dagster.DagsterEvent": (
         *("is_job_failure", "job_failure_data", "step_failure_data", "step_materialization_data", "step_key"),
         *("event_type_value", "asset_check_evaluation_data"),
@@ -221,8 +224,11 @@ def bars_for_terminals() -> Iterator[None]:
         tqdm.__init__ = own
 
 
-def any_deps_changed() -> dg.AutomationCondition:
-    """True where the data version of an input changed, or the input is made in the same run.
+def any_deps_changed(
+    unless: dg.AutomationCondition | None = None, or_requested: bool = True, only: dg.AssetSelection | None = None
+) -> dg.AutomationCondition:
+    """True where the data version of an input (of `only`) changed, but not `unless` of the input, or, with
+    `or_requested`, the input is made in the same run.
 
     dagster 1.13: `any_deps_updated`, but not for an input that was made again with the same content. The part that
     leaves out inputs whose run makes the asset too, `executed_with_root_target`, is not public.
@@ -233,7 +239,24 @@ def any_deps_changed() -> dg.AutomationCondition:
     if not hasattr(conditions, "executed_with_root_target"):
         raise LibraryChanged("dagster", "AutomationCondition.executed_with_root_target")
     changed = conditions.data_version_changed() & ~conditions.executed_with_root_target()
-    return conditions.any_deps_match(changed | conditions.will_be_requested()).with_label("any_deps_updated")
+    if unless is not None:
+        changed = changed & ~unless
+    if or_requested:
+        changed = changed | conditions.will_be_requested()
+    found = conditions.any_deps_match(changed)
+    return (found if only is None else found.allow(only)).with_label("any_deps_updated")
+
+
+def with_run_requests(tick: Any, requests: list[dg.RunRequest]) -> Any:
+    """What a sensor found in a tick, with other requests.
+
+    dagster 1.13: `SensorDefinition.evaluate_tick` returns a record, and what copies records is not public.
+    """
+    try:
+        from dagster_shared.record import replace
+    except ImportError as error:
+        raise LibraryChanged("dagster_shared.record", "replace") from error
+    return replace(tick, run_requests=requests)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Scope = Literal["none", "corpus", "warmup", "features"]
 Partitions = Literal["shard", "target", "target_strategy"] | None
 # How automation makes an asset (`ops.conditions`); None: started manually only.
-Condition = Literal["when_missing", "follow", "follow_arrivals"] | None
+Condition = Literal["when_missing", "follow", "follow_arrivals", "follow_selections", "follow_evaluations"] | None
 Command = Literal["run", "select", "trust", "experiment"]
 
 
@@ -73,6 +73,8 @@ class Asset:
     tables: tuple[Table, ...]
     partitions: Partitions = None
     condition: Condition = None
+    # It costs a fine-tuning: by automation only where `train: on_arrival` says so.
+    fine_tunes: bool = False
     # Of an asset that follows arrivals, which inputs in progress do not hold back.
     needs: Needs | None = None
     # Sections of prism.yaml that it reads. They are part of its code version, so the UI shows an asset whose settings

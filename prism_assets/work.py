@@ -13,7 +13,9 @@ from prism_assets.stage import Stage
 from prism_assets.text import as_code, visible
 
 
-def stage_of(project: Project, context: dg.AssetExecutionContext | dg.SensorEvaluationContext) -> Stage:
+def stage_of(
+    project: Project, context: dg.AssetExecutionContext | dg.SensorEvaluationContext | dg.ScheduleEvaluationContext
+) -> Stage:
     """The Stage of an asset or a sensor at work: the engines that the definitions were built with, run and log."""
     lake, model, index = (getattr(context.resources, project.named(one)) for one in ENGINES)
     run_id = context.run_id if isinstance(context, dg.AssetExecutionContext) else ""

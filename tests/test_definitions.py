@@ -233,9 +233,16 @@ def test_the_steps_of_prism_run_take_every_asset_after_its_inputs():
         assert sum(len(step.assets) for step in steps) == len(done)
 
 
-def test_an_experiment_is_never_made_without_a_hand(project, graph):
-    without = {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).automation_condition is None}
-    assert without == ON_DEMAND
+def test_an_experiment_is_never_made_without_a_hand_and_training_only_where_it_is_said(project, graph, tmp_path):
+    from prism_assets.definitions import build_definitions
+
+    def without(graph) -> set[str]:
+        return {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).automation_condition is None}
+
+    assert without(graph) == ON_DEMAND | {"adapter", "evaluation"}
+    for train, more in (("nightly", {"adapter", "evaluation"}), ("on_arrival", set())):
+        settings = project.settings.model_copy(update={"train": train})
+        assert without(build_definitions(settings).resolve_asset_graph()) == ON_DEMAND | more
 
 
 def test_engines_can_be_exchanged(project, tmp_path):

@@ -7,9 +7,12 @@ import dagster as dg
 from prism_assets.features.candidate_index import COMPACT_TAG
 from prism_assets.identity import join_key
 from prism_assets.ops.integrity import JOB, PARTS, build_verify_job
-from prism_assets.project import Project
+from prism_assets.ops.ranges import RANGE_START, range_tags
+from prism_assets.ops.stale import untrained
+from prism_assets.project import ENGINES, Project
 from prism_assets.settings import Settings
 from prism_assets.tables import ASSETS, JOBS
+from prism_assets.work import stage_of
 
 
 def build_jobs(project: Project) -> list[Any]:
@@ -32,8 +35,29 @@ def _asset_jobs(project: Project) -> list[Any]:
 
 
 def build_schedules(project: Project) -> list[Any]:
-    """A nightly run over the pool, weekly ones over all selections and over the measurements of trust."""
+    """Nightly runs over the pool, the lake and, where `train: nightly` says so, over the selections that changed;
+    weekly ones over all selections and over the measurements of trust."""
     settings = project.settings
+
+    @dg.schedule(
+        name=project.named("nightly_training"),
+        cron_schedule="0 1 * * *",
+        job_name=project.named("refresh_selections"),
+        default_status=dg.DefaultScheduleStatus.RUNNING
+        if settings.train == "nightly"
+        else dg.DefaultScheduleStatus.STOPPED,
+        required_resource_keys={project.named(one) for one in ENGINES},
+        description="Fine-tunes and evaluates every night on the selections that changed since, but `full`. On by "
+        "default where prism.yaml says `train: nightly`.",
+    )
+    def nightly_training(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
+        keys = untrained(stage_of(project, context), automated_keys(settings))
+        if not keys:
+            return dg.SkipReason("Every selection is the one that its adapters were trained on.")
+        return [
+            dg.RunRequest(run_key=f"{context.scheduled_execution_time:%Y-%m-%d}/{tags[RANGE_START]}", tags=tags)
+            for tags in range_tags(project, keys)
+        ]
 
     @dg.schedule(
         name=project.named("weekly_refresh"),
@@ -70,6 +94,7 @@ def build_schedules(project: Project) -> list[Any]:
             description="Reads a share of all artefacts every night and compares them with their content hashes; "
             f"in {PARTS} nights everything.",
         ),
+        nightly_training,
         weekly_refresh,
         weekly_trust,
     ]

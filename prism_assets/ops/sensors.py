@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from prism_assets.ops.home import claim_home
+from prism_assets.ops.ranges import AutomationSensor
 from prism_assets.ops.runs import close_orphaned_runs
 from prism_assets.ops.shards import reconcile_shards
 from prism_assets.project import ENGINES, Project
@@ -16,6 +17,9 @@ from prism_assets.settings import TargetSettings
 from prism_assets.tables import ASSETS
 from prism_assets.work import stage_of
 
+# Between two looks: an arrival waits for one of `inbox` and three of `automation` until its selections are made.
+LOOK_SECONDS = 5
+
 
 def build_sensors(project: Project) -> list[dg.SensorDefinition]:
     """All sensors of a project."""
@@ -23,12 +27,13 @@ def build_sensors(project: Project) -> list[dg.SensorDefinition]:
         _inbox(project),
         _target_files(project),
         _dead_runs(project),
-        dg.AutomationConditionSensorDefinition(
-            project.named("automation"),
+        AutomationSensor(
+            project,
+            joined=project.key("selection"),
+            name=project.named("automation"),
             target=dg.AssetSelection.assets(*project.keys(one.name for one in ASSETS)),
             default_status=dg.DefaultSensorStatus.RUNNING,
-            minimum_interval_seconds=10,
-            use_user_code_server=True,  # for the condition of our own
+            minimum_interval_seconds=LOOK_SECONDS,
         ),
     ]
 
@@ -37,7 +42,7 @@ def _inbox(project: Project) -> dg.SensorDefinition:
     @dg.sensor(
         name=project.named("inbox"),
         asset_selection=[project.key("live_pool")],
-        minimum_interval_seconds=10,
+        minimum_interval_seconds=LOOK_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         required_resource_keys={project.named(one) for one in ENGINES},
         description="Notices files that arrive in the inbox, change or leave it, and makes shards of them.",

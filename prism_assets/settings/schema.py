@@ -374,6 +374,12 @@ class Settings(Section):
     seeds: tuple[int, ...] = Field(
         default=(0, 1, 2), min_length=1, description="The seeds of fine-tuning; the first one's adapter is published."
     )
+    train: Literal["manual", "nightly", "on_arrival"] = Field(
+        default="manual",
+        description="When fine-tuning and evaluation follow new selections without a hand: never, every night for "
+        "those that changed, or as soon as all selections of an arrival are made. `prism run` trains in any case, "
+        "`prism select` never.",
+    )
     storage: StorageSettings = StorageSettings()
     trust: TrustSettings = TrustSettings()
     execution: ExecutionSettings = ExecutionSettings()

@@ -4,11 +4,13 @@ import json
 import os
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
+from prism_assets.ops.ranges import RANGE_END, RANGE_START, range_tags
 from prism_assets.ops.schedules import automated_keys
 from prism_assets.project import Project as Named
 from prism_assets.tables import ASSETS, JOBS, asset_named
@@ -224,6 +226,32 @@ def test_shards_that_land_while_the_index_is_made_are_in_the_next_index(project,
     assert asked["candidate_index"] == {None}
 
 
+def test_many_files_are_taken_together_and_none_of_them_twice(project, look):
+    look("inbox")
+    project.run()
+    _, cursor = requested(project)
+    for name in ("one", "two", "three"):
+        settle(project.add(name, [{"prompt": f"copy: {name}{n}=", "completion": f"{name}{n}"} for n in "abcdef"]))
+    look("inbox")
+    sensor = next(one for one in project.definitions.sensors if one.name == "automation")
+    asked, cursor = requested(project, cursor)
+    new = sorted(
+        key for key in project.instance.get_dynamic_partitions("shard") if key.startswith(("one", "two", "th"))
+    )
+    assert asked == {"candidates": set(new), "candidate_features": set(new)}
+    every = list(project.instance.get_dynamic_partitions("shard"))[-3:]
+    assert sorted(every) == new and sensor.sensor_type.value == "AUTOMATION"
+    job = project.definitions.resolve_implicit_global_asset_job_def()
+    tags = {RANGE_START: every[0], RANGE_END: every[-1]}
+    keys = [dg.AssetKey(name) for name in ("candidates", "candidate_features")]
+    assert job.execute_in_process(instance=project.instance, asset_selection=keys, tags=tags).success
+    asked, cursor = requested(project, cursor)
+    assert set(asked) == {"live_pool", "warmup_sample", "warmup_checkpoints", "candidate_index"}
+    execute(project, sorted(asked))
+    asked, cursor = requested(project, cursor)
+    assert asked == {"selection": set(automated_keys(project.settings))}
+
+
 def test_changed_settings_ask_for_what_reads_them(project, look):
     look("inbox")
     project.run()
@@ -235,8 +263,106 @@ def test_changed_settings_ask_for_what_reads_them(project, look):
     assert not {"candidate_features", "target_direction", "candidates"} & set(asked)
 
 
+def test_an_arrival_is_trained_on_after_all_its_selections_and_only_where_that_is_said(project, look):
+    """By default never; with on_arrival not in the run that selects, but in one after it."""
+    look("inbox")
+    project.run()
+    assert asset_named("adapter").fine_tunes and asset_named("evaluation").fine_tunes
+    for train in ("manual", "nightly", "on_arrival"):
+        project.configure(train=train, selection={"budget": 9})
+        _, cursor = requested(project)
+        project.configure(selection={"budget": 8 if train == "manual" else 7 if train == "nightly" else 6})
+        asked, cursor = requested(project, cursor)
+        every = set(automated_keys(project.settings))
+        assert asked == {"selection": every}, train
+        for key in every:
+            execute(project, ["selection"], key)
+        asked, cursor = requested(project, cursor)
+        assert asked == ({"adapter": every, "evaluation": every} if train == "on_arrival" else {}), train
+    for key in every:
+        execute(project, ["adapter", "evaluation"], key)
+    asked, cursor = requested(project, cursor)
+    assert asked == {"report": {"plain"}}
+    assert requested(project, cursor)[0] == {}
+
+
+def test_a_nightly_training_is_asked_for_what_changed_and_for_nothing_else(project, look):
+    project.configure(train="nightly", strategies=["prism", "uniform", "random", "full"])
+    look("inbox")
+    project.run()
+    definitions = project.definitions
+    schedule = next(one for one in definitions.schedules if one.name == "nightly_training")
+    assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
+
+    def tonight() -> list[dg.RunRequest]:
+        resources = {**project.definitions.resources, "lake": project.lake}
+        context = dg.build_schedule_context(
+            instance=project.instance, scheduled_execution_time=datetime(2026, 1, 1, 1), resources=resources
+        )
+        found = next(one for one in project.definitions.schedules if one.name == "nightly_training")
+        return list(found.evaluate_tick(context).run_requests or [])
+
+    assert tonight() == []
+    project.configure(selection={"budget": 6})
+    assert tonight() == []  # nothing selected yet by the new budget
+    for key in ("prism|plain", "uniform|plain"):
+        execute(project, ["selection"], key)
+    (request,) = tonight()
+    assert (request.tags[RANGE_START], request.tags[RANGE_END]) == ("prism|plain", "uniform|plain")
+    job = project.definitions.resolve_job_def("refresh_selections")
+    assert job.execute_in_process(instance=project.instance, tags=request.tags).success
+    assert tonight() == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ranges"),
+    [
+        ("prism|a prism|b prism|c less|a less|b less|c random|a random|b random|c", ["prism|a..random|c"]),
+        ("prism|a prism|b prism|c random|a random|b random|c", ["prism|a..prism|c", "random|a..random|c"]),
+        ("prism|a prism|c less|a less|c", ["prism|a..less|a", "prism|c..less|c"]),
+        ("prism|b", ["prism|b..prism|b"]),
+        ("prism|a less|b", ["prism|a..prism|a", "less|b..less|b"]),
+        ("", []),
+    ],
+)
+def test_partitions_become_as_few_runs_as_cover_them_and_nothing_else(project, wanted, ranges):
+    target = project.settings.targets["plain"]
+    named = Named.of(
+        project.settings.model_copy(
+            update={"targets": dict.fromkeys("abc", target), "strategies": ("prism", "less", "random")}
+        )
+    )
+    found = range_tags(named, set(wanted.split()))
+    assert [f"{tags[RANGE_START]}..{tags[RANGE_END]}" for tags in found] == ranges
+    made = [
+        key
+        for tags in found
+        for key in named.target_strategies.get_partition_keys_in_range(
+            dg.PartitionKeyRange(tags[RANGE_START], tags[RANGE_END])
+        )
+    ]
+    assert sorted(made) == sorted(wanted.split())
+
+
+def test_the_selections_of_all_targets_are_one_run(project, look):
+    plain = project.content["targets"]["plain"]
+    project.configure(targets={"plain": plain, "other": plain, "third": plain}, strategies=["prism", "random"])
+    look("inbox")
+    project.run()
+    look("automation")
+    look("automation", look.cursor)
+    project.configure(selection={"budget": 9})
+    found = look("automation", look.cursor)
+    assert isinstance(found, dg.SensorResult) and found.run_requests is not None
+    (request,) = found.run_requests
+    assert list(request.asset_selection or ()) == [dg.AssetKey("selection")]
+    assert (request.tags[RANGE_START], request.tags[RANGE_END]) == ("prism|plain", "random|third")
+    look("automation", look.cursor)  # what was asked for is not asked for again
+    assert isinstance(look("automation", look.cursor), dg.SkipReason)
+
+
 def test_the_whole_pool_is_never_trained_on_without_a_hand(project, look):
-    project.configure(strategies=["prism", "random", "full"])
+    project.configure(train="on_arrival", strategies=["prism", "random", "full"])
     look("inbox")
     project.run()
     _, cursor = requested(project)
