@@ -5,14 +5,14 @@ EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 
-.PHONY: install test lint wheel-test demo ui clean
+.PHONY: install test lint docs wheel-test demo ui clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python $(PIP) $(TORCH)
-	$(BIN)/python $(PIP) -e '.[$(EXTRA),test,lint]'
+	$(BIN)/python $(PIP) -e '.[$(EXTRA),test,lint,docs]'
 	touch $@
 
 test: install
@@ -29,6 +29,10 @@ lint: install
 	cd build/installed && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports pyproject.toml
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pre-commit validate-config
+
+# The site, into build/site; nothing is loaded from elsewhere, and a warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # A fresh environment with the built wheel, tried from a folder that holds no clone.
 wheel-test: install

@@ -39,6 +39,7 @@ FIRST = {
     "test_ranking_benchmark.py",
     "test_quality_benchmark.py",
     "test_honesty.py",
+    "test_notebook.py",
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Asset -> what it is made from: the arrows of the graph in docs/design.md.
+# Asset -> what it is made from: the arrows of the graph in docs/asset-graph.svg.
 EDGES = {
     "base_model": set(),
     "candidates": {"base_model"},

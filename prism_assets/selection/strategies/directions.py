@@ -11,24 +11,29 @@ from prism_assets.selection.strategies.base import Strategy, TargetScores
 
 
 def preference(targets: TargetScores) -> np.ndarray:
-    """w [C, m], summing to 1 at each checkpoint."""
+    """Weights w [C, m], summing to 1 at each checkpoint: w_j ∝ φ′(s_j), which is the preference σ(s_j/τ) of pairs and
+    exp(s_j/τ) of plain targets."""
     return np.stack([preference_weights(s, targets.kind, targets.temperature).weights for s in targets.scores])
 
 
 def _sigmoid(targets: TargetScores) -> np.ndarray:
+    """Of pairs w_j ∝ σ(s_j/τ) σ(−s_j/τ), summing to 1 at each checkpoint."""
     tau = targets.sigmoid_temperature
     return np.stack([preference_weights(s, targets.kind, tau, "sigmoid").weights for s in targets.scores])
 
 
 def _uniform(targets: TargetScores) -> np.ndarray:
+    """1/m for each of m targets."""
     return np.full_like(targets.scores, 1 / targets.scores.shape[1])
 
 
 def _less(targets: TargetScores) -> np.ndarray:
+    """1/(m ‖g_j‖) for each of m targets."""
     return 1 / (targets.norms * targets.scores.shape[1])
 
 
 def _prism_unit(targets: TargetScores) -> np.ndarray:
+    """w_j/‖g_j‖, with the weights w_j of `prism`."""
     return preference(targets) / targets.norms
 
 

@@ -62,6 +62,7 @@ def round_robin(influences: np.ndarray, quotas: np.ndarray, ids: Sequence[str], 
 
 
 def _round_robin(pool: PoolView) -> Ranking:
+    """Each target takes its row of largest cosine that is left; its share of turns is its share of ∇J, w_j ‖g_j‖."""
     order = round_robin(pool.influences(), shares(pool.target_scores()), pool.ids, pool.wanted)
     return Ranking(order)
 
@@ -100,6 +101,8 @@ def saturating_coverage(influences: np.ndarray, value: np.ndarray, ids: Sequence
 
 
 def _prism_cover(pool: PoolView) -> Ranking:
+    """Rows chosen greedily for Σ_j a_j log(1 + Σ_i max(0, c_ij)), c_ij the mean cosine of row i with target j, a_j the
+    target's share of ∇J, w_j ‖g_j‖."""
     return saturating_coverage(pool.influences(), shares(pool.target_scores()), pool.ids, pool.wanted)
 
 

@@ -16,6 +16,7 @@ def keyed_hash(ids: Sequence[str], seed: int) -> np.ndarray:
 
 
 def _random(pool: PoolView) -> Ranking:
+    """Rows by the first 8 bytes of SHA-256 of seed and id, so that no other row can change a row's number."""
     return by_scores(keyed_hash(pool.ids, pool.seed), pool.ids, shown=False)
 
 
