@@ -22,7 +22,10 @@ _CONDITIONS = {
     "when_missing": "where it is missing",
     "follow": "when an input changed",
     "follow_arrivals": "when an input changed, whether or not other shards are in progress",
+    "follow_selections": "when an input changed and all selections of an arrival are made",
+    "follow_evaluations": "when an evaluation changed",
 }
+_ONLY_WHERE_SAID = ", and only with `train: on_arrival`"
 
 
 def assets_page() -> str:
@@ -67,7 +70,7 @@ def _facts(asset: Asset, node: Any) -> str:
         "sections of `prism.yaml` that it reads": codes(asset.reads),
         "job": codes(filter(None, [asset.job])),
         "commands": codes(commands),
-        "by automation": _CONDITIONS[asset.condition],
+        "by automation": _CONDITIONS[asset.condition] + (_ONLY_WHERE_SAID if asset.fine_tunes else ""),
         "pool": codes(sorted(node.pools)),
     }
     return "".join(f"- {what}: {words}\n" for what, words in facts.items() if words != "–")
@@ -85,7 +88,10 @@ def _automation(definitions: Any) -> Iterator[str]:
     jobs = [one for one in repository.get_all_jobs() if not one.name.startswith("__")]
     yield "## Jobs"
     yield table(["job", "what it makes"], [[f"`{one.name}`", prose(one.description)] for one in _sorted(jobs)])
-    yield "## Schedules\n\nAll start switched off; turn them on in the UI under Automation. Times are UTC."
+    yield (
+        "## Schedules\n\nAll start switched off, but `nightly_training` where `train: nightly` is set; turn them on in "
+        "the UI under Automation. Times are UTC."
+    )
     schedules = [
         [f"`{one.name}`", f"`{one.cron_schedule}`", f"`{one.job_name}`", prose(one.description)]
         for one in _sorted(repository.schedule_defs)
