@@ -21,8 +21,8 @@ JSON: `events`, and how many of each kind; `events_that_missed`: the run was fin
 `lives`; `contents_compared` and `contents_lost` (missing, or other than undisturbed); `runs`, `runs_refused` (ended
 with advice) and `runs_that_failed` (ended otherwise: `failures`); `artefacts_made_again`: there before an event and
 another file after it, damaged ones left out (`made_again` names them); `damaged_files` and what became of them at the
-end of a life: `rebuilt` (or removed), or `not_read_again`; `most_drafts_left_by_a_kill`, and `drafts_left` at the end of
-the last life; `kills_by_table`: where kills fell; `seconds`.
+end of a life: `rebuilt` (or removed), or `not_read_again`; `most_drafts_left_by_a_kill`, and `drafts_left` at the end
+of the last life; `kills_by_table`: where kills fell; `seconds`.
 """
 
 from __future__ import annotations

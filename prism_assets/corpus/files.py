@@ -49,6 +49,7 @@ DATA_EXTENSIONS = (
     *PARQUET_EXTENSIONS,
     *OTHER_EXTENSIONS,
 )
+READABLE = "JSON Lines, JSON arrays, Parquet, CSV, TSV or Arrow"  # what these extensions stand for
 # What other kinds of files begin with.
 _OTHER_KINDS = {
     b"\x1f\x8b": "compressed by gzip (.jsonl.gz)",

@@ -133,6 +133,8 @@ def _pool(stage: Stage, shards: Sequence[str] | None) -> Part | None:
     if not files:
         return None
     part = _part(stage, CANDIDATES, "rejects", files)
+    labels = {target.label for target in stage.settings.targets.values()}  # they are for judging alone
+    part = part._replace(unused_fields=[name for name in part.unused_fields if name not in labels])
     if pool is None or files.keys() != listed.keys():
         return part  # what is in several files, or somebody's target, is known once the pool is listed
     # Rows that are in several files, and those that are somebody's target.

@@ -99,11 +99,12 @@ def pool_figures(stage: Stage) -> Pool:
     """Rows and tokens of the inbox's files. Raises SettingsError where it has no file that can be read."""
     from prism_assets.corpus.candidates import inbox_files, inbox_limits, pending_candidates
     from prism_assets.corpus.encoding import encoder_of
+    from prism_assets.corpus.files import READABLE
 
     inbox = stage.settings.candidates.inbox
     files = inbox_files(stage, at_rest_seconds=0) if inbox.is_dir() else {}
     if not files:
-        raise SettingsError(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file")
+        raise SettingsError(f"candidates.inbox: {inbox} holds no file of records: {READABLE}")
     pool = Pool(len(files), pending_candidates(stage, sorted(files)))
     encoder = encoder_of(stage)
     waiting = set(pool.pending)

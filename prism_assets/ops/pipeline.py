@@ -169,17 +169,16 @@ class Pipeline:
     def _register_inbox(self) -> None:
         """Make shards of the inbox's files. Raises UserMistake where there are none."""
         from prism_assets.corpus.candidates import scan_inbox
+        from prism_assets.corpus.files import READABLE
         from prism_assets.ops.shards import reconcile_shards
 
         inbox = self.project.settings.candidates.inbox
         if not inbox.is_dir():
-            raise RunRefused(
-                f"candidates.inbox: there is no folder {inbox}. Make it and put JSON Lines or Parquet there."
-            )
+            raise RunRefused(f"candidates.inbox: there is no folder {inbox}. Make it and put {READABLE} there.")
         found = scan_inbox(self._stage(), at_rest_seconds=0)
         if not found.files:
             ignored = "".join(f"\n  {one.path}: {one.reason}" for one in found.ignored[:5])
-            raise RunRefused(f"candidates.inbox: {inbox} holds no JSON Lines and no Parquet file.{ignored}")
+            raise RunRefused(f"candidates.inbox: {inbox} holds no file of records: {READABLE}.{ignored}")
         reconcile_shards(self.project, self.instance, [file.key for file in found.files])
 
     def _retire_what_went(self) -> None:

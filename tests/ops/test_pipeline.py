@@ -881,7 +881,7 @@ def test_a_missing_inbox_is_named(make_project, tmp_path):
     project.inbox.mkdir()
     (project.inbox / "notes.docx").write_text("words")
     message = failing(project)
-    assert "holds no JSON Lines and no Parquet file" in message and "notes.docx" in message
+    assert "holds no file of records: JSON Lines, " in message and "notes.docx" in message
 
 
 def test_a_pool_without_a_single_usable_row_is_said(make_project, tmp_path):
