@@ -81,7 +81,7 @@ class Stage:
     @cached_property
     def dtype(self) -> str:
         """The type of the base weights, and how they are quantised. Raises ModelError."""
-        parts = (str(self.model.torch_dtype()), self.model_identity.quantized)
+        parts = (self.model.dtype_name(), self.model_identity.quantized)
         return " ".join(part for part in parts if part)
 
     @cached_property

@@ -1,6 +1,7 @@
 """SQL over the lake: one reading statement, confined to the lake."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +11,7 @@ from prism_assets.resources.lake.lake import Lake
 
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
 
 class QueryResult(NamedTuple):
@@ -48,6 +50,26 @@ def ask(
     `$name` in the query stands for a value of `parameters`, whatever quotes it holds.
     Raises QueryRefused for anything that is not one reading statement, and for what DuckDB cannot answer.
     """
+    with _one_statement(connection, query) as statement:
+        answer = connection.execute(statement, dict(parameters) if parameters else None)
+        columns = [column[0] for column in answer.description]
+        rows = answer.fetchmany(limit + 1) if limit else answer.fetchall()
+    shown = rows[:limit] if limit else rows
+    return QueryResult(columns, shown, len(rows) > len(shown))
+
+
+@contextmanager
+def ask_batches(
+    connection: "duckdb.DuckDBPyConnection", query: str, parameters: Mapping[str, Any] | None = None
+) -> "Iterator[pa.RecordBatchReader]":
+    """All rows of the answer to one SELECT as Arrow batches; as `ask`."""
+    with _one_statement(connection, query) as statement:
+        yield connection.sql(statement, params=dict(parameters) if parameters else None).to_arrow_reader()
+
+
+@contextmanager
+def _one_statement(connection: "duckdb.DuckDBPyConnection", query: str) -> "Iterator[duckdb.Statement]":
+    """The one reading statement of a query. Raises QueryRefused for another, and for what DuckDB says within."""
     import duckdb
 
     try:
@@ -59,10 +81,6 @@ def ask(
                 f"Only reading is possible here, and this is a statement of type {statements[0].type.name}: artefacts "
                 "are never changed. Write a SELECT, or DESCRIBE a view; `SHOW ALL TABLES` lists them."
             )
-        answer = connection.execute(statements[0], dict(parameters) if parameters else None)
-        columns = [column[0] for column in answer.description]
-        rows = answer.fetchmany(limit + 1) if limit else answer.fetchall()
+        yield statements[0]
     except duckdb.Error as error:
         raise QueryRefused(f"DuckDB: {error}") from error
-    shown = rows[:limit] if limit else rows
-    return QueryResult(columns, shown, len(rows) > len(shown))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Without any of them Linux has no NVIDIA or AMD GPU that torch could see.
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 
 # One model a process: a second asset in the same process finds it here.
 _loaded: dict[tuple, Any] = {}
@@ -149,6 +153,15 @@ class LanguageModel:
         if self.dtype == "auto":
             return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
         return getattr(torch, self.dtype)
+
+    def dtype_name(self) -> str:
+        """`torch_dtype` as text, such as torch.float32; without loading torch where no GPU can be."""
+        if self.dtype != "auto":
+            return f"torch.{self.dtype}"
+        no_gpu = sys.platform == "linux" and not any(Path(one).exists() for one in GPU_DEVICES)
+        if self.device == "cpu" or (self.device == "auto" and no_gpu):
+            return "torch.float32"
+        return str(self.torch_dtype())
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer."""

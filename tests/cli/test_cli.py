@@ -1,11 +1,14 @@
 """`prism` from the outside: exit statuses, what is printed, and how little `prism --help` imports."""
 
+import csv
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -255,12 +258,62 @@ def test_unknown_targets_are_answered_with_the_known(finished):
         assert result.exit_code == MUST_CHANGE and "plane" in result.output and "plain" in result.output
 
 
-def test_a_strategy_without_direction_cannot_be_queried(finished):
+def test_every_strategy_of_the_project_gives_its_order(finished):
     project, _ = finished
-    for strategy in ("random", "magic"):
-        result = prism("query", "plain", "--strategy", strategy, "--config", project.config)
+    for strategy in project.settings.strategies:
+        chosen = [row["id"] for row in project.selected(strategy)]
+        result = prism(
+            "query", "plain", "--strategy", strategy, "-k", len(chosen), "--json", "--config", project.config
+        )
+        assert result.exit_code == DONE, result.output
+        assert [row["id"] for row in json.loads(result.stdout)] == chosen, strategy
+
+
+def test_what_ranks_nothing_or_has_no_direction_says_so(finished):
+    project, _ = finished
+    for more in (["--strategy", "magic"], ["--strategy", "random", "--harmful"], ["--strategy", "random", "--exact"]):
+        result = prism("query", "plain", *more, "--config", project.config)
         assert result.exit_code == MUST_CHANGE, result.output
-        assert "prism, uniform" in result.output and "Traceback" not in result.output
+        assert "Traceback" not in result.output
+        assert ("prism, uniform" if more[1] == "magic" else "has no direction") in " ".join(result.output.split())
+
+
+def test_a_query_begins_where_it_is_asked_to(finished):
+    project, _ = finished
+
+    def rows(*arguments) -> list[dict]:
+        result = prism("query", "plain", "--json", "--config", project.config, *arguments)
+        assert result.exit_code == DONE, result.output
+        return json.loads(result.stdout)
+
+    whole, cut = rows("-k", 12), len(project.selected("prism"))
+    assert rows("-k", 4, "--offset", 5) == whole[5:9]
+    around = rows("-k", 4, "--around-cut")
+    assert [row["rank"] for row in around] == [cut - 1, cut, cut + 1, cut + 2]
+    assert [row["taken"] for row in around] == [True, True, False, False]
+    refused = prism("query", "plain", "--around-cut", "--offset", 2, "--config", project.config)
+    assert refused.exit_code == MUST_CHANGE and "--offset" in refused.output
+
+
+def test_answers_are_csv_and_parquet_too(finished, tmp_path):
+    project, _ = finished
+    question = "SELECT id, rank, score, [rank, 7] AS pair, NULL AS nothing FROM scores WHERE score IS NOT NULL ORDER BY id, rank LIMIT 5"
+    known = json.loads(prism("sql", question, "--json", "--config", project.config).stdout)
+    found = prism("sql", question, "--format", "csv", "--config", project.config)
+    assert found.exit_code == DONE, found.output
+    rows = list(csv.DictReader(io.StringIO(found.stdout)))
+    assert [row["id"] for row in rows] == [row["id"] for row in known] and len(rows) == 5
+    assert [float(row["score"]) for row in rows] == [row["score"] for row in known]
+    assert [json.loads(row["pair"]) for row in rows] == [row["pair"] for row in known]
+    assert {row["nothing"] for row in rows} == {""}
+    found = prism("sql", question, "--format", "parquet", "--config", project.config)
+    assert pq.read_table(io.BytesIO(found.stdout_bytes)).to_pylist() == known
+    query = prism("query", "plain", "-k", 3, "--format", "csv", "--config", project.config)
+    assert [row["rank"] for row in csv.DictReader(io.StringIO(query.stdout))] == ["1", "2", "3"]
+    both = prism("sql", question, "--json", "--format", "csv", "--config", project.config)
+    assert both.exit_code == MUST_CHANGE and "two formats" in both.output
+    wrong = prism("sql", "SELEC 1", "--format", "csv", "--config", project.config)
+    assert wrong.exit_code == MUST_CHANGE and "DuckDB" in wrong.output
 
 
 def test_doctor_finds_a_finished_project_up_to_date(finished):

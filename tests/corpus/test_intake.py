@@ -53,6 +53,13 @@ def test_every_record_is_used_or_counted_under_a_reason(project: Project):
     assert [(path.rpartition("/")[2], why[:17]) for path, why in found.ignored] == [("notes.docx", "unknown extension")]
 
 
+def test_the_label_that_judges_a_removal_is_no_field_that_is_not_used(project: Project):
+    stage = project.stage
+    plain = stage.settings.targets["plain"].model_copy(update={"label": "rating"})
+    labelled = stage.with_settings(targets={"plain": plain})
+    assert intake(labelled).parts[0].unused_fields == []
+
+
 def test_what_an_earlier_version_read_is_counted_from_its_rejects(project: Project, monkeypatch: pytest.MonkeyPatch):
     from prism_assets.resources.lake import Artifact
 

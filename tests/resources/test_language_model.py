@@ -1,5 +1,6 @@
 """The language model: what identifies it, what is refused, and that it is given back as it was."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -257,6 +258,9 @@ def test_weights_that_a_checkpoint_lacks_are_named_and_not_made_up(folder):
 
 def test_dtype_is_as_asked(folder):
     assert of(folder).torch_dtype() == torch.float32
+    for dtype, device in (("auto", "auto"), ("auto", "cpu"), ("bfloat16", "auto"), ("float32", "cpu")):
+        model = dataclasses.replace(of(folder), dtype=dtype, device=device)
+        assert model.dtype_name() == str(model.torch_dtype())
     assert next(of(folder, dtype="bfloat16").base().parameters()).dtype == torch.bfloat16
     assert next(of(folder).base().parameters()).dtype == torch.float32
 
