@@ -12,7 +12,7 @@ from prism_assets.corpus.candidates import scan_inbox
 from prism_assets.corpus.intake import intake
 from prism_assets.metadata import picture, preview
 from prism_assets.project import Project
-from prism_assets.report.content import ReportPart, explanations, target_content, with_places
+from prism_assets.report.content import ReportPart, explanations, rows_content, target_content, with_places
 from prism_assets.report.files import page_head, relative_to, replace_texts
 from prism_assets.resources.lake import Artifact, Folder
 from prism_assets.stage import Stage
@@ -60,7 +60,8 @@ def _write_target(stage: Stage, name: str) -> Outcome:
 def _write_page(stage: Stage, name: str, content: ReportPart, folder: Path) -> None:
     from prism_assets.report.page import build_report
 
-    data = _around(stage, {name: {**content.data, "explanations": explanations(stage, name)}})
+    whole = {**content.data, **rows_content(stage, name), "explanations": explanations(stage, name)}
+    data = _around(stage, {name: whole})
     # What is stored in the lake names nothing by where the lake is now: it is moved and copied.
     data |= {name: relative_to(data[name], stage.lake.folder) for name in ("settings", "model", "intake")}
     (folder / DATA).write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
