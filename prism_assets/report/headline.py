@@ -89,9 +89,10 @@ def _use(
             f"{figure_text(means[best])})."
         )
     if best == "random" or "random" in level:
-        others = [one for one in (best, *level) if one != "random"]
-        told = f": {listed(others)} {'is' if len(others) == 1 else 'are'} not clearly ahead of it" if others else ""
-        return f"Random would do{told} in {label}."
+        if best == "random":
+            return f"Random would do: no strategy is above it in {label}."
+        others = [best, *(one for one in level if one != "random")]
+        return f"Random would do: {listed(others)} {_are(others)} not clearly ahead of it in {label}."
     verb = "Remove the rows that" if removes else "Use the rows that"
     end = "ranks first, and train on the rest" if removes else "selects"
     if best == "full":
@@ -100,10 +101,14 @@ def _use(
     if base is not None:
         said += f", the base model {figure_text(base)}"
     if level:
-        said += f"; {listed(level)} {'is' if len(level) == 1 else 'are'} not clearly behind"
+        said += f"; {listed(level)} {_are(level)} not clearly behind"
     if "random" not in means:
         said += ". Whether random rows would do as well is not known, as random is not among the strategies"
     return f"{said}."
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _sure(name: str, best: str, metric: str, strategies: Mapping[str, Any], means: Mapping[str, float]) -> str:

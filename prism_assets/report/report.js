@@ -16,7 +16,7 @@ function numberOf(text) {
 }
 
 function sortTables() {
-  Tablesort.extend("figures", () => false, (a, b) => numberOf(a) - numberOf(b) || 0);
+  Tablesort.extend("figures", () => false, (a, b) => numberOf(b) - numberOf(a) || 0); // descending, as the library's own
   for (const table of document.querySelectorAll("main table")) {
     if (!table.tHead) continue;
     for (const head of table.tHead.rows[0].cells) {

@@ -7,6 +7,7 @@ from functools import cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prism_assets.errors import LakeError
 from prism_assets.identity import join_key
 from prism_assets.report.wording import as_number, clipped
 from prism_assets.resources.lake import Artifact
@@ -31,7 +32,7 @@ class Taken(NamedTuple):
     strategy: str
     selection: Artifact  # what is fine-tuned on
     rows: Artifact  # the selected rows; of a removal those that were removed
-    pool: Pool | None  # the pool that was ranked by gradients; None where it was not
+    pool: Pool | None  # the pool that was ranked by gradients; None where it was not, or is not there any more
 
     @property
     def removes(self) -> bool:
@@ -50,8 +51,13 @@ def taken_by_all(stage: Stage, target: str) -> list[Taken]:
 
     @cache
     def pool_of(manifest: str, index: str) -> Pool | None:
-        found = stage.lake.get("live_pool", manifest), stage.lake.get("candidate_index", index)
-        return None if found[0] is None or found[1] is None else Pool(stage, found[0], found[1], mixture)
+        pool, segments = stage.lake.get("live_pool", manifest), stage.lake.get("candidate_index", index)
+        if pool is None or segments is None:
+            return None
+        try:
+            return Pool(stage, pool, segments, mixture)
+        except LakeError:  # of an earlier index something may be cleared away by now
+            return None
 
     taken = []
     for strategy in stage.settings.strategies:
