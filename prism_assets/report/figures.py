@@ -48,7 +48,7 @@ def figures_of(anchor: str, target: Mapping[str, Any]) -> list[Figure]:
     if with_scores:
         name = "prism" if "prism" in with_scores else with_scores[0]
         histogram = strategies[name]["score_histogram"]
-        caption = f"Influence scores of the canonical candidates under {name}; shaded: what the budget takes."
+        caption = f"Influence scores of the canonical candidates under {name}; marked: what the budget takes."
         found.append(("outcome", caption, plots.score_histogram(histogram), [histogram_chart(histogram)]))
     if direction.get("weights"):
         image = plots.target_weights(direction["weights"])

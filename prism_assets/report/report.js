@@ -3,7 +3,8 @@
 "use strict";
 
 const MISSING = "–";
-const dataOf = (anchor) => JSON.parse(document.getElementById(`data-${anchor}`).textContent);
+const read = {};
+const dataOf = (anchor) => (read[anchor] ??= JSON.parse(document.getElementById(`data-${anchor}`).textContent));
 const element = (name, text, className = "") =>
   Object.assign(document.createElement(name), { textContent: text, className });
 
@@ -28,9 +29,13 @@ function sortTables() {
 
 /* ---- selected rows ---- */
 
+// Ids of the rows that are unfolded: Tabulator makes a cell anew whenever it lays out its table.
+const unfolded = new Set();
+
 function rowText(cell) {
   const row = cell.getData();
   const box = element("details", "");
+  box.open = unfolded.has(row.id);
   const summary = element("summary", row.p.slice(0, 160) || MISSING);
   summary.dir = "auto";
   box.append(summary);
@@ -39,7 +44,11 @@ function rowText(cell) {
     shown.dir = "auto";
     box.append(element("div", label, "label"), shown);
   }
-  box.addEventListener("toggle", () => cell.getRow().normalizeHeight());
+  box.addEventListener("toggle", () => {
+    if (box.open) unfolded.add(row.id);
+    else unfolded.delete(row.id);
+    cell.getRow().normalizeHeight();
+  });
   return box;
 }
 
@@ -78,6 +87,7 @@ function explore(box) {
   const empty = { sorterParams: { alignEmptyValues: "bottom" }, sorter: "number", hozAlign: "right" };
   const table = new Tabulator(box.querySelector(".grid"), {
     layout: "fitColumns",
+    autoResize: false, // or a row that unfolds would lose the focus; windows are seen to below
     responsiveLayout: "hide",
     pagination: true,
     paginationElement: box.querySelector(".pages"), // a grid may hold rows alone
@@ -88,7 +98,7 @@ function explore(box) {
     columns: [
       { title: "rank", field: "rank", width: 70, responsive: 0, ...empty },
       { title: "score", field: "score", width: 90, responsive: 2, formatter: scoreText, ...empty },
-      { title: "rank beside", field: "beside", width: 110, responsive: 1, ...empty },
+      { title: "rank beside", field: "beside", width: 130, responsive: 1, ...empty },
       { title: "source", field: "s", width: 130, responsive: 4 },
       { title: "tokens", field: "n", width: 95, responsive: 3, ...empty },
       { title: "row", field: "p", minWidth: 180, responsive: 0, formatter: rowText },
@@ -112,6 +122,7 @@ function explore(box) {
     box.querySelector(".tabulator-tableholder").removeAttribute("tabindex"); // it never scrolls
     show();
   });
+  addEventListener("resize", () => table.redraw(true));
   form.addEventListener("input", show);
   form.addEventListener("reset", () => setTimeout(show));
   form.addEventListener("submit", (event) => event.preventDefault());

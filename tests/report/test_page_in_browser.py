@@ -113,6 +113,7 @@ def test_hostile_texts_stay_texts(opened):
     opened.choose()
     first = page.locator(".explorer .tabulator-row details").first
     first.locator("summary").click()
+    first.locator("pre.prompt").wait_for(state="visible")
     assert first.locator("pre.prompt").inner_text() == f"{HOSTILE} prompt 0"
     assert page.evaluate("document.querySelectorAll('script').length") == 6  # four of the package, two of data
     assert page.locator(".explorer").first.get_by_role("gridcell", name=HOSTILE, exact=True).first.is_visible()
@@ -166,6 +167,20 @@ def test_search_and_filters_change_the_rows_shown(opened):
     opened.choose(first="uniform")  # which has no scores
     assert opened.found() == "30 of 30 rows"
     assert not opened.page.locator(".explorer .tabulator-col[tabulator-field=score]").first.is_visible()
+
+
+def test_a_row_unfolds_and_stays_so(browser, path):
+    one = Opened(browser, path)
+    row = one.page.locator(".explorer .tabulator-row").nth(1)
+    folded = row.bounding_box()["height"]
+    row.locator("summary").press("Enter")
+    row.locator("pre.completion").wait_for(state="visible")
+    one.page.wait_for_timeout(100)
+    assert row.bounding_box()["height"] > folded + 50
+    assert one.page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    one.page.set_viewport_size({"width": 500, "height": 900})
+    one.page.wait_for_timeout(200)
+    assert row.locator("pre.completion").is_visible() and one.overflow() == 0
 
 
 def test_two_strategies_side_by_side_are_those_of_the_artefacts(of_a_project, two_versions):

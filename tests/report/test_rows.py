@@ -1,10 +1,14 @@
 """What a report says of rows, against the artefacts that it was made from."""
 
+import json
+
 import numpy as np
 import pytest
 
 from prism_assets.report import rows
+from prism_assets.report.content import rows_content, target_content
 from prism_assets.report.gradient_map import gradient_map, principal_plane
+from prism_assets.report.page import build_report
 from prism_assets.report.rows import MOST_ROWS, around_the_cut, listed_rows, overlaps, taken_by_all
 from prism_assets.selection.pool import indexed_pool
 from prism_assets.selection.selection import query_index
@@ -88,6 +92,15 @@ def test_the_map_is_the_same_again_and_marks_what_was_taken(two_versions, stage,
     for strategy in stage.settings.strategies:
         marked = sum(strategy in point["taken"] for point in found["points"])
         assert marked == len(set(selected(two_versions, strategy)) & set(pool.ids))
+
+
+def test_a_report_made_again_is_the_same_byte_for_byte(stage):
+    def page() -> str:
+        target = {**target_content(stage, "plain").data, **rows_content(stage, "plain")}
+        return build_report({"format": 1, "targets": {"plain": json.loads(json.dumps(target))}})
+
+    first = page()
+    assert first == page() and "data-target-1" in first
 
 
 def test_the_plane_is_that_of_the_largest_singular_values():
