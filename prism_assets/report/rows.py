@@ -87,7 +87,7 @@ def listed_rows(stage: Stage, taken: Sequence[Taken]) -> dict[str, Any]:
     for one in taken:
         table = stage.lake.read_table(one.rows, ["id", "rank", "score"])
         totals[one.strategy] = table.num_rows
-        for row in table.filter([name in rows for name in table["id"].to_pylist()]).to_pylist():
+        for row in (row for row in table.to_pylist() if row["id"] in rows):
             rows[row["id"]]["taken"][one.strategy] = [row["rank"], as_number(row["score"])]
     return {"longest_text": LONGEST_TEXT, "totals": totals, "rows": list(rows.values())}
 

@@ -117,6 +117,7 @@ def _weights_view(target: Mapping[str, Any]) -> dict[str, Any]:
         "number": count_text(len(ordered)),
         "shown": _SHOWN_WEIGHTS if len(ordered) > _SHOWN_WEIGHTS else None,
         "less": any(as_number(row.get("less")) is not None for row in weights),
+        "groups": any(row.get("group") for row in weights),
         "pairs": any(row.get("rejected") is not None for row in weights),
         "removes": target.get("use") == "remove",
         "anchors": kinds,
@@ -128,6 +129,7 @@ def _weight_row(row: Mapping[str, Any]) -> dict[str, str]:
     prism, uniform = as_number(row.get("prism")), as_number(row.get("uniform"))
     return {
         "id": str(row.get("id") or ""),
+        "group": str(row.get("group") or MISSING),
         "prism": figure_text(prism, 4),
         "less": figure_text(row.get("less"), 4),
         "ratio": MISSING if prism is None or not uniform else f"{prism / uniform:.2f}×",

@@ -260,6 +260,19 @@ def test_top_examples_and_weights_are_shown_and_long_texts_clipped():
     assert "1.95×" in text  # (19 + 0.5) / 200 against 0.05
 
 
+def test_target_examples_have_their_groups_and_anchors_where_there_are_some():
+    data = one_target()
+    target = data["targets"]["reverse_noise"]
+    plain = Page(build_report(data)).text
+    assert "anchor" not in plain.split("Target examples, by preference weight")[1].split("Target direction")[0]
+    for row in target["direction"]["weights"]:
+        row |= {"completion": "wanted", "rejected": f"unwanted {HOSTILE}", "group": HOSTILE}
+    target |= {"anchors": {"shuffled": 20}, "anchors_left_out": {"its answer is empty": 2}, "use": "remove"}
+    text = " ".join(Page(build_report(data)).text.split())
+    assert "the other one is preferred to (20 shuffled). Left out, its answer is empty: 2." in text
+    assert f"unwanted {HOSTILE}" in text and "what raises its preference is harmful" in text
+
+
 def test_contents_are_listed_where_there_are_several_targets(page):
     anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = [attributes["href"].removeprefix("#") for tag, attributes in page.tags if tag == "a"]
