@@ -123,18 +123,23 @@ def around_the_cut(stage: Stage, one: Taken) -> dict[str, Any]:
     """
     table = stage.lake.read_table(one.rows, list(_TEXTS))
     last = table.slice(max(table.num_rows - AROUND, 0)).to_pylist()
-    found = {"last": [_of_the_cut(row) for row in last], "left": [], "left_by_sketch": False, "why_not": None}
+    inputs, settings = one.selection.header["inputs"], one.selection.header["settings"]
+    left, why_not = [], "no ranked row was left"
     if one.removes:
         kept = stage.lake.read_first(one.selection, AROUND, _TEXTS).to_pylist()
         left = [row for row in kept if row["rank"] is not None]
-    elif "direction" in one.selection.header["inputs"] and one.pool is not None:
+    elif one.pool is not None and "direction" in inputs:
         left = _first_left(stage, one, one.pool)
-        found["left_by_sketch"] = bool(one.selection.header["settings"].get("rerank"))
-    else:
-        return {**found, "why_not": "what this strategy ranks below its cut is not kept"}
-    if not left:
-        return {**found, "why_not": "no ranked row was left"}
-    return {**found, "left": [_of_the_cut(row) for row in left]}
+    if "direction" not in inputs:
+        why_not = "what this strategy ranks below its cut is not kept"
+    elif one.pool is None:
+        why_not = "the index that it was made from is not there any more"
+    return {
+        "last": [_of_the_cut(row) for row in last],
+        "left": [_of_the_cut(row) for row in left],
+        "left_by_sketch": bool(left and settings.get("rerank")),
+        "why_not": None if left else why_not,
+    }
 
 
 def _of_the_cut(row: Mapping[str, Any]) -> dict[str, Any]:
