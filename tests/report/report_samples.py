@@ -119,7 +119,7 @@ def with_rows(data: dict) -> dict:
     rows = [
         {
             "id": f"id{number}",
-            "source": HOSTILE if number % 3 == 0 else "plain",
+            "source": HOSTILE if number % 3 == 0 else " plain  one",
             "prompt": f"{HOSTILE} prompt {number}",
             "completion": f"completion {number}",
             "tokens": number,

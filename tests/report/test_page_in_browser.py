@@ -156,7 +156,7 @@ def test_search_and_filters_change_the_rows_shown(opened):
     assert opened.found() == "1 of 40 rows" and numbers() == {12}
     opened.choose(words="<script> prompt 17")
     assert numbers() == {17}
-    opened.choose(source="plain", shortest="10", longest="14")
+    opened.choose(source=" plain  one", shortest="10", longest="14")
     assert numbers() == {10, 11, 13, 14}
     opened.choose(lowest="0.5", highest="0.6")
     assert numbers() == {20, 21, 22, 23, 24, 25}  # scores 1 − number/50
