@@ -306,7 +306,7 @@ ASSETS: list[Asset] = [
     Asset(
         "report",
         "prism_assets.report.report",
-        (Table("report", 2),),
+        (Table("report", 3),),
         partitions="target",
         condition="follow_evaluations",
         reads=("strategies", "seeds"),

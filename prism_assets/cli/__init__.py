@@ -9,7 +9,9 @@ from importlib import import_module
 from prism_assets.cli.common import app
 
 # In the order of `prism --help`.
-_COMMANDS = "init estimate select run experiment demo trust query ui doctor explain export lineage sql gc".split()
+_COMMANDS = (
+    "init estimate select run report experiment demo trust query ui doctor explain export lineage sql gc".split()
+)
 for _command in _COMMANDS:
     import_module(f"prism_assets.cli.{_command}")
 

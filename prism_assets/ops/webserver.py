@@ -1,4 +1,4 @@
-"""Dagster's webserver behind `Guard`: `python -m prism_assets.ops.webserver [HOST…] -- OPTIONS`.
+"""Dagster's webserver and reports behind `Guard`: `python -m prism_assets.ops.webserver [HOST…] -- OPTIONS`.
 
 `prism ui` starts it in place of `python -m dagster_webserver`; the options are that program's. Of a HOST `*` any IP
 address is one.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from prism_assets.compat import serve_dagster_webserver
 from prism_assets.ops.guard import Guard, is_loopback
+from prism_assets.ops.report_pages import ReportPages
 
 _ANY_ADDRESS = "*"
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     end = arguments.index("--")
     hosts = [host for host in arguments[:end] if host != _ANY_ADDRESS]
     any_address = len(hosts) < end
-    serve_dagster_webserver(arguments[end + 1 :], lambda app: Guard(app, hosts, any_address))
+    serve_dagster_webserver(arguments[end + 1 :], lambda app: Guard(ReportPages(app), hosts, any_address))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from prism_assets.corpus.target_fit import given_records
 from prism_assets.errors import CannotExplain
 from prism_assets.evaluation.benchmark_scores import benchmarks_of, shown_scores
 from prism_assets.identity import base_key, join_key, seed_partition
+from prism_assets.report.gradient_map import gradient_map
+from prism_assets.report.rows import around_the_cut, listed_rows, overlaps, taken_by_all, taken_rows
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.json_lines import json_lines_of
 from prism_assets.selection.labels import found_by, harmful_rows
@@ -19,6 +21,7 @@ from prism_assets.trust.verdict import findings
 # Strategies whose selections are compared row by row with PRISM's.
 _COMPARED_WITH = ("uniform", "less")
 _EXPLAINED = 3  # rows of each kind
+_OF_A_TARGET = ("id", "group", "preference", "score", "prompt")
 _PLACES = ("selected", "selected_jsonl", "removed", "removed_jsonl", "adapter")
 
 
@@ -38,9 +41,11 @@ def target_content(stage: Stage, name: str) -> ReportPart:
     harmful = _labels(stage, name)
     strategies = {strategy: _strategy_content(stage, name, strategy, harmful) for strategy in stage.settings.strategies}
     rows = stage.lake.read_table(weights).to_pylist()
-    directions = list(notes["effective_number_of_targets"])
+    directions = tuple(notes["effective_number_of_targets"])
     measured = _trust_in(stage, weights, name)
     target, anchors = stage.settings.targets[name], stage.shown("target_anchors", name)
+    pairs = stage.lake.read_table(anchors, ["id", "completion", "rejected"]).to_pylist()
+    answers = {row["id"]: {key: row[key] for key in ("completion", "rejected")} for row in pairs}
     shown = [weights, anchors, pool, base, *(one for part in strategies.values() for one in part.shown)]
     shown += [measured] if measured is not None else []
     files = {table: _records_of(stage, table, name) for table in ("targets", "eval_examples")}
@@ -65,7 +70,7 @@ def target_content(stage: Stage, name: str) -> ReportPart:
             "weight_rank_agreement": notes["weight_rank_agreement"],
             "first_order": notes["first_order"],
             "weights": [
-                {key: row[key] for key in ("id", "preference", "score", "prompt", *directions)}
+                {key: row[key] for key in _OF_A_TARGET + directions} | answers.get(row["id"], {})
                 for row in sorted(rows, key=lambda row: -(row["prism"] or 0))
             ],
         },
@@ -142,7 +147,7 @@ def _strategy_content(stage: Stage, target: str, strategy: str, harmful: Mapping
     adapters = [stage.shown("adapters", head) for head in heads]
     notes = selection.notes
     columns = ["rank", "score", "source", "prompt", "completion"]
-    taken = _taken(stage, target, strategy)
+    taken = taken_rows(stage, target, strategy)
     removed = None if taken.fingerprint == selection.fingerprint else taken
     judged = {} if removed is None or harmful is None else _judged_by_label(stage, selection, removed, harmful)
     entry = {
@@ -217,10 +222,21 @@ def _judged_by_label(stage: Stage, kept: Artifact, removed: Artifact, harmful: M
     }
 
 
-def _taken(stage: Stage, target: str, strategy: str) -> Artifact:
-    """What a strategy took from the top of its ranking: the selected rows, or those that were removed."""
-    table = "removed" if stage.settings.targets[target].use == "remove" else "selection"
-    return stage.shown(table, join_key(target, strategy))
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+def rows_content(stage: Stage, name: str) -> dict[str, Any]:
+    """The selected rows, what strategies have in common, the rows around the cuts, and the map of a target.
+
+    Read from what the selections that the report shows were made from, so that it belongs to no identity beside theirs.
+    """
+    taken = taken_by_all(stage, name)
+    return {
+        "listed": listed_rows(stage, taken),
+        "overlaps": overlaps(stage, taken),
+        "cuts": {one.strategy: around_the_cut(stage, one) for one in taken},
+        "map": gradient_map(stage, taken),
+    }
 
 
 # -- explanations -------------------------------------------------------------------------------------------------
@@ -260,7 +276,7 @@ def _worth_explaining(stage: Stage, target: str) -> list[tuple[str, str]]:
     if "prism" not in stage.settings.strategies:
         return []
     ids = {
-        strategy: stage.lake.read_table(_taken(stage, target, strategy), ["id"])["id"].to_pylist()
+        strategy: stage.lake.read_table(taken_rows(stage, target, strategy), ["id"])["id"].to_pylist()
         for strategy in stage.settings.strategies
         if strategy in ("prism", *_COMPARED_WITH)
     }

@@ -12,8 +12,9 @@ from prism_assets.corpus.candidates import scan_inbox
 from prism_assets.corpus.intake import intake
 from prism_assets.metadata import picture, preview
 from prism_assets.project import Project
-from prism_assets.report.content import ReportPart, explanations, target_content, with_places
+from prism_assets.report.content import ReportPart, explanations, rows_content, target_content, with_places
 from prism_assets.report.files import page_head, relative_to, replace_texts
+from prism_assets.report.places import DATA, PAGE, link_in_the_ui
 from prism_assets.resources.lake import Artifact, Folder
 from prism_assets.stage import Stage
 from prism_assets.tables import METRICS
@@ -22,7 +23,6 @@ from prism_assets.work import Outcome, each_partition, stage_of
 # The weekly refresh makes it at least once in seven days.
 FRESH = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=9), warn_window=timedelta(days=8))
 _REJECTS = 50
-PAGE, DATA = "report.html", "report.json"
 
 
 def build(project: Project) -> dg.AssetsDefinition:
@@ -54,29 +54,34 @@ def _write_target(stage: Stage, name: str) -> Outcome:
     recipe = stage.recipe("report", shown, {"shown": content.shown}, partition=name)
     report, computed = stage.make(recipe, lambda: Folder(lambda folder: _write_page(stage, name, content, folder)))
     stage.show(report, name)
-    return _outcome(stage, report, content.data, computed)
+    return _outcome(stage, name, report, content.data, computed)
 
 
 def _write_page(stage: Stage, name: str, content: ReportPart, folder: Path) -> None:
     from prism_assets.report.page import build_report
 
-    data = _around(stage, {name: {**content.data, "explanations": explanations(stage, name)}})
+    whole = {**content.data, **rows_content(stage, name), "explanations": explanations(stage, name)}
+    data = _around(stage, {name: whole})
     # What is stored in the lake names nothing by where the lake is now: it is moved and copied.
     data |= {name: relative_to(data[name], stage.lake.folder) for name in ("settings", "model", "intake")}
     (folder / DATA).write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
     (folder / PAGE).write_text(build_report(data), encoding="utf-8")
 
 
-def _outcome(stage: Stage, report: Artifact, content: Mapping[str, Any], computed: int) -> Outcome:
+def _outcome(stage: Stage, name: str, report: Artifact, content: Mapping[str, Any], computed: int) -> Outcome:
     from prism_assets.plots import strategies_comparison
+    from prism_assets.report.headline import headline
     from prism_assets.report.verdict import verdict_sentences
 
     rows = [
         {"strategy": strategy, **{metric: (entry[metric] or {}).get("mean") for metric in METRICS}}
         for strategy, entry in content["strategies"].items()
     ]
+    said = headline(name, content)
     metadata = {
+        "page": dg.MetadataValue.url(link_in_the_ui(name)),  # of `prism ui`
         "report": dg.MetadataValue.path(str(stage.lake.local(report, PAGE))),
+        "use": " ".join(one for one in (said.use, said.sure, said.trust) if one),
         "rows": preview([{"strategy": "base", **content["base"]}, *rows]),
         "verdict": dg.MetadataValue.md("\n".join(f"- {one}" for one in verdict_sentences(content))),
         "comparison": picture(strategies_comparison(content["strategies"], content["base"]), "comparison"),

@@ -106,12 +106,26 @@ class Pool:
 
     def position(self, shard: str, row: int) -> int | None:
         """The position of a row of a shard; None where it is not ranked."""
+        found = int(self.positions([shard], [row])[0])
+        return None if found < 0 else found
+
+    def positions(self, shards: Sequence[str], rows: Sequence[int]) -> "np.ndarray":
+        """The position of each row, named by shard and row, int64 [k]; -1 where it is not ranked."""
         import numpy as np
 
-        if shard not in self.shards:
-            return None
-        found = np.flatnonzero((self._shard_of == self.shards.index(shard)) & (self._row_of == row))
-        return int(found[0]) if len(found) else None
+        number = {shard: at for at, shard in enumerate(self.shards)}
+        asked: dict[str, list[int]] = {}
+        for at, shard in enumerate(shards):
+            asked.setdefault(shard, []).append(at)
+        found, wanted = np.full(len(rows), -1, np.int64), np.asarray(rows, np.int64)
+        for shard in asked.keys() & number.keys():
+            its = np.array(asked[shard])
+            ranked = np.flatnonzero(self.allowed[number[shard]])
+            first = np.searchsorted(self._shard_of, number[shard])
+            place = np.searchsorted(ranked, wanted[its])
+            known = np.isin(wanted[its], ranked)
+            found[its[known]] = first + place[known]
+        return found
 
     def rows_at(self, positions: "np.ndarray", columns: Sequence[str] = COPIED) -> "pa.Table":
         """The candidates at these positions, in this order, with `shard` and `row`; only their shards are read.

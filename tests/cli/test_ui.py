@@ -147,6 +147,12 @@ def test_a_dropped_file_becomes_a_new_selection_and_every_page_tells_of_it(serve
     browser.get_by_text("[Show Markdown]").first.click()
     browser.locator("img[src^='data:image/png']").first.wait_for()
 
+    browser.goto(f"{address}/assets/report?view=partitions&partition=plain")
+    with browser.context.expect_page() as opened:
+        browser.locator("a[href='/prism/report/plain']").first.click()
+    opened.value.get_by_role("heading", name="Verdict").wait_for()
+    opened.value.close()
+
     dropped = next(key for key in project.lake.heads("candidates") if key["partition"].startswith("dropped-"))
     browser.goto(f"{address}/assets/candidates?view=partitions&partition={dropped['partition']}")
     browser.get_by_text("not valid JSON").or_(browser.get_by_text("rejects")).first.wait_for()

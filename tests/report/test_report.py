@@ -1,135 +1,32 @@
-import copy
 import json
+import re
 import subprocess
 import sys
+from base64 import b64encode
+from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
+from report_samples import HOSTILE, one_target, sample, with_rows
 
 from prism_assets.evaluation.metrics import mean_over_seeds
 from prism_assets.report.comparison import comparison_table
+from prism_assets.report.inlined import data_block, scripts
 from prism_assets.report.page import build_report
 from prism_assets.report.verdict import verdict_sentences
-from prism_assets.selection.histogram import score_histogram
-
-HOSTILE = "<script>alert(1)</script> & \"quoted\" 'single' {{ 7 * 7 }} <img src=x onerror=y>"
-VALUES = {
-    "prism": ([0.631, 0.640, 0.622], [0.43, 0.44, 0.42]),
-    "uniform": ([0.419, 0.433, 0.424], [0.31, 0.35, 0.30]),
-    "random": ([0.520, 0.530, 0.525], [0.42, 0.45, 0.41]),
-}
-
-
-def strategy(preferences, matches) -> dict:
-    return {
-        "target_preference": mean_over_seeds(preferences),
-        "mean_log_prob": mean_over_seeds([-value for value in preferences]),
-        "exact_match": mean_over_seeds(matches),
-        "selected": "lake/selection/x/selected.parquet",
-        "selected_jsonl": "lake/selection/x/selected.jsonl",
-        "adapter": "lake/adapter/x",
-        "rows": 1200,
-        "completion_tokens": 34567,
-        "steps": 90,
-        "composition": {"reverse": 900, HOSTILE: 300},
-        "non_positive_influence": 0,
-        "score_histogram": score_histogram([0.1, 0.2, 0.3, -0.1], selected=2, bins=4),
-        "examples": [
-            {
-                "rank": rank,
-                "score": 0.5 / rank,
-                "source": HOSTILE,
-                "prompt": f"{HOSTILE} {rank}",
-                "completion": "ok",
-            }
-            for rank in range(1, 15)
-        ],
-    }
-
-
-def sample() -> dict:
-    target = {
-        "kind": "plain",
-        "number_of_targets": 20,
-        "number_of_eval": 100,
-        "pool": {"rows": 4200, "canonical": 4000, "sources": {"reverse": 1000, HOSTILE: 3000}},
-        "direction": {
-            "effective_number_of_targets": {"prism": 11.2, "uniform": 20},
-            "temperature": 1.0,
-            "log_z": -1.5,
-            "checkpoints": 1,
-            "first_order": {
-                "step": 0.01,
-                "prism": {"predicted": 3.1e-4, "measured": 3.0e-4, "held_out_mean_log_prob": 8e-4},
-                "uniform": {"predicted": 2.1e-4, "measured": 1.9e-4, "held_out_mean_log_prob": 9e-4},
-            },
-            "weights": [
-                {"id": f"id{i}", "preference": 0.5, "score": -0.7, "prism": (i + 0.5) / 200, "uniform": 0.05,
-                 "less": 0.05, "prompt": f"{HOSTILE} target {i}"}
-                for i in range(20)
-            ],
-        },
-        "base": {"target_preference": 0.507, "mean_log_prob": -0.8, "exact_match": 0.4},
-        "strategies": {name: strategy(*values) for name, values in VALUES.items()},
-    }  # fmt: skip
-    return {
-        "format": 1,
-        "created": "2026-03-01T12:00:00+00:00",
-        "model": {"name": HOSTILE, "fingerprint": "ab" * 16},
-        "settings": {"note": HOSTILE, "selection": {"budget": "5%"}},
-        "lineage": {"manifest": "cd" * 16},
-        "targets": {"reverse_noise": target, HOSTILE: copy.deepcopy(target)},
-        "rejects": [{"shard": "pool-1a", "line": 3, "field": "prompt", "reason": HOSTILE}] * 60,
-        "intake": {
-            "parts": [
-                {
-                    "name": "candidates",
-                    "files": 2,
-                    "given": 1240,
-                    "used": 1000,
-                    "rejected": 33,
-                    "duplicates": 200,
-                    "contaminated": 7,
-                    "cut": 5,
-                    "reasons": {HOSTILE: 30, "missing": 3},
-                    "unreadable": {"pool-1b": HOSTILE},
-                    "unused_fields": [HOSTILE],
-                },
-                {
-                    "name": HOSTILE,
-                    "files": 1,
-                    "given": 2,
-                    "used": 2,
-                    "rejected": 0,
-                    "duplicates": 0,
-                    "contaminated": 0,
-                    "cut": 0,
-                    "reasons": {},
-                    "unreadable": {},
-                    "unused_fields": [],
-                },
-            ],
-            "ignored": [{"path": HOSTILE, "reason": "unknown extension"}],
-        },
-    }
-
-
-def one_target() -> dict:
-    data = sample()
-    del data["targets"][HOSTILE]
-    return data
 
 
 class Page(HTMLParser):
     """Tags with their attributes, text, and the cells of the comparison tables, row by row."""
 
-    VOID = ("meta", "img", "br")
+    VOID = ("meta", "img", "br", "input")
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict]] = []
         self.open: list[str] = []
         self.text = ""
+        self.scripts: list[tuple[dict, str]] = []  # and styles: attributes and text
         self.comparisons: list[list[list[tuple[str, dict]]]] = []
         self.in_comparison = False
         self.feed(html)
@@ -155,6 +52,9 @@ class Page(HTMLParser):
             self.in_comparison = False
 
     def handle_data(self, data):
+        if self.open and self.open[-1] in ("script", "style"):
+            self.scripts.append((self.tags[-1][1], data))
+            return
         self.text += data
         if self.in_comparison and self.open[-1] in ("td", "th"):
             text, attributes = self.comparisons[-1][-1][-1]
@@ -163,7 +63,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return build_report(sample())
+    return build_report(with_rows(sample()))
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +73,40 @@ def page(html) -> Page:
 
 def test_nothing_in_the_data_becomes_markup(html, page):
     names = {tag for tag, _ in page.tags}
-    assert "script" not in names and "iframe" not in names and "link" not in names
+    assert "iframe" not in names and "link" not in names
     assert all(attributes["src"].startswith("data:image/png;base64,") for tag, attributes in page.tags if tag == "img")
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "{{ 7 * 7 }}" in page.text and "<script>alert(1)</script>" in page.text
-    assert "http" not in html.replace("http-equiv", "")  # nothing is fetched from anywhere
+    outside = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", html, flags=re.DOTALL)
+    assert "http" not in outside.replace("http-equiv", "")  # nothing is fetched from anywhere
+
+
+def test_the_policy_lets_the_scripts_of_the_package_run_and_no_others(html, page):
+    (policy,) = [attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv")]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'" and rules["connect-src"] == "'none'"
+    run = [text for attributes, text in page.scripts if attributes == {} and text in scripts()]
+    assert [f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in run] == rules[
+        "script-src"
+    ].split()
+    assert "unsafe-eval" not in policy and "unsafe-inline" not in rules["script-src"]
+    assert len([tag for tag, attributes in page.tags if tag == "script" and not attributes]) == len(run) == 4
+    assert not re.search(r"\beval\(|new Function\b", "".join(run))
+
+
+def test_the_rows_are_data_that_cannot_end_their_block(page):
+    blocks = [text for attributes, text in page.scripts if attributes.get("type") == "application/json"]
+    assert len(blocks) == 2 and not any("<" in block or "&" in block for block in blocks)
+    rows = json.loads(blocks[0])["rows"]
+    assert len(rows) == 60 and rows[0]["p"] == f"{HOSTILE} prompt 0" and rows[0]["t"] == {"prism": [1, 1.0]}
+    assert data_block({"a": float("nan"), "b": "\u202e"}) == '{"a":null,"b":"\\\\u202e"}'
+
+
+def test_a_list_that_is_cut_off_says_where_the_rest_is(page):
+    text = " ".join(page.text.split())
+    assert "Of the 5,000 rows that uniform took 30 are listed here." in text
+    assert "out/reverse_noise/uniform.jsonl" in text and "out/reverse_noise/prism.jsonl" not in text
+    assert "nothing is known of it" in text
 
 
 def test_the_table_on_the_page_has_the_numbers_of_the_data(page):
@@ -263,7 +192,7 @@ def test_benchmarks_stand_in_the_table_beside_our_own_metrics():
 
 def test_the_page_has_a_table_of_benchmarks_that_marks_the_better_end():
     html = build_report(with_benchmarks(sample()))
-    assert "<script" not in html and build_report(sample()).count('<table class="benchmarks">') == 0
+    assert build_report(sample()).count('<table class="benchmarks">') == 0
     (table,) = [part.split("</table>")[0] for part in html.split('<table class="benchmarks">')[1:]]
     assert "lm-eval 0.4.13, the first 50 documents of each task" in table
     first, second = table.split("<tbody>")[1].split("</tr>")[:2]
@@ -320,21 +249,34 @@ def test_sentences_say_what_weakens_a_comparison():
     assert any(s.startswith("With 1 to 3 seeds") for s in sentences)
 
 
-def test_top_examples_and_extreme_weights_are_shown_and_long_texts_clipped():
+def test_top_examples_and_weights_are_shown_and_long_texts_clipped():
     data = one_target()
     examples = data["targets"]["reverse_noise"]["strategies"]["prism"]["examples"]
     examples[0]["completion"] = "y" * 4000
     text = Page(build_report(data)).text
     assert f"{HOSTILE} 10" in text and f"{HOSTILE} 11" not in text
     assert "y" * 1500 + "… (2,500 more characters)" in text and "y" * 1501 not in text
-    assert "target 19" in text and "target 0" in text and "target 10" not in text
+    assert "target 19" in text and "target 0" in text
     assert "1.95×" in text  # (19 + 0.5) / 200 against 0.05
+
+
+def test_target_examples_have_their_groups_and_anchors_where_there_are_some():
+    data = one_target()
+    target = data["targets"]["reverse_noise"]
+    plain = Page(build_report(data)).text
+    assert "anchor" not in plain.split("Target examples, by preference weight")[1].split("Target direction")[0]
+    for row in target["direction"]["weights"]:
+        row |= {"completion": "wanted", "rejected": f"unwanted {HOSTILE}", "group": HOSTILE}
+    target |= {"anchors": {"shuffled": 20}, "anchors_left_out": {"its answer is empty": 2}, "use": "remove"}
+    text = " ".join(Page(build_report(data)).text.split())
+    assert "the other one is preferred to (20 shuffled). Left out, its answer is empty: 2." in text
+    assert f"unwanted {HOSTILE}" in text and "what raises its preference is harmful" in text
 
 
 def test_contents_are_listed_where_there_are_several_targets(page):
     anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = [attributes["href"].removeprefix("#") for tag, attributes in page.tags if tag == "a"]
-    assert len(links) == 4 and set(links) <= anchors
+    assert len(links) == 5 and set(links) <= anchors
     bare = {"format": 1, "targets": {"t": {"strategies": {}}}, "rejects": []}
     assert not any(tag == "nav" for tag, _ in Page(build_report(bare)).tags)
 
@@ -384,7 +326,7 @@ def test_what_is_no_report_is_refused():
 
 def test_tables_and_sentences_need_no_heavy_import():
     code = (
-        "import sys; import prism_assets.report.comparison, prism_assets.report.verdict; "
+        "import sys; import prism_assets.report.comparison, prism_assets.report.headline; "
         "heavy = ('torch', 'matplotlib', 'jinja2', 'dagster', 'numpy'); "
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -96,6 +96,19 @@ def test_what_raises_the_preference_for_the_unwanted_answers_is_removed_first(pr
     assert top == query_index(project.stage, target="plain", k=3, harmful=True)
 
 
+def test_the_report_lists_what_was_removed_and_what_came_next(project):
+    report = project.report["targets"]["plain"]
+    kept, removed = parts(project, "prism")
+    listed = {row["id"] for row in report["listed"]["rows"] if "prism" in row["taken"]}
+    assert listed == set(removed["id"].to_pylist()) and report["listed"]["totals"]["full"] == 0
+    cut = report["cuts"]["prism"]
+    assert [row["id"] for row in cut["last"]] == removed["id"].to_pylist()[1:]
+    assert [row["id"] for row in cut["left"]] == kept["id"].to_pylist()[:5] and cut["why_not"] is None
+    assert report["cuts"]["random"]["left"] == [] and "is not kept" in report["cuts"]["random"]["why_not"]
+    assert {row["rejected"] for row in report["direction"]["weights"]} == {row["completion"] for row in PAIRS[:5]}
+    assert report["map"]["pool"] == 26 and any("prism" in point["taken"] for point in report["map"]["points"])
+
+
 def test_the_pairs_of_the_direction_name_the_unwanted_answer_first(project):
     stage = project.stage
     given, used = (stage.lake.read_table(stage.shown(table, "plain")) for table in ("targets", "target_anchors"))
