@@ -297,7 +297,8 @@ def test_a_query_begins_where_it_is_asked_to(finished):
 
 def test_answers_are_csv_and_parquet_too(finished, tmp_path):
     project, _ = finished
-    question = "SELECT id, rank, score, [rank, 7] AS pair, NULL AS nothing FROM scores WHERE score IS NOT NULL ORDER BY id, rank LIMIT 5"
+    columns = "id, rank, score, [rank, 7] AS pair, NULL AS nothing"
+    question = f"SELECT {columns} FROM scores WHERE score IS NOT NULL ORDER BY id, rank LIMIT 5"
     known = json.loads(prism("sql", question, "--json", "--config", project.config).stdout)
     found = prism("sql", question, "--format", "csv", "--config", project.config)
     assert found.exit_code == DONE, found.output
