@@ -139,12 +139,18 @@ def _benchmark_content(stage: Stage, target: str) -> ReportPart:
 
 def _strategy_content(stage: Stage, target: str, strategy: str, harmful: Mapping[str, bool] | None) -> ReportPart:
     from prism_assets.evaluation.metrics import mean_over_seeds
+    from prism_assets.training.adapter import adapter_recipe
 
     key = join_key(target, strategy)
     selection = stage.shown("selection", key)
     heads = [seed_partition(key, seed) for seed in stage.settings.seeds]
     scores = [stage.shown("evaluations", head) for head in heads]
     adapters = [stage.shown("adapters", head) for head in heads]
+    # Where fine-tuning does not follow every selection (`train`), the adapters may be those of an earlier one.
+    earlier = any(
+        one.fingerprint != adapter_recipe(stage, key, selection, seed).fingerprint
+        for seed, one in zip(stage.settings.seeds, adapters, strict=True)
+    )
     notes = selection.notes
     columns = ["rank", "score", "source", "prompt", "completion"]
     taken = taken_rows(stage, target, strategy)
@@ -175,6 +181,7 @@ def _strategy_content(stage: Stage, target: str, strategy: str, harmful: Mapping
         "examples": stage.lake.read_table(taken, columns).slice(0, 20).to_pylist(),
         "fingerprint": selection.fingerprint,
         "run_id": selection.header["run_id"],
+        "trained_on_earlier": earlier or None,
     }
     data = {name: value for name, value in entry.items() if value is not None or name in METRICS}
     return ReportPart(data, [selection, *([removed] if removed else []), *adapters, *scores])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prism_assets.report.comparison import METRIC_LABELS
-from prism_assets.report.verdict import SEEDS_FOR_A_TEST
+from prism_assets.report.verdict import SEEDS_FOR_A_TEST, of_earlier_selections
 from prism_assets.report.wording import as_number, figure_text, gap_text, mean_of
 from prism_assets.text import listed
 
@@ -126,6 +126,8 @@ def _sure(name: str, best: str, metric: str, strategies: Mapping[str, Any], mean
     other = _other_winners(best, metric, strategies)
     parts += [other] if other else []
     said = f"{'; '.join(parts)}. " if parts else ""
+    if earlier := of_earlier_selections(strategies):
+        said += f"{earlier} "
     return f"{said}It is one draw of targets and held-out records: “prism experiment {name}” repeats it over several."
 
 

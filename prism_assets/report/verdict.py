@@ -160,8 +160,20 @@ def _compared(ours: float, theirs: float) -> str:
     return "more than" if ours > theirs else "less than" if ours < theirs else "the same as"
 
 
+def of_earlier_selections(strategies: Mapping[str, Any]) -> str:
+    """Which strategies' figures are of adapters that today's rows did not make; empty where there are none."""
+    names = [name for name, entry in strategies.items() if entry.get("trained_on_earlier")]
+    if not names:
+        return ""
+    return (
+        f"The figures of {listed(names)} are of adapters that were trained on an earlier selection or by other "
+        "settings: “prism run” trains on today's rows."
+    )
+
+
 def _caveats(strategies: Mapping[str, Any]) -> list[str]:
-    sentences = []
+    earlier = of_earlier_selections(strategies)
+    sentences = [earlier] if earlier else []
     for name, entry in strategies.items():
         count = as_number(entry.get("non_positive_influence"))
         if count:
@@ -172,8 +184,8 @@ def _caveats(strategies: Mapping[str, Any]) -> list[str]:
             )
     steps = {name: entry["steps"] for name, entry in strategies.items() if entry.get("steps") is not None}
     if len(set(steps.values())) > 1:
-        listed = ", ".join(f"{name} {count:,}" for name, count in steps.items())
-        sentences.append(f"The strategies were trained for different numbers of optimiser steps: {listed}.")
+        counts = ", ".join(f"{name} {count:,}" for name, count in steps.items())
+        sentences.append(f"The strategies were trained for different numbers of optimiser steps: {counts}.")
     seeds = {
         int(entry[metric]["seeds"])
         for entry in strategies.values()

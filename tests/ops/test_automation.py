@@ -265,6 +265,12 @@ def test_changed_settings_ask_for_what_reads_them(project, look):
 
 def test_an_arrival_is_trained_on_after_all_its_selections_and_only_where_that_is_said(project, look):
     """By default never; with on_arrival not in the run that selects, but in one after it."""
+    from prism_assets.report.content import target_content
+
+    def of_earlier() -> set[bool]:
+        strategies = target_content(project.stage, "plain").data["strategies"]
+        return {entry.get("trained_on_earlier", False) for entry in strategies.values()}
+
     look("inbox")
     project.run()
     assert asset_named("adapter").fine_tunes and asset_named("evaluation").fine_tunes
@@ -279,8 +285,10 @@ def test_an_arrival_is_trained_on_after_all_its_selections_and_only_where_that_i
             execute(project, ["selection"], key)
         asked, cursor = requested(project, cursor)
         assert asked == ({"adapter": every, "evaluation": every} if train == "on_arrival" else {}), train
+    assert of_earlier() == {True}  # a report that is made now says so
     for key in every:
         execute(project, ["adapter", "evaluation"], key)
+    assert of_earlier() == {False}
     asked, cursor = requested(project, cursor)
     assert asked == {"report": {"plain"}}
     assert requested(project, cursor)[0] == {}

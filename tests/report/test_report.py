@@ -11,6 +11,7 @@ from report_samples import HOSTILE, one_target, sample, with_rows
 
 from prism_assets.evaluation.metrics import mean_over_seeds
 from prism_assets.report.comparison import comparison_table
+from prism_assets.report.headline import headline
 from prism_assets.report.inlined import data_block, scripts
 from prism_assets.report.page import build_report
 from prism_assets.report.verdict import verdict_sentences
@@ -246,6 +247,11 @@ def test_sentences_say_what_weakens_a_comparison():
     assert any("different numbers of optimiser steps: prism 90, uniform 90, random 45." in s for s in sentences)
     assert any("prism: 1 selected row has an influence of zero or less" in s for s in sentences)
     assert any("spread over seeds unknown" in s for s in sentences)
+    assert not any("an earlier selection" in s for s in sentences)
+    target["strategies"]["less"] = {**target["strategies"]["prism"], "trained_on_earlier": True}
+    said = "The figures of less are of adapters that were trained on an earlier selection"
+    assert any(s.startswith(said) for s in verdict_sentences(target))
+    assert said in headline("reverse_noise", target).sure
     assert any(s.startswith("With 1 to 3 seeds") for s in sentences)
 
 
