@@ -51,7 +51,7 @@ NOT_PROMISED: dict[str, tuple[str, ...]] = {
     "dagster.Definitions": ("resolve_implicit_global_asset_job_def", "get_assets_def", "resources"),
     "dagster.AssetsDefinition": ("map_asset_specs",),
     "dagster.SensorDefinition": ("evaluate_tick",),
-    "dagster.RunRequest": ("asset_graph_subset",),
+    "dagster.RunRequest": ("asset_graph_subset", "for_asset_graph_subset"),
     "dagster.AutomationContext": ("root_context", "get_empty_subset", "partitions_def", "key"),
     "dagster.DagsterEvent": (
         *("is_job_failure", "job_failure_data", "step_failure_data", "step_materialization_data", "step_key"),

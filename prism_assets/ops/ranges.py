@@ -14,6 +14,7 @@ import dagster as dg
 from prism_assets.compat import with_run_requests
 from prism_assets.identity import join_key
 from prism_assets.project import Project
+from prism_assets.tables import ASSETS
 
 RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 
@@ -33,24 +34,22 @@ class AutomationSensor(dg.AutomationConditionSensorDefinition):
 
 
 def joined_requests(project: Project, requests: Sequence[dg.RunRequest], asset: dg.AssetKey) -> list[dg.RunRequest]:
-    """The requests; a backfill of `asset` alone, by target and strategy, is replaced by as few runs as cover it."""
+    """The requests; the part of a backfill that is `asset`, by target and strategy, is replaced by as few runs as cover
+    it. Where the backfill makes what the asset is made from too it stays as it is, for the sake of their order."""
+    names = [one.name for one in ASSETS]
+    before = set(project.keys(names[: names.index(asset.path[-1])]))
     joined: list[dg.RunRequest] = []
     for request in requests:
-        keys = _keys_of_backfill(request, asset)
-        if keys is None:
+        subset = request.asset_graph_subset
+        if subset is None or asset not in subset.asset_keys or before & subset.asset_keys:
             joined.append(request)
-        else:
-            ranges = range_tags(project, keys)
-            joined += [dg.RunRequest(asset_selection=[asset], tags={**request.tags, **tags}) for tags in ranges]
+            continue
+        keys = set(subset.partitions_subsets_by_asset_key[asset].get_partition_keys())
+        ranges = range_tags(project, keys)
+        joined += [dg.RunRequest(asset_selection=[asset], tags={**request.tags, **tags}) for tags in ranges]
+        if rest := subset.asset_keys - {asset}:
+            joined.append(dg.RunRequest.for_asset_graph_subset(subset.filter_asset_keys(rest), request.tags))
     return joined
-
-
-def _keys_of_backfill(request: dg.RunRequest, asset: dg.AssetKey) -> set[str] | None:
-    """The partitions of a request that is a backfill of this asset alone; None for any other."""
-    subset = request.asset_graph_subset
-    if subset is None or subset.asset_keys != {asset}:
-        return None
-    return set(subset.partitions_subsets_by_asset_key[asset].get_partition_keys())
 
 
 def range_tags(project: Project, keys: Collection[str]) -> list[dict[str, str]]:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.assets.graph.asset_graph_subset import AssetGraphSubset
+from dagster._core.definitions.events import AssetKeyPartitionKey
 
-from prism_assets.ops.ranges import RANGE_END, RANGE_START, range_tags
+from prism_assets.ops.ranges import RANGE_END, RANGE_START, joined_requests, range_tags
 from prism_assets.ops.schedules import automated_keys
 from prism_assets.project import Project as Named
 from prism_assets.tables import ASSETS, JOBS, asset_named
@@ -367,6 +369,24 @@ def test_the_selections_of_all_targets_are_one_run(project, look):
     assert (request.tags[RANGE_START], request.tags[RANGE_END]) == ("prism|plain", "random|third")
     look("automation", look.cursor)  # what was asked for is not asked for again
     assert isinstance(look("automation", look.cursor), dg.SkipReason)
+
+
+def test_what_a_selection_is_made_from_is_not_torn_from_it(project, look):
+    """Of a backfill that makes the index or a direction too nothing is taken out; what only follows is left to it."""
+    named = Named.of(project.settings)
+    parts = {"target_direction": ["plain"], "selection": ["prism|plain", "uniform|plain"], "report": ["plain"]}
+    graph = project.definitions.resolve_asset_graph()
+
+    def backfill(*names: str) -> dg.RunRequest:
+        keys = {AssetKeyPartitionKey(named.key(name), key) for name in names for key in parts[name]}
+        subset = AssetGraphSubset.from_asset_partition_set(keys, graph)
+        return dg.RunRequest.for_asset_graph_subset(subset, {"x": "y"})
+
+    whole = backfill("target_direction", "selection")
+    assert joined_requests(named, [whole], named.key("selection")) == [whole]
+    run, rest = joined_requests(named, [backfill("selection", "report")], named.key("selection"))
+    assert run.tags == {"x": "y", RANGE_START: "prism|plain", RANGE_END: "uniform|plain"}
+    assert rest.asset_graph_subset == backfill("report").asset_graph_subset and rest.tags == {"x": "y"}
 
 
 def test_the_whole_pool_is_never_trained_on_without_a_hand(project, look):
