@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -88,6 +89,9 @@ def run(config: str, fault: Fault | None, told: str) -> None:
     from prism_assets.plots import canvas
 
     torch.set_num_threads(1)
+    # Where a run hangs: its stacks, shortly before it is given up.
+    stacks = open(f"{told}.said", "w", encoding="utf-8")
+    faulthandler.dump_traceback_later(0.9 * LONGEST_RUN, file=stacks)
     canvas.png = lambda figure: b"no picture"  # half of the time of a run, and nothing is compared of it
     if fault is not None:
         arm(fault, Path(told))
@@ -242,7 +246,7 @@ class Soak:
         elif child.exitcode not in (0, -signal.SIGKILL):
             child.kill()
             self.counts["runs_that_failed"] += 1
-            self.failures.append(f"status {child.exitcode}: {words[-400:]}")
+            self.failures.append(f"status {child.exitcode}: {words[-4000:]}")
         return child.exitcode == 0
 
     def run_with(self, fault: Fault) -> bool:

@@ -1,14 +1,16 @@
-"""How far a ranking moves with the seed of the warm-up, which nobody chooses: by length of the warm-up and LoRA rank.
+"""How far a ranking moves with the seed of the warm-up, and how much of that is the noise of the sketch.
 
-    python -m benchmarks.stability --json [--models smollm2] [--rows 80] [--seeds 2] [--arms short long] [--work FOLDER]
+    python -m benchmarks.stability --json [--models smollm2] [--arms short] [--exact] [--rows 80] [--work FOLDER]
 
 The warm-up's seed draws the sample, the order of its batches and the first factor A of LoRA, through which a gradient
-reaches the features: after few steps B is near zero, so the features are the base model's gradients in r random
-directions. Each arm runs the product up to the target directions on the same rows of a real pool and the same targets
-(gsm8k and mmlu, PRISM_REAL_DATA), once for each seed; settings are the defaults but for what its name says.
+reaches the features; and another A gives another error of the sketch. Each arm runs the product up to the target
+directions on the same rows of a real pool and the same targets (gsm8k and mmlu, PRISM_REAL_DATA), once for each seed;
+settings are the defaults but for what its name says. `--exact` scores all rows again without the sketch.
 
-JSON: `models` → model → arm → `cpu_seconds_warmup` (of one seed) and, for every target and strategy, `spearman` and
-`overlap_10` (of the top 10%): mean over the pairs of seeds.
+JSON: `models` → model → arm → `between_seeds` → target → strategy → `spearman` and `overlap_10` (of the top 10%), means
+over the pairs of seeds; with `--exact` → target → `exact`, likewise for prism; and `against_exact` → target →
+`spearman`, `spread` (standard deviation of the exact scores) and `noise` (of the difference), means over the seeds;
+`cpu_seconds_warmup` of one seed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import json
 import logging
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,10 +34,13 @@ import numpy as np
 from benchmarks.precision import STRATEGIES, TARGETS, build, compared, scores
 from benchmarks.real_text import data_folder, example
 from benchmarks.remove import MODELS, run, with_settings
+from prism_assets.stats.ranks import spearman
+
+Scores = dict[str, dict[str, float]]
 
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "short": {"warmup": {"epochs": 1}},  # min_rows of it: 64, four steps at 2e-5
-    "short, rank 64": {"warmup": {"epochs": 1}, "lora": {"rank": 64, "alpha": 128}},
+    "short, sketch 65536": {"warmup": {"epochs": 1}, "features": {"sketch_dim": 65536}},
     "long": {"warmup": {"share": 1.0, "epochs": 4, "learning_rate": 2e-4}},
 }
 
@@ -43,31 +49,59 @@ def measured(model: Path, data: Path, options: argparse.Namespace, work: Path) -
     """All arms on one model. What is finished is found again in the lake of its folder."""
     found: dict[str, Any] = {}
     for name in options.arms:
-        of_seed, spent = [], 0.0
+        of_seed, exact, spent = [], [], 0.0
         for seed in range(options.seeds):
             folder = work / f"{model.name}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             config = build(folder, model, data, {"dtype": "float32", "seed": seed}, options.rows, options.examples)
             with_settings(config, **ARMS[name])
             stage = run(config, "Target directions", TARGETS)
             of_seed.append(scores(stage))
+            if options.exact:
+                exact.append(exact_scores(stage, options.rows))
             spent = (stage.warmup.notes.get("cost") or {}).get("cpu_seconds", 0.0)
             print(f"{model.name} {name} seed {seed}: warm-up {spent:.0f} CPU s", file=sys.stderr)
-        found[name] = {"cpu_seconds_warmup": spent, **_between(of_seed)}
+        found[name] = {"cpu_seconds_warmup": spent, "between_seeds": _between(of_seed, exact)}
+        if exact:
+            found[name]["against_exact"] = _against(of_seed, exact)
         print(f"{model.name} {name}: {json.dumps(found[name])}", file=sys.stderr)
     return found
 
 
-def _between(of_seed: list[dict[str, dict[str, dict[str, float]]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Target → strategy → means over the pairs of seeds."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+def exact_scores(stage: Any, rows: int) -> Scores:
+    """Target → id of a row → its score along prism's direction, without the sketch."""
+    from prism_assets.selection.selection import query_index
+
+    return {
+        target: {row["id"]: row["score"] for row in query_index(stage, target=target, k=rows, rerank=1.0)}
+        for target in TARGETS
+    }
+
+
+def _between(of_seed: Sequence[Mapping[str, Scores]], exact: Sequence[Scores]) -> dict[str, dict[str, Any]]:
+    """Target → strategy, or `exact` → means over the pairs of seeds."""
+    found: dict[str, dict[str, Any]] = {}
     for target in TARGETS:
-        for strategy in STRATEGIES:
-            pairs = [
-                compared(left[target][strategy], right[target][strategy]) for left, right in combinations(of_seed, 2)
-            ]
-            found.setdefault(target, {})[strategy] = {
-                key: float(np.mean([one[key] for one in pairs])) for key in ("spearman", "overlap_10")
-            }
+        rankings = {strategy: [one[target][strategy] for one in of_seed] for strategy in STRATEGIES}
+        rankings |= {"exact": [one[target] for one in exact]} if exact else {}
+        for name, ranked in rankings.items():
+            pairs = [compared(left, right) for left, right in combinations(ranked, 2)]
+            means = {key: float(np.mean([one[key] for one in pairs])) for key in ("spearman", "overlap_10")}
+            found.setdefault(target, {})[name] = means
+    return found
+
+
+def _against(of_seed: Sequence[Mapping[str, Scores]], exact: Sequence[Scores]) -> dict[str, dict[str, float]]:
+    """Target → how far sketched scores along prism's direction are from exact ones, means over the seeds."""
+    found = {}
+    for target in TARGETS:
+        each = []
+        for sketched, true in zip(of_seed, exact, strict=True):
+            ids = sorted(true[target])
+            left = np.array([sketched[target]["prism"][one] for one in ids])
+            right = np.array([true[target][one] for one in ids])
+            each.append((float(spearman(left, right) or 0.0), right.std(), (left - right).std()))
+        means = np.mean(each, axis=0).tolist()
+        found[target] = dict(zip(("spearman", "spread", "noise"), means, strict=True))
     return found
 
 
@@ -76,6 +110,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--exact", action="store_true", help="score all rows without the sketch too: a pass a target")
     parser.add_argument("--rows", type=int, default=80)
     parser.add_argument("--examples", type=int, default=16, help="of a target")
     parser.add_argument("--seeds", type=int, default=2)

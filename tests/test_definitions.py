@@ -144,6 +144,7 @@ def test_every_stage_has_its_checks(project, graph):
         ("target_direction", "first_order_holds"),
         ("target_direction", "held_out_improves"),
         ("selection", "influence_positive"),
+        ("selection", "sketch_resolves"),
         ("adapter", "training_learned"),
         ("evaluation", "better_than_base"),
         ("trust", "weights_not_concentrated"),

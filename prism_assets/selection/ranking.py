@@ -79,6 +79,7 @@ def _top_by_score(
 
     from prism_assets.selection.histogram import score_histogram
     from prism_assets.selection.ordering import cut, order_by_score
+    from prism_assets.selection.sketch_noise import sketch_noise
 
     # The index knows unit rows alone.
     scores = pool.influence(query) if whole or pool.stage.settings.selection.row_scale != "unit" else None
@@ -100,7 +101,13 @@ def _top_by_score(
         k = min(2 * k, pool.size)
     order = order[:taken]
     selected = ordered_by[order]
+    dim = pool.stage.settings.features.sketch_dim
     noted = {
+        **(
+            {"sketch_noise": sketch_noise(scores, query, dim).as_notes()}
+            if scores is not None and dim != "exact" and pool.stage.settings.selection.row_scale == "unit"
+            else {}
+        ),
         "non_positive_influence": int((selected <= 0).sum()),
         **({"score_histogram": score_histogram(scores, selected=taken)} if scores is not None else {}),
         "shortlist": len(best) if exact is not None else None,

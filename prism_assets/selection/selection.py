@@ -10,7 +10,7 @@ from prism_assets.errors import LakeError, SettingsError
 from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.identity import hidden_state_identity, join_key, split_key, target_of_split, within
 from prism_assets.metadata import column_lineage, picture, preview
-from prism_assets.project import Check, Project
+from prism_assets.project import Check, CheckResult, Project
 from prism_assets.reference.base_model import base_model_recipe
 from prism_assets.resources.lake import Artifact, Recipe, Rows, digest
 from prism_assets.selection.direction_artifacts import COMPARED
@@ -34,6 +34,9 @@ INFLUENCE_POSITIVE = Check(
     "The budget stops before rows of non-positive influence: those are predicted not to help (where rows are removed: "
     "not to harm).",
 )
+SKETCH_RESOLVES = Check(
+    "sketch_resolves", "Most of the spread of the scores is the gradients', not the noise of their sketch."
+)
 # Gives what is a target's own: (table, strategy of a direction or None) -> artefact.
 OfTarget = Callable[[str, str | None], Artifact]
 
@@ -44,7 +47,7 @@ def build(project: Project) -> dg.AssetsDefinition:
         group="selection",
         kinds={"faiss", "parquet"},
         deps=["target_direction", "candidate_index", "live_pool"],
-        checks=[INFLUENCE_POSITIVE],
+        checks=[INFLUENCE_POSITIVE, SKETCH_RESOLVES],
         loads_model=True,
     )
     def selection(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
@@ -321,4 +324,17 @@ def _outcome(project: Project, stage: Stage, made: MadeSelection) -> Outcome:
         metadata["removed_json_lines"] = dg.MetadataValue.path(str(json_lines_of(stage, made.removed)))
         metadata["removed"] = preview(stage.lake.read_table(made.removed, columns).slice(0, 8).to_pylist())
     said = "this strategy has no influence scores" if non_positive is None else non_positive
-    return Outcome(artifacts, made.computed, metadata, [INFLUENCE_POSITIVE(not non_positive, non_positive=said)])
+    checks = [INFLUENCE_POSITIVE(not non_positive, non_positive=said), _sketch_check(notes.get("sketch_noise"))]
+    return Outcome(artifacts, made.computed, metadata, checks)
+
+
+def _sketch_check(noted: Mapping[str, Any] | None) -> CheckResult:
+    from prism_assets.selection.sketch_noise import ENOUGH
+
+    if noted is None:
+        return SKETCH_RESOLVES(True, noise="no sketch in this ranking, or it was made before its noise was noted")
+    advised = noted["advised"]
+    facts = {name: round(noted[name], 4) for name in ("signal", "spread", "noise")}
+    if noted["signal"] < ENOUGH:
+        facts["advised"] = f"features.sketch_dim: {advised or 'exact'}"
+    return SKETCH_RESOLVES(noted["signal"] >= ENOUGH, **facts)
