@@ -18,6 +18,7 @@ from prism_assets.resources.lake import Lake
 from prism_assets.stage import Stage
 
 _NAME_BYTES = 50  # of a row's id, and its share of the columns' ends
+_REPORT_BYTES = 1_400_000  # of a target's: half of it the scripts within; 1.36 to 1.39 MB on the demo
 
 
 class StageTime(NamedTuple):
@@ -235,6 +236,7 @@ def _disk(stage: Stage, works: Sequence[Work], pool: Pool, measured: Measured | 
         "feature_blocks": total("blocks") * (vector + 24 * checkpoints + _NAME_BYTES),
         "index_segments": total("segments") * vector,
         "parameters": 4 * parameters * total("parameters"),
+        "reports": _REPORT_BYTES * total("reports"),
         "hidden_states": (2 * hidden + _NAME_BYTES) * total("states"),
     }
     return Disk({name: size for name, size in parts.items() if size}, free_space(stage.lake))

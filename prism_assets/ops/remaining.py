@@ -40,6 +40,7 @@ class Work:
     texts: float = 0.0  # rows stored with text and tokens
     lines: float = 0.0  # rows stored as JSON Lines
     states: float = 0.0  # rows of hidden states stored
+    reports: float = 0.0  # pages written
 
     def __bool__(self) -> bool:
         return self.rows > 0
@@ -380,6 +381,7 @@ class Remaining:
         from prism_assets.evaluation.scores import scores_recipe
 
         count = forward = generated = 0.0
+        again: set[str] = set()  # the targets whose report follows
         for name, files in self.targets.items():
             records, key = files.held_out.artifact, base_key(name)
             evaluated: list[tuple[str, Artifact | None, bool]] = [(key, None, True)]
@@ -392,6 +394,7 @@ class Remaining:
                 if known and records and self.stage.lake.find(scores_recipe(self.stage, records, adapter, one)):
                     continue
                 count += 1
+                again.add(name)
                 forward += files.held_out.tokens + sum(map(len, files.held_out.prompts))
                 generated += len(files.held_out.prompts) * self.stage.settings.evaluation.max_new_tokens
-        return Work("evaluation", count, forward=forward, generated=generated)
+        return Work("evaluation", count, forward=forward, generated=generated, reports=len(again))

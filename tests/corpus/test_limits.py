@@ -123,9 +123,9 @@ def test_a_parquet_file_of_very_many_equal_rows(tmp_path):
     assert "limits.expansion" in reading and "limits.expansion" in sampling
 
 
-@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
-def test_an_arrow_file_of_which_little_says_much(tmp_path, new):
+def test_an_arrow_file_of_which_little_says_much(tmp_path):
     def write(name: str, table: pa.Table, compression: str | None = None) -> Path:
+        new = pa.ipc.new_stream if name == "compressed" else pa.ipc.new_file
         with new(str(tmp_path / name), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
             writer.write_table(table)
         assert (tmp_path / name).stat().st_size < 2 * MIB
@@ -142,8 +142,8 @@ def test_an_arrow_file_of_which_little_says_much(tmp_path, new):
     ]
     for path in files:
         arrow = path.rename(path.with_suffix(".arrow"))
-        for said in read_in_little_memory(arrow, 256):
-            assert "limits.expansion" in said, arrow
+        (said,) = read_in_little_memory(arrow, 256, sample=False)
+        assert "limits.expansion" in said, arrow
     runs = pa.RunEndEncodedArray.from_arrays(pa.array([count], pa.int32()), [long.decode()])
     path = write("runs", pa.table({"prompt": runs, "completion": ["b"] * count})).rename(tmp_path / "runs.arrow")
     (reading,) = read_in_little_memory(path, 256, sample=False)

@@ -12,6 +12,7 @@ import pytest
 from dagster._core.definitions.assets.graph.asset_graph_subset import AssetGraphSubset
 from dagster._core.definitions.events import AssetKeyPartitionKey
 
+from prism_assets.ops.pipeline import steps_of
 from prism_assets.ops.ranges import RANGE_END, RANGE_START, joined_requests, range_tags
 from prism_assets.ops.schedules import automated_keys
 from prism_assets.project import Project as Named
@@ -230,7 +231,7 @@ def test_shards_that_land_while_the_index_is_made_are_in_the_next_index(project,
 
 def test_many_files_are_taken_together_and_none_of_them_twice(project, look):
     look("inbox")
-    project.run()
+    project.run_steps(steps_of("select"))
     _, cursor = requested(project)
     for name in ("one", "two", "three"):
         settle(project.add(name, [{"prompt": f"copy: {name}{n}=", "completion": f"{name}{n}"} for n in "abcdef"]))
@@ -358,7 +359,7 @@ def test_the_selections_of_all_targets_are_one_run(project, look):
     plain = project.content["targets"]["plain"]
     project.configure(targets={"plain": plain, "other": plain, "third": plain}, strategies=["prism", "random"])
     look("inbox")
-    project.run()
+    project.run_steps(steps_of("select"))
     look("automation")
     look("automation", look.cursor)
     project.configure(selection={"budget": 9})
