@@ -189,7 +189,7 @@ def test_from_nothing_the_first_thing_asked_for_is_the_model(project):
 
 def test_an_arrival_asks_for_the_new_shard_alone_and_then_for_manifest_and_index(project, look):
     look("inbox")
-    project.run()
+    project.run_steps(steps_of("select"))
     _, cursor = requested(project)
     asked, cursor = requested(project, cursor)
     assert asked == {}
@@ -210,7 +210,7 @@ def test_an_arrival_asks_for_the_new_shard_alone_and_then_for_manifest_and_index
 
 def test_shards_that_land_while_the_index_is_made_are_in_the_next_index(project, look):
     look("inbox")
-    project.run()
+    project.run_steps(steps_of("select"))
     _, cursor = requested(project)
     for name in ("one", "two", "three"):
         settle(project.add(name, [{"prompt": f"copy: {name}{n}=", "completion": f"{name}{n}"} for n in "abcdef"]))
@@ -257,7 +257,7 @@ def test_many_files_are_taken_together_and_none_of_them_twice(project, look):
 
 def test_changed_settings_ask_for_what_reads_them(project, look):
     look("inbox")
-    project.run()
+    project.run_steps(steps_of("select"))
     _, cursor = requested(project)
     _, cursor = requested(project, cursor)
     project.configure(selection={"budget": 9})
@@ -393,7 +393,7 @@ def test_what_a_selection_is_made_from_is_not_torn_from_it(project, look):
 def test_the_whole_pool_is_never_trained_on_without_a_hand(project, look):
     project.configure(train="on_arrival", strategies=["prism", "random", "full"])
     look("inbox")
-    project.run()
+    project.run_steps(steps_of("select"))
     _, cursor = requested(project)
     project.configure(selection={"budget": 9})
     asked, _ = requested(project, cursor)
