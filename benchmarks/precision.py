@@ -5,7 +5,7 @@
 Three arms run the product up to the target directions, on the same rows of a real pool and the same targets (gsm8k and
 mmlu, PRISM_REAL_DATA): `float32`, `bfloat16` (`model.dtype`, which holds for the warm-up, candidates and targets
 alike), and `other_warmup`, float32 with another seed of the warm-up: how far a ranking moves for reasons that nobody
-chose. Settings are the defaults but for a warm-up of one epoch.
+chose. `float32` runs whatever `--arms` says. Settings are the defaults but for a warm-up of one epoch.
 
 JSON: `models` → model → `cpu_seconds_a_row` → arm → `warm-up` (a row and epoch) and `features`; and `against_float32` →
 arm → target → strategy → `overlap_5` and `overlap_10`, the shares of the top 5% and 10% of float32 that the arm's have,
@@ -23,6 +23,7 @@ import json
 import logging
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from benchmarks.real_text import data_folder, example, only, read_lines, spread_
 from benchmarks.remove import MODELS, run
 from prism_assets.stats.ranks import spearman
 
+# Of a model's folder, the data's, the options and a folder for lakes: what is found.
+Measured = Callable[[Path, Path, argparse.Namespace, Path], dict[str, Any]]
 ARMS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32", "seed": 0},
     "bfloat16": {"dtype": "bfloat16", "seed": 0},
@@ -133,19 +136,24 @@ def measured(model: Path, data: Path, options: argparse.Namespace, work: Path) -
     return {"rows": options.rows, "cpu_seconds_a_row": spent, "against_float32": against}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(doc: str | None, arms: Iterable[str], rows: int, examples: int) -> argparse.ArgumentParser:
+    """The options of a benchmark whose arms run on the same rows of a real pool."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="float32 always runs")
-    parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--examples", type=int, default=24, help="of a target")
+    parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms))
+    parser.add_argument("--rows", type=int, default=rows)
+    parser.add_argument("--examples", type=int, default=examples, help="of a target")
     parser.add_argument("--folder", type=Path, default=Path("runs/models"), help="where the models are, or are put")
     parser.add_argument("--work", type=Path, help="where lakes stay, so that a run goes on")
-    options = parser.parse_args()
+    return parser
+
+
+def run_models(benchmark: str, options: argparse.Namespace, measured: Measured) -> None:
+    """Measure every model that the options name, and print it. Raises SystemExit where there are no real data."""
     data = data_folder()
     if data is None:
-        raise SystemExit("benchmarks.precision needs real data: set PRISM_REAL_DATA to a folder with pool.jsonl")
+        raise SystemExit(f"{benchmark} needs real data: set PRISM_REAL_DATA to a folder with pool.jsonl")
     logging.getLogger("prism_assets").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as draft:
         work = options.work or Path(draft)
@@ -155,6 +163,11 @@ def main() -> None:
         }
     result = {"models": models}
     print(json.dumps(result) if options.json else json.dumps(result, indent=1))
+
+
+def main() -> None:
+    options = command(__doc__, ARMS, rows=200, examples=24).parse_args()
+    run_models("benchmarks.precision", options, measured)
 
 
 if __name__ == "__main__":

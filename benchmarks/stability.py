@@ -21,9 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
 import argparse
 import json
-import logging
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -31,9 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.precision import STRATEGIES, TARGETS, build, compared, scores
-from benchmarks.real_text import data_folder, example
-from benchmarks.remove import MODELS, run, with_settings
+from benchmarks.precision import STRATEGIES, TARGETS, build, command, compared, run_models, scores
+from benchmarks.remove import run, with_settings
 from prism_assets.stats.ranks import spearman
 
 Scores = dict[str, dict[str, float]]
@@ -106,29 +103,10 @@ def _against(of_seed: Sequence[Mapping[str, Scores]], exact: Sequence[Scores]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser = command(__doc__, ARMS, rows=80, examples=16)
     parser.add_argument("--exact", action="store_true", help="score all rows without the sketch too: a pass a target")
-    parser.add_argument("--rows", type=int, default=80)
-    parser.add_argument("--examples", type=int, default=16, help="of a target")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path("runs/models"), help="where the models are, or are put")
-    parser.add_argument("--work", type=Path, help="where lakes stay, so that a run goes on")
-    options = parser.parse_args()
-    data = data_folder()
-    if data is None:
-        raise SystemExit("benchmarks.stability needs real data: set PRISM_REAL_DATA to a folder with pool.jsonl")
-    logging.getLogger("prism_assets").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory() as draft:
-        work = options.work or Path(draft)
-        models = {
-            name: measured(example("real_models", "fetch").fetch(name, options.folder), data, options, work)
-            for name in options.models
-        }
-    result = {"models": models}
-    print(json.dumps(result) if options.json else json.dumps(result, indent=1))
+    run_models("benchmarks.stability", parser.parse_args(), measured)
 
 
 if __name__ == "__main__":

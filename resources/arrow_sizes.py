@@ -11,7 +11,7 @@ from flatbuffers.table import Table
 
 _MAGIC = b"ARROW1"
 _CONTINUATION = 0xFFFFFFFF
-_BYTES_A_VALUE = 8  # at least: a column of nulls has no buffer, and its rows are values all the same
+BYTES_A_VALUE = 8  # of a column at least: nulls have no buffer, equal values little, and all become values
 
 # Positions of fields in flatbuffer tables: 4 + 2 * the field's number in format/Message.fbs and File.fbs of Arrow.
 _HEADER_TYPE, _HEADER, _BODY_LENGTH = 6, 8, 10
@@ -102,7 +102,7 @@ def _size_of(file: BinaryIO, message: Table, body: int) -> int:
         size = int(np.maximum(buffers["length"], 0).sum(dtype=np.float64))
     else:
         size = sum(_decompressed(file, body + int(one["offset"]), int(one["length"])) for one in buffers)
-    return max(size, _BYTES_A_VALUE * values)
+    return max(size, BYTES_A_VALUE * values)
 
 
 def _decompressed(file: BinaryIO, start: int, length: int) -> int:

@@ -19,12 +19,11 @@ import numpy as np
 
 from prism_assets.corpus.records import BadRecord
 from prism_assets.errors import UnreadableFile
-from prism_assets.resources.arrow_sizes import decompressed_size
+from prism_assets.resources.arrow_sizes import BYTES_A_VALUE, decompressed_size
 from prism_assets.resources.parquet_footer import column_chunks
 
 FREE_BYTES = 2**26  # what a file may expand to in any case: a small one of little variety is no attack
 _SLICE_BYTES = 2**25  # of Parquet rows that are turned into Python values at a time
-_BYTES_A_VALUE = 8  # of an Arrow column at least, however few a run of equal values takes in the file
 _SKIP_BYTES = 2**20
 _COMPRESSION_BUFFER = 2**16
 
@@ -158,7 +157,7 @@ def require_bounded_parquet(raw: BinaryIO, file: Any, columns: list[str], path: 
         if not 0 <= chunk.column < len(leaves) or chunk.values < 0 or chunk.uncompressed < 0:
             raise OSError("the footer names a column or a size that there cannot be")
         if leaves[chunk.column] in columns:
-            expanded += max(chunk.uncompressed, _BYTES_A_VALUE * chunk.values)
+            expanded += max(chunk.uncompressed, BYTES_A_VALUE * chunk.values)
     limits.require_expansion(path, os.fstat(raw.fileno()).st_size, expanded)
 
 
@@ -212,13 +211,13 @@ def _bytes_of(array: Any) -> int:
     if pa.types.is_run_end_encoded(kind):
         raise pa.ArrowInvalid("runs of equal values within a list or struct, which are not read")
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _BYTES_A_VALUE * len(array) + _bytes_of(array.flatten())
+        return BYTES_A_VALUE * len(array) + _bytes_of(array.flatten())
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
         if (compute.call_function("sum", [compute.call_function("list_value_length", [array])]).as_py() or 0) > len(
             array.values
         ):
             raise pa.ArrowInvalid("lists that share values with each other")  # to flatten them would copy each share
-        return _BYTES_A_VALUE * len(array) + _bytes_of(array.flatten())
+        return BYTES_A_VALUE * len(array) + _bytes_of(array.flatten())
     if pa.types.is_struct(kind):
         return sum(map(_bytes_of, array.flatten()))
     if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):

@@ -57,12 +57,18 @@ class NotFullPool(dg.AutomationCondition):
         return dg.AutomationResult(context, context.candidate_subset.compute_intersection_with_partition_keys(allowed))
 
 
-# `since(newly_requested)` keeps a change that comes while the asset is being made; `eager` would lose it. A request is
-# seen as new on the tick after it, and in `since` a reset beats a trigger of the same tick: without `& ~trigger` a
-# change between the request and the next tick would be lost.
+def _kept(trigger: dg.AutomationCondition) -> dg.AutomationCondition:
+    """A change that stays true until the asset is asked for.
+
+    `since(newly_requested)` keeps one that comes while the asset is being made; `eager` would lose it. A request is
+    seen as new on the tick after it, and in `since` a reset beats a trigger of the same tick: without `& ~trigger` a
+    change between the request and the next tick would be lost.
+    """
+    return trigger.since(C.newly_requested() & ~trigger)
+
+
 _MADE_TOGETHER = PartitionMadeInOneRun()
-_TRIGGER = any_deps_changed(unless=_MADE_TOGETHER) | C.code_version_changed()
-_CHANGED = _TRIGGER.since(C.newly_requested() & ~_TRIGGER)
+_CHANGED = _kept(any_deps_changed(unless=_MADE_TOGETHER) | C.code_version_changed())
 # Not `on_missing`: that ignores what was missing when the daemon first looked. What failed waits for its inputs to
 # change, or for a manual run.
 _MISSING = C.missing() & ~C.execution_failed()
@@ -73,9 +79,9 @@ _WHEN_MISSING = (
 _FOLLOW = (_MISSING | _CHANGED) & ~C.any_deps_missing() & ~C.any_deps_in_progress() & ~C.in_progress()
 # All selections of an arrival are made before any of them is trained on, and one that was made again with the same
 # content asks for no training.
-_SELECTION_CHANGED = any_deps_changed(unless=_MADE_TOGETHER, or_requested=False) | C.code_version_changed()
+_SELECTION_CHANGED = _kept(any_deps_changed(unless=_MADE_TOGETHER, or_requested=False) | C.code_version_changed())
 _FOLLOW_SELECTIONS = (
-    (_MISSING | _SELECTION_CHANGED.since(C.newly_requested() & ~_SELECTION_CHANGED))
+    (_MISSING | _SELECTION_CHANGED)
     & ~C.any_deps_missing()
     & ~C.any_deps_in_progress()
     & ~C.any_deps_match(C.will_be_requested())
@@ -111,8 +117,7 @@ def _follow_evaluations(project: Project) -> dg.AutomationCondition:
         any_deps_changed(unless=_MADE_TOGETHER, only=dg.AssetSelection.assets(project.key("evaluation")))
         | C.code_version_changed()
     )
-    changed = trigger.since(C.newly_requested() & ~trigger)
-    return (_MISSING | changed) & ~C.any_deps_missing() & ~C.any_deps_in_progress() & ~C.in_progress()
+    return (_MISSING | _kept(trigger)) & ~C.any_deps_missing() & ~C.any_deps_in_progress() & ~C.in_progress()
 
 
 def _there(project: Project, needs: Needs) -> dg.AutomationCondition:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from prism_assets.errors import LakeError, SettingsError
-from prism_assets.identity import join_key, seed_partition
+from prism_assets.identity import join_key
 from prism_assets.resources.lake import Artifact, Recipe
 from prism_assets.stage import Stage
 
@@ -39,19 +39,10 @@ def why_outdated(stage: Stage, target: str, strategy: "Strategy") -> str | None:
 def untrained(stage: Stage, keys: Iterable[str]) -> list[str]:
     """Those of the partitions whose selection is made, and whose adapters are not those of its rows and of today's
     settings."""
-    from prism_assets.training.adapter import adapter_recipe
+    from prism_assets.training.adapter import are_of
 
-    found = []
-    for key in keys:
-        selection = stage.shown_or_none("selection", key)
-        if selection is None:
-            continue
-        for seed in stage.settings.seeds:
-            adapter = stage.shown_or_none("adapters", seed_partition(key, seed))
-            if adapter is None or adapter.fingerprint != adapter_recipe(stage, key, selection, seed).fingerprint:
-                found.append(key)
-                break
-    return found
+    selections = {key: stage.shown_or_none("selection", key) for key in keys}
+    return [key for key, one in selections.items() if one is not None and not are_of(stage, key, one)]
 
 
 # What the names in an artefact's header are called in prism.yaml.

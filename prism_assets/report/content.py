@@ -139,7 +139,7 @@ def _benchmark_content(stage: Stage, target: str) -> ReportPart:
 
 def _strategy_content(stage: Stage, target: str, strategy: str, harmful: Mapping[str, bool] | None) -> ReportPart:
     from prism_assets.evaluation.metrics import mean_over_seeds
-    from prism_assets.training.adapter import adapter_recipe
+    from prism_assets.training.adapter import are_of
 
     key = join_key(target, strategy)
     selection = stage.shown("selection", key)
@@ -147,10 +147,7 @@ def _strategy_content(stage: Stage, target: str, strategy: str, harmful: Mapping
     scores = [stage.shown("evaluations", head) for head in heads]
     adapters = [stage.shown("adapters", head) for head in heads]
     # Where fine-tuning does not follow every selection (`train`), the adapters may be those of an earlier one.
-    earlier = any(
-        one.fingerprint != adapter_recipe(stage, key, selection, seed).fingerprint
-        for seed, one in zip(stage.settings.seeds, adapters, strict=True)
-    )
+    earlier = not are_of(stage, key, selection)
     notes = selection.notes
     columns = ["rank", "score", "source", "prompt", "completion"]
     taken = taken_rows(stage, target, strategy)

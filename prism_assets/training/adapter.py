@@ -71,7 +71,25 @@ def make_adapter(stage: Stage, key: str, selection: Artifact, seed: int) -> Made
 
 def adapter_recipe(stage: Stage, key: str, selection: Artifact, seed: int) -> Recipe:
     """What an adapter is made from."""
-    tokens = trained_tokens(stage.lake.read_table(selection))
+    return _recipe(stage, key, selection, seed, _rows_hash(stage, selection))
+
+
+def are_of(stage: Stage, key: str, selection: Artifact) -> bool:
+    """Whether the adapters that the lake shows for a partition, of every seed, are those of the rows of a selection and
+    of today's settings."""
+    rows = _rows_hash(stage, selection)
+    return all(
+        (shown := stage.shown_or_none("adapters", seed_partition(key, seed))) is not None
+        and shown.fingerprint == _recipe(stage, key, selection, seed, rows).fingerprint
+        for seed in stage.settings.seeds
+    )
+
+
+def _rows_hash(stage: Stage, selection: Artifact) -> str:
+    return hash_table(trained_tokens(stage.lake.read_table(selection)))
+
+
+def _recipe(stage: Stage, key: str, selection: Artifact, seed: int, rows: str) -> Recipe:
     return stage.recipe(
         "adapters",
         {
@@ -80,7 +98,7 @@ def adapter_recipe(stage: Stage, key: str, selection: Artifact, seed: int) -> Re
             "seed": seed,
             "dtype": stage.dtype,
         },
-        {"model": stage.model_identity.fingerprint, "rows": hash_table(tokens)},
+        {"model": stage.model_identity.fingerprint, "rows": rows},
         lineage={"selection": selection},
         partition=key,
     )

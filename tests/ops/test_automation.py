@@ -208,13 +208,18 @@ def test_an_arrival_asks_for_the_new_shard_alone_and_then_for_manifest_and_index
     assert "candidate_features" not in asked
 
 
+def drop_three(project, look) -> None:
+    """Three files come into the inbox, and are seen."""
+    for name in ("one", "two", "three"):
+        settle(project.add(name, [{"prompt": f"copy: {name}{n}=", "completion": f"{name}{n}"} for n in "abcdef"]))
+    look("inbox")
+
+
 def test_shards_that_land_while_the_index_is_made_are_in_the_next_index(project, look):
     look("inbox")
     project.run_steps(steps_of("select"))
     _, cursor = requested(project)
-    for name in ("one", "two", "three"):
-        settle(project.add(name, [{"prompt": f"copy: {name}{n}=", "completion": f"{name}{n}"} for n in "abcdef"]))
-    look("inbox")
+    drop_three(project, look)
     new = {key.rpartition("-")[0]: key for key in project.instance.get_dynamic_partitions("shard")}
     _, cursor = requested(project, cursor)
     execute(project, ["candidates", "candidate_features"], new["one"])
@@ -233,9 +238,7 @@ def test_many_files_are_taken_together_and_none_of_them_twice(project, look):
     look("inbox")
     project.run_steps(steps_of("select"))
     _, cursor = requested(project)
-    for name in ("one", "two", "three"):
-        settle(project.add(name, [{"prompt": f"copy: {name}{n}=", "completion": f"{name}{n}"} for n in "abcdef"]))
-    look("inbox")
+    drop_three(project, look)
     sensor = next(one for one in project.definitions.sensors if one.name == "automation")
     asked, cursor = requested(project, cursor)
     new = sorted(
