@@ -118,7 +118,7 @@ def measured(model: Path, data: Path, options: argparse.Namespace, work: Path) -
     arms = {name: arm for name, arm in ARMS.items() if name == "float32" or name in options.arms}
     for name, arm in arms.items():
         config = build(work / f"{model.name}-{name}", model, data, arm, options.rows, options.examples)
-        stage = run(config, "Target directions", TARGETS)
+        stage = run(config, "Index", TARGETS)
         found[name] = scores(stage)
         spent[name] = costs(stage, len(found[name][TARGETS[0]][STRATEGIES[0]]))
         print(f"{model.name} {name}: {spent[name]}", file=sys.stderr)

@@ -13,6 +13,7 @@ A strategy here is one of the product's, with the settings that its suffixes nam
     …+pooled     one raw direction over both kinds (mixtures of both only)
     …+sum        rows as long as the gradient of their summed loss; prism+pooled+sum is the published form
     …+adam, …+fisher, …+datainf, …+ekfac     directions corrected for curvature, damped by its default rule
+    …+adam-rows   candidate rows through Adam's preconditioner (`features.optimizer: adam`); the others are sgd's
     …+wanted     no anchors: plain targets, the harmful answers alone
     length       completion tokens: what a ranking by form would find
 
@@ -120,7 +121,7 @@ def draw(known: dict[str, list[Any]], mixture: Mixture, seed: int, pairs: int, h
 # -- a project ----------------------------------------------------------------------------------------------------
 
 
-def build(folder: Path, model: Path, drawn: Drawn, mixture: Mixture, seed: int, strategies: Sequence[str]) -> Path:
+def build(folder: Path, model: Path, drawn: Drawn, mixture: Mixture, seed: int, sketch_dim: int) -> Path:
     """A project over the mixture; its prism.yaml."""
     write_lines(folder / "inbox" / "mixture.jsonl", [only(row, ("id", "prompt", "completion")) for row in drawn.rows])
     write_lines(folder / "pairs.jsonl", drawn.pairs)
@@ -134,13 +135,13 @@ def build(folder: Path, model: Path, drawn: Drawn, mixture: Mixture, seed: int, 
         "lora": {"rank": 8, "alpha": 16},
         "tokenization": {"max_length": 512},
         "warmup": {"share": 1.0, "epochs": 1, "learning_rate": 2e-4, "seed": seed},
-        "features": {"optimizer": "sgd", "sketch_dim": 8192},
+        "features": {"optimizer": "sgd", "sketch_dim": sketch_dim},
         "candidates": {"inbox": "inbox", "at_rest_seconds": 0},
         "targets": {
             "harm": {"examples": "pairs.jsonl", **files, "use": "remove", "budget": removed},
             "wanted": {"examples": "wanted.jsonl", **files, "budget": removed},
         },
-        "strategies": [*strategies, "random", "full"],
+        "strategies": [*BASE_STRATEGIES, "random", "full"],
         "seeds": [seed],
         "training": {"epochs": 1},
     }
@@ -181,12 +182,20 @@ def rankings(config: Path, drawn: Drawn, several_kinds: bool, options: argparse.
     labels = {row["prompt"] + row["completion"]: row["harmful"] for row in drawn.rows}
     found: dict[str, float] = {}
     targets = [("harm", ""), *([] if options.quick else [("wanted", "+wanted")])]
-    variants = [("", {}, "none"), *((f"+{kind}", {}, kind) for kind in options.curvatures)]
+    variants = [("", {}, "none", "sgd")]
     if several_kinds:
-        variants += [("+pooled", {"groups": "pooled"}, "none")]
-    for suffix, preference, curvature in variants:
-        with_settings(config, preference={"groups": "separate", **preference}, curvature={"kind": curvature})
-        stage = run(config, "Target directions", [name for name, _ in targets])
+        variants += [("+pooled", {"groups": "pooled"}, "none", "sgd")]
+    if options.adam_rows:
+        variants += [("+adam-rows", {}, "none", "adam")]
+    variants += [(f"+{kind}", {}, kind, "sgd") for kind in options.curvatures]
+    for suffix, preference, curvature, optimizer in variants:
+        with_settings(
+            config,
+            preference={"groups": "separate", **preference},
+            curvature={"kind": curvature},
+            features={"optimizer": optimizer},
+        )
+        stage = run(config, "Index", [name for name, _ in targets])
         for target, mark in targets:
             found |= {f"{name}{mark}{suffix}": value for name, value in _of_target(stage, target, labels)}
     found["length"] = _by_length(stage, labels)
@@ -233,6 +242,7 @@ def repair(config: Path, drawn: Drawn, strategies: Sequence[str]) -> dict[str, d
         config,
         preference={"groups": "separate"},
         curvature={"kind": "none"},
+        features={"optimizer": "sgd"},
         strategies=[*strategies, "random", "full"],
     )
     stage = run(config, "Fine-tuning, evaluation", ["harm"])
@@ -292,8 +302,8 @@ def measured(
     repaired: list[dict[str, dict[str, float]]] = []
     for seed in range(seeds):
         drawn = draw(known, mixture, seed, options.pairs, options.held_out)
-        folder = work / f"{model.name}-{mixture.name}-{mixture.rows}-{seed}"
-        config = build(folder, model, drawn, mixture, seed, BASE_STRATEGIES)
+        folder = work / f"{model.name}-{mixture.name}-{mixture.rows}-{options.sketch_dim}-{seed}"
+        config = build(folder, model, drawn, mixture, seed, options.sketch_dim)
         started = time.process_time()
         for name, value in rankings(config, drawn, len(mixture.kinds) > 1, options).items():
             ranked.setdefault(name, []).append(value)
@@ -341,6 +351,8 @@ def main() -> None:
     parser.add_argument("--repair-strategies", nargs="+", default=["prism", "less", "uniform"], choices=BASE_STRATEGIES)
     parser.add_argument("--pairs", type=int, default=24, help="of a kind")
     parser.add_argument("--held-out", type=int, default=24, help="of a kind")
+    parser.add_argument("--adam-rows", action="store_true", help="rank by Adam's rows too: a second gradient pass")
+    parser.add_argument("--sketch-dim", type=int, default=65536, help="features.sketch_dim")
     parser.add_argument("--quick", action="store_true", help="one model, mixture, share and seed: 15 to 25 CPU minutes")
     parser.add_argument("--repair", action="store_true", help="fine-tune again on what is left")
     parser.add_argument("--folder", type=Path, default=Path("runs/models"), help="where the models are, or are put")

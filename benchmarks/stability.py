@@ -51,7 +51,7 @@ def measured(model: Path, data: Path, options: argparse.Namespace, work: Path) -
             folder = work / f"{model.name}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             config = build(folder, model, data, {"dtype": "float32", "seed": seed}, options.rows, options.examples)
             with_settings(config, **ARMS[name])
-            stage = run(config, "Target directions", TARGETS)
+            stage = run(config, "Index", TARGETS)
             of_seed.append(scores(stage))
             if options.exact:
                 exact.append(exact_scores(stage, options.rows))

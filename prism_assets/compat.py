@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from torch.utils.data import Sampler
     from transformers import PreTrainedModel, TrainingArguments
 
+# FAISS writes an index of any width and refuses to read one of more dimensions than this.
+MOST_INDEX_DIMENSIONS = 2**20
+
 # Names of Dagster 1.13 that are not private and yet not marked as public either: by the place where they are defined.
 # There is no public way to what they do. A test looks for each.
 NOT_PROMISED: dict[str, tuple[str, ...]] = {

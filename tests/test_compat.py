@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from prism_assets.compat import (
+    MOST_INDEX_DIMENSIONS,
     NOT_PROMISED,
     TrainSampler,
     any_deps_changed,
@@ -459,3 +460,13 @@ def test_dagsters_own_handler_waits_for_a_safe_point_too():
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(5)
     assert interrupts._replace_interrupt_signal is before
+
+
+def test_faiss_reads_an_index_of_as_many_dimensions_as_is_said_and_none_of_more(tmp_path):
+    import faiss
+
+    for dim, reads in ((MOST_INDEX_DIMENSIONS, True), (MOST_INDEX_DIMENSIONS + 1, False)):
+        path = str(tmp_path / f"{dim}.faiss")
+        faiss.write_index(faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16), path)
+        with nullcontext() if reads else pytest.raises(RuntimeError, match="out of range"):
+            assert faiss.read_index(path).d == dim

@@ -376,3 +376,8 @@ def test_every_key_is_described():
 def test_the_page_of_settings_is_that_of_the_schema():
     page = Path(__file__).parent.parent / "docs" / "settings.md"
     assert page.read_text(encoding="utf-8") == settings_page(), "python -m prism_assets.settings.reference writes it"
+
+
+def test_rows_wider_than_an_index_are_refused(load):
+    message = refusal(load, {"features": {"sketch_dim": 2**18}, "warmup": {"checkpoints": 5}})
+    assert "262,144 x warmup.checkpoints 5 makes rows of 1,310,720 dimensions" in message

@@ -56,7 +56,7 @@ def _print_explanation(found: Any, removes: bool) -> None:
         if found.exact_score is not None
         else f"no exact score: {found.why_not_exact}"
     )
-    role = "makes the shortlist that exact scores rank" if found.reranked else "ranks"
+    role = "is not what selects: exact scores rank" if found.reranked else "ranks"
     which = "Score" if found.exact_score is None else "Exact score"
     say(f"score {found.score:.4g}, from the sketch, which {role}; {exact}")
     print_table(

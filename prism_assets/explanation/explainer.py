@@ -16,6 +16,7 @@ from prism_assets.features.gradient_pass import GradientPass
 from prism_assets.identity import feature_versions, join_key
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.direction_artifacts import load_direction
+from prism_assets.selection.exact_scores import known_scores
 from prism_assets.selection.pool import Pool, indexed_pool
 from prism_assets.stage import Stage
 
@@ -210,7 +211,10 @@ class Explainer:
                 direction = direction_of(self.stage, self.target, name, self.version)
                 if direction is None:
                     continue
-                if chosen and _is_reranked(selection):
+                known = self._exact_scores(selection, direction)
+                if known is not None:
+                    yield StrategyRank(name, *_rank_among(self.pool, known, position), selected, "exact")
+                elif chosen and _is_reranked(selection):
                     yield StrategyRank(name, chosen["rank"], self.pool.size, chosen["score"], selected, "exact")
                 else:
                     yield StrategyRank(name, *_rank(self.pool, direction, position), selected, "sketch")
@@ -220,6 +224,11 @@ class Explainer:
                 # The order of a set of rows says nothing beyond what it selects.
                 rank, score = (chosen["rank"], chosen["score"]) if chosen else (None, None)
                 yield StrategyRank(name, rank, selection.notes["pool_rows"], score, selected)
+
+    def _exact_scores(self, selection: Artifact | None, direction: Artifact) -> "np.ndarray | None":
+        """Exact scores of all rows, where the selection was ranked by them and they are known without the model."""
+        everywhere = selection is not None and selection.header["settings"].get("rerank") == "all"
+        return known_scores(self.pool, direction) if everywhere else None
 
     def _chosen(self, selection: Artifact | None, name: str) -> dict[str, Any] | None:
         """Rank and score of a candidate in a selection; None where it is not among the selected."""
@@ -286,10 +295,15 @@ def _is_reranked(selection: Artifact | None) -> bool:
 
 def _rank(pool: Pool, direction: Artifact, position: int) -> tuple[int, int, float]:
     """Rank, number of ranked rows and score of one row of a pool for a direction, as a selection ranks."""
+    scores = pool.influence(load_direction(pool.lake, direction).query, remember=False)
+    return _rank_among(pool, scores, position)
+
+
+def _rank_among(pool: Pool, scores: "np.ndarray", position: int) -> tuple[int, int, float]:
+    """Rank, number of ranked rows and score of one row, by the scores [n] of all."""
     import numpy as np
 
     from prism_assets.explanation.parts import rank_of
 
-    scores = pool.influence(load_direction(pool.lake, direction).query, remember=False)
     rank = rank_of(scores[position], pool.ids[position], scores, np.array(pool.ids, dtype=object))
     return rank, pool.size, float(scores[position])

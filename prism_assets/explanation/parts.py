@@ -64,7 +64,7 @@ class StrategyRank(NamedTuple):
     score: float | None  # None for a strategy without scores
     selected: bool | None  # whether it is in that strategy's current selection; None where there is none
     # What rank and score are by: "exact" scores, in a selection that was re-ranked and holds the row, else the
-    # "sketch", which makes the shortlist there; None for a strategy without a direction.
+    # "sketch", which makes the shortlist there, if anything; None for a strategy without a direction.
     by: str | None = None
 
 

@@ -7,6 +7,7 @@ import dagster as dg
 
 from prism_assets.features import blocks
 from prism_assets.features.blocks import blocks_of, feature_table, refused_rows, weighted_mean
+from prism_assets.features.exact_products import ExactProducts, shown_directions
 from prism_assets.features.gradient_pass import GradientPass, gradient_pass
 from prism_assets.metadata import preview
 from prism_assets.progress import Progress
@@ -78,7 +79,8 @@ def _shard(work: GradientPass, shard: str) -> Outcome:
 
 def _block(work: GradientPass, rows: "pa.Table", progress: Progress) -> Made:
     stage, before = work.stage, progress.done
-    made = stage.make(_block_recipe(stage, rows), lambda: _gradients(work, rows, progress))
+    recipe = _block_recipe(stage, rows)
+    made = stage.make(recipe, lambda: _gradients(work, rows, progress, recipe.fingerprint))
     progress.update(before + rows.num_rows * len(work.checkpoints))
     return made
 
@@ -95,15 +97,33 @@ def missing_blocks(stage: Stage, shard: str) -> "list[pa.Table]":
     return [one for one in blocks_of_rows if stage.lake.find(_block_recipe(stage, one)) is None]
 
 
-def _gradients(work: GradientPass, rows: "pa.Table", progress: Progress) -> Rows:
+def _gradients(work: GradientPass, rows: "pa.Table", progress: Progress, block: str) -> Rows:
+    """The rows of a block; exact products with the directions that are known are remembered on the way."""
     from prism_assets.corpus.token_tables import from_table
+    from prism_assets.gradients.sketch import SideBySide
 
     before = progress.done
-    passes = work.candidate_rows(from_table(rows), lambda done: progress.update(before + done))
+    exact, projections = _known_directions(work), None
+    if exact is not None:
+        sketch = work.projection(work.at(work.checkpoints[-1]))
+        projections = [SideBySide(sketch, products) for products in exact.projections()]
+    passes = work.candidate_rows(from_table(rows), lambda done: progress.update(before + done), projections)
+    if exact is not None and projections is not None:
+        exact.remember(block, passes)
+        passes = [one._replace(rows=one.rows[:, : projections[0].first.dim]) for one in passes]
     table = feature_table(rows["id"].to_pylist(), passes)
     scores = [score for one in passes[-1:] for score in one.mean_log_probs]
     mean = weighted_mean([(float(score), 1) for score in scores])
     return Rows(table, {"refused": refused_rows(table), "mean_log_prob": mean}, compression="none")
+
+
+def _known_directions(work: GradientPass) -> ExactProducts | None:
+    """What exact scores of all rows will need; None where nobody asks for them, or there is no direction yet."""
+    stage = work.stage
+    directions = shown_directions(stage) if stage.settings.selection.rerank == "all" else []
+    if not directions:
+        return None
+    return work.remember(tuple(one.fingerprint for one in directions), lambda: ExactProducts(work, directions))
 
 
 def _list_blocks(made: Sequence[Artifact]) -> Rows:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prism_assets.compat import MOST_INDEX_DIMENSIONS
+from prism_assets.errors import UnsuitableSetting
 from prism_assets.progress import uncounted
 from prism_assets.reference.checkpoints import WarmupCheckpoint, read_checkpoints
 from prism_assets.reference.engine import gradient_engine
@@ -62,11 +64,19 @@ class GradientPass:
         return self._remembered[1]
 
     def projection(self, engine: "GradientEngine") -> "Projection":
-        """The sketch of the settings, or exact features."""
+        """The sketch of the settings, or exact features. Raises UnsuitableSetting where a row would have more
+        dimensions than an index takes."""
         from prism_assets.gradients.sketch import ExactFeatures, Sketch
 
         features = self.stage.settings.features
         if features.sketch_dim == "exact":
+            width = engine.num_parameters * len(self.checkpoints)
+            if width > MOST_INDEX_DIMENSIONS:
+                raise UnsuitableSetting(
+                    f"features.sketch_dim exact makes rows of {width:,} dimensions ({len(self.checkpoints)} x the "
+                    f"adapter's {engine.num_parameters:,} parameters), and an index takes {MOST_INDEX_DIMENSIONS:,} "
+                    "at most: set a number, and selection.rerank for exact scores at the top of the ranking"
+                )
             return ExactFeatures(engine.parameter_shapes)
         return Sketch(features.sketch_dim, features.seed)
 
@@ -84,10 +94,13 @@ class GradientPass:
         )
 
     def candidate_rows(
-        self, examples: Sequence[Any], progress: Callable[[int], None] | None = None
+        self,
+        examples: Sequence[Any],
+        progress: Callable[[int], None] | None = None,
+        projections: "Sequence[Projection] | None" = None,
     ) -> "list[FeatureRows]":
-        """The preconditioned, sketched rows of examples at each checkpoint. `progress` is called with the number of
-        examples done, over all passes."""
+        """The preconditioned rows of examples at each checkpoint, sketched or as `projections` (one a checkpoint) make
+        them. `progress` is called with the number of examples done, over all passes."""
         passes: list[FeatureRows] = []
         for position, checkpoint in enumerate(self.checkpoints):
             engine = self.at(checkpoint)
@@ -95,7 +108,7 @@ class GradientPass:
             passes.append(
                 engine.feature_rows(
                     examples,
-                    sketch=self.projection(engine),
+                    sketch=self.projection(engine) if projections is None else projections[position],
                     preconditioner=self.preconditioner(checkpoint),
                     progress=None if progress is None else (lambda done, _, b=before: progress(b + done)),
                 )

@@ -154,7 +154,7 @@ class GradientEngine:
         """
         preconditioner = preconditioner or Preconditioner.build("sgd")
         preconditioner.check(self.parameter_shapes)
-        if sketch.dim > self.num_parameters:
+        if sketch.least_parameters > self.num_parameters:
             raise UnsuitableSetting(
                 f"a sketch of {sketch.dim} dimensions is larger than the adapter's {self.num_parameters} "
                 "parameters: lower sketch_dim, or use exact features"

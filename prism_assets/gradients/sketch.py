@@ -32,6 +32,7 @@ class Projection(Protocol):
     """What a gradient pass needs from a sketch: a size, and addition of one parameter's share."""
 
     dim: int
+    least_parameters: int  # of a gradient that it is meant for
 
     def add_(self, out: Tensor, name: str, gradients: Tensor) -> None:
         """Add the projection of one parameter's gradients [b, *shape] to `out` [b, dim], in place."""
@@ -61,7 +62,7 @@ class Sketch:
     def __init__(self, dim: int, seed: int) -> None:
         if dim < 1:
             raise ValueError(f"a sketch needs a positive dimension, not {dim}")
-        self.dim = int(dim)
+        self.dim = self.least_parameters = int(dim)
         self.seed = int(seed)
         self._plans: dict[tuple[str, int, torch.device, torch.dtype], _Plan] = {}
 
@@ -102,6 +103,8 @@ class ExactFeatures:
     For small models, where a few hundred thousand coordinates a row are affordable.
     """
 
+    least_parameters = 0
+
     def __init__(self, parameter_shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._slices: dict[str, slice] = {}
         start = 0
@@ -135,21 +138,23 @@ class DirectionProducts:
     """No sketch of the gradient at all, but its exact inner products with Q given directions; `dim` is Q.
 
     directions: each maps parameter names to tensors of the parameters' shapes; a missing parameter counts as zero.
+    Each is multiplied by itself, so that a product does not depend, to the last bit, on the other directions.
     """
+
+    least_parameters = 0
 
     def __init__(self, directions: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
         self.dim = len(directions)
-        names = dict.fromkeys(name for one in directions for name in one)
-        self._columns = {}  # name -> [p, Q]
-        for name in names:
-            like = next(one[name] for one in directions if name in one)
-            columns = [one.get(name, torch.zeros_like(like)).flatten() for one in directions]
-            self._columns[name] = torch.stack(columns, dim=1).to(device, dtype)
+        self._columns: dict[str, list[tuple[int, Tensor]]] = {}  # name -> the directions that have it, [p] each
+        for position, direction in enumerate(directions):
+            for name, value in direction.items():
+                self._columns.setdefault(name, []).append((position, value.flatten().to(device, dtype)))
 
     def add_(self, out: Tensor, name: str, gradients: Tensor) -> None:
         """Adds one parameter's share of the products of gradients [b, *shape] to `out` [b, Q], in place."""
-        if name in self._columns:
-            out += gradients.flatten(1) @ self._columns[name]
+        flat = gradients.flatten(1)
+        for position, direction in self._columns.get(name, ()):
+            out[:, position] += flat @ direction
 
     def sketch_vector(self, vector: Mapping[str, Tensor]) -> Tensor:
         """The products [Q] of one vector, given as parameter name -> tensor."""
@@ -158,6 +163,24 @@ class DirectionProducts:
         for name, value in vector.items():
             self.add_(out, name, value.unsqueeze(0))
         return out[0]
+
+
+class SideBySide:
+    """Two projections of the same gradients, the values of the second behind those of the first."""
+
+    def __init__(self, first: Projection, second: Projection) -> None:
+        self.first, self.second = first, second
+        self.dim = first.dim + second.dim
+        self.least_parameters = max(first.least_parameters, second.least_parameters)
+
+    def add_(self, out: Tensor, name: str, gradients: Tensor) -> None:
+        """Adds both projections of one parameter's gradients [b, *shape] to `out` [b, dim], in place."""
+        self.first.add_(out[:, : self.first.dim], name, gradients)
+        self.second.add_(out[:, self.first.dim :], name, gradients)
+
+    def sketch_vector(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """Both projections [dim] of one vector."""
+        return torch.cat([self.first.sketch_vector(vector), self.second.sketch_vector(vector)])
 
 
 def _draw_plan(seed: int, dim: int, name: str, size: int) -> _Plan:

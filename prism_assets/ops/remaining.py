@@ -305,11 +305,7 @@ class Remaining:
     def _selections(self) -> Work:
         pending = self._pending_selections
         rows = sum(self._trained_rows(name, strategy) for name, strategy in pending)
-        reranked = sum(
-            min(self.stage.settings.selection.rerank * self._budget(name, strategy), self.pool.canonical_rows)
-            for name, strategy in pending
-            if strategy.needs_direction
-        )
+        reranked = self._rescored(pending)
         tokens = self.pool.tokens_a_row
         states = self._hidden_states({name for name, one in pending if "hidden_states" in one.reads})
         return Work(
@@ -321,6 +317,30 @@ class Remaining:
             lines=rows,
             states=states,
         )
+
+    def _rescored(self, pending: "Sequence[tuple[str, Strategy]]") -> float:
+        """Rows that these selections score again by a gradient pass: of shortlists, or all whose features came before
+        the direction."""
+        rerank = self.stage.settings.selection.rerank
+        directed = [(name, strategy) for name, strategy in pending if strategy.needs_direction]
+        if rerank != "all":
+            return sum(min(rerank * self._budget(*one), self.pool.canonical_rows) for one in directed)
+        if not self._warmed_up:
+            return 0  # directions come first
+        from prism_assets.corpus.candidates import inbox_files
+        from prism_assets.features.exact_products import missing_products
+
+        stage = self.stage
+        keys = [key for key in inbox_files(stage, 0) if key not in set(self.pool.pending)]
+        features = [one for key in keys if (one := stage.shown_or_none("candidate_features", key)) is not None]
+        lacking = [0.0]  # one pass makes the products of all directions
+        for name, strategy in directed:
+            direction = stage.shown_or_none("target_directions", name, strategy.name)
+            if direction is None or strategy.name in self._missing_directions.get(name, ()):
+                lacking.append(sum(one.notes["rows"] for one in features))
+            else:
+                lacking.append(missing_products(stage, direction, features))
+        return max(lacking)
 
     def _hidden_states(self, targets: set[str]) -> float:
         """Rows whose hidden states are to be computed for these targets."""

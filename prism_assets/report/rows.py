@@ -12,6 +12,7 @@ from prism_assets.identity import join_key
 from prism_assets.report.wording import as_number, clipped
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.direction_artifacts import load_direction
+from prism_assets.selection.exact_scores import known_scores
 from prism_assets.selection.pool import Pool
 from prism_assets.stage import Stage
 
@@ -124,12 +125,14 @@ def around_the_cut(stage: Stage, one: Taken) -> dict[str, Any]:
     table = stage.lake.read_table(one.rows, list(_TEXTS))
     last = table.slice(max(table.num_rows - AROUND, 0)).to_pylist()
     inputs, settings = one.selection.header["inputs"], one.selection.header["settings"]
-    left, why_not = [], "no ranked row was left"
+    left, by_sketch, why_not = [], bool(settings.get("rerank")), "no ranked row was left"
     if one.removes:
         kept = stage.lake.read_first(one.selection, AROUND, _TEXTS).to_pylist()
         left = [row for row in kept if row["rank"] is not None]
     elif one.pool is not None and "direction" in inputs:
-        left = _first_left(stage, one, one.pool)
+        exact = _exact_scores(stage, one, one.pool) if settings.get("rerank") == "all" else None
+        by_sketch = by_sketch and exact is None
+        left = _first_left(stage, one, one.pool, exact)
     if "direction" not in inputs:
         why_not = "what this strategy ranks below its cut is not kept"
     elif one.pool is None:
@@ -137,7 +140,7 @@ def around_the_cut(stage: Stage, one: Taken) -> dict[str, Any]:
     return {
         "last": [_of_the_cut(row) for row in last],
         "left": [_of_the_cut(row) for row in left],
-        "left_by_sketch": bool(left and settings.get("rerank")),
+        "left_by_sketch": bool(left and by_sketch),
         "why_not": None if left else why_not,
     }
 
@@ -146,17 +149,27 @@ def _of_the_cut(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"rank": row["rank"], "score": as_number(row["score"]), **_shown(row)}
 
 
-def _first_left(stage: Stage, one: Taken, pool: Pool) -> list[dict[str, Any]]:
-    """The rows of highest score among those that a direction's selection left; ties by id, as in the ranking."""
+def _direction(stage: Stage, one: Taken) -> Artifact | None:
+    return stage.lake.get("target_directions", one.selection.header["inputs"]["direction"]["fingerprint"])
+
+
+def _exact_scores(stage: Stage, one: Taken, pool: Pool) -> np.ndarray | None:
+    """The exact scores of all rows; None where they are not known without the model."""
+    direction = _direction(stage, one)
+    return None if direction is None else known_scores(pool, direction)
+
+
+def _first_left(stage: Stage, one: Taken, pool: Pool, exact: np.ndarray | None) -> list[dict[str, Any]]:
+    """The rows of highest score among those that a direction's selection left; ties by id, as in the ranking. Without
+    exact scores by those of the sketch."""
     import numpy as np
 
     from prism_assets.selection.ordering import order_by_score
 
-    named = one.selection.header["inputs"]["direction"]
-    direction = stage.lake.get("target_directions", named["fingerprint"])
+    direction = _direction(stage, one)
     if direction is None:
         return []
-    scores = pool.influence(load_direction(stage.lake, direction).query)
+    scores = pool.influence(load_direction(stage.lake, direction).query) if exact is None else exact
     left = np.setdiff1d(np.arange(pool.size), positions_of(stage, one, pool))
     if not len(left):
         return []

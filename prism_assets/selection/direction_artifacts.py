@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.corpus.target_set import target_set
 from prism_assets.errors import StageError
+from prism_assets.features.exact_products import vectors_among
 from prism_assets.features.gradient_pass import GradientPass
 from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.gradients.vectors import norm
@@ -89,13 +90,8 @@ class Direction(NamedTuple):
 def load_direction(lake: Lake, artifact: Artifact) -> Direction:
     """Read a direction."""
     tensors = lake.read_tensors(artifact)
-    vectors: list[dict[str, Any]] = [{} for _ in range(len(tensors["norms"]))]
-    for name, tensor in tensors.items():
-        if name.startswith("t/"):
-            _, position, parameter = name.split("/", 2)
-            vectors[int(position)][parameter] = tensor
     weights = tensors["weights"].numpy() if "weights" in tensors else None
-    return Direction(tensors["query"].numpy(), vectors, tensors["norms"].numpy(), weights)
+    return Direction(tensors["query"].numpy(), vectors_among(tensors), tensors["norms"].numpy(), weights)
 
 
 class _Weighted(NamedTuple):

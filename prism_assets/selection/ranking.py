@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.direction_artifacts import load_direction
-from prism_assets.selection.exact_scores import exact_scores
+from prism_assets.selection.exact_scores import exact_scores, known_scores, whole_scores
 from prism_assets.selection.strategy_pool import StrategyPool
-from prism_assets.settings import Budget
+from prism_assets.settings import Budget, Rerank
 from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def top_of_ranking(
     inputs: Mapping[str, Artifact],
     budget: Budget,
     *,
-    rerank: float = 0.0,
+    rerank: "Rerank" = 0.0,
     representations: "Representations | None" = None,
     whole: bool = True,
     source: str | None = None,
@@ -42,8 +42,9 @@ def top_of_ranking(
     """The top of a strategy's ranking within a budget, over the rows of a source where one is named. Refused rows are
     never returned. `reverse` ranks by the opposite of a direction.
 
-    For strategies with one direction: the first `rerank` times the budget are ordered by exact scores; `whole` False
-    asks the index for the top alone, where scores of all rows are neither noted nor remembered.
+    For strategies with one direction: the first `rerank` times the budget are ordered by exact scores, or `all` rows;
+    `whole` False asks the index for the top alone, where scores of all rows are neither noted nor remembered, and takes
+    exact scores of all rows where they are known.
     """
     manifest = inputs["pool"]
     pool = StrategyPool(stage, inputs, 0, representations, source)
@@ -54,8 +55,14 @@ def top_of_ranking(
         query = load_direction(stage.lake, inputs["direction"]).query
         query = -query if reverse else query
         sign = -1 if reverse else 1
-        exact = (lambda positions: sign * exact_scores(pool, inputs["direction"], positions)) if rerank else None
-        table, scored = _top_by_score(pool, query, budget, counted, max(rerank, 1.0), exact, whole)
+        scores, shortlist, exact = None, 1.0, None
+        if rerank == "all":
+            scores = (whole_scores if whole else known_scores)(pool, inputs["direction"])
+            scores = scores if scores is None else sign * scores
+        elif rerank:
+            shortlist = max(rerank, 1.0)
+            exact = lambda positions: sign * exact_scores(pool, inputs["direction"], positions)  # noqa: E731
+        table, scored = _top_by_score(pool, query, budget, counted, shortlist, exact, whole, scores)
     else:
         table, scored = _top_by_order(pool, strategy, budget, counted)
     return TopRows(table, {**row_counts(table), "pool_rows": counted, "refused_rows": pool.refused, **scored})
@@ -69,11 +76,13 @@ def _top_by_score(
     shortlist: float,
     exact: "Callable[[np.ndarray], np.ndarray] | None",
     whole: bool,
+    known: "np.ndarray | None",
 ) -> "tuple[pa.Table, dict[str, Any]]":
     """Rows by descending score within the budget, reading only shards that have some; and what to note of the scores.
 
     `exact` gives the scores by which the first `shortlist` times the budget are ordered. `whole`: the scores of all
-    rows are computed, remembered and noted; else the index is asked for the top alone.
+    rows are computed, remembered and noted; else the index is asked for the top alone. `known`: the exact scores of all
+    rows, which are ordered by nothing else.
     """
     import numpy as np
 
@@ -82,7 +91,8 @@ def _top_by_score(
     from prism_assets.selection.sketch_noise import sketch_noise
 
     # The index knows unit rows alone.
-    scores = pool.influence(query) if whole or pool.stage.settings.selection.row_scale != "unit" else None
+    sketched = known is None and (whole or pool.stage.settings.selection.row_scale != "unit")
+    scores = pool.influence(query) if sketched else known
     k = min(math.ceil(shortlist * pool.wanted), pool.size)
     while True:
         # All that tie with the k-th: where they are cut, ids decide.
@@ -105,12 +115,12 @@ def _top_by_score(
     noted = {
         **(
             {"sketch_noise": sketch_noise(scores, query, dim).as_notes()}
-            if scores is not None and dim != "exact" and pool.stage.settings.selection.row_scale == "unit"
+            if sketched and scores is not None and dim != "exact" and pool.stage.settings.selection.row_scale == "unit"
             else {}
         ),
         "non_positive_influence": int((selected <= 0).sum()),
         **({"score_histogram": score_histogram(scores, selected=taken)} if scores is not None else {}),
-        "shortlist": len(best) if exact is not None else None,
+        "shortlist": pool.size if known is not None else len(best) if exact is not None else None,
     }
     return ranked_table(rows.take(order), selected), noted
 

@@ -11,7 +11,7 @@ from prism_assets.resources.lake import Artifact
 from prism_assets.selection.direction_artifacts import load_direction
 from prism_assets.selection.pool import Pool
 from prism_assets.selection.ranking import TopRows, ranked_table, row_counts, top_of_ranking
-from prism_assets.settings import Budget
+from prism_assets.settings import Budget, Rerank
 from prism_assets.stage import Stage
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def divide(
     inputs: Mapping[str, Artifact],
     budget: Budget,
     *,
-    rerank: float,
+    rerank: Rerank,
     representations: "Representations",
     source: str | None,
     harmful: Mapping[str, bool] | None = None,

@@ -22,7 +22,7 @@ from prism_assets.selection.removal import Divided, divide
 from prism_assets.selection.representations import Representations
 from prism_assets.selection.strategy_pool import target_scores_of
 from prism_assets.selection.target_scores import require_made_of
-from prism_assets.settings import Budget
+from prism_assets.settings import Budget, Rerank
 from prism_assets.stage import Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
@@ -245,7 +245,7 @@ def query_index(
     k: int = 10,
     offset: int = 0,
     version: str | None = None,
-    rerank: float = 0.0,
+    rerank: Rerank = 0.0,
     harmful: bool = False,
 ) -> list[dict[str, Any]]:
     """The k candidates of highest influence on a target behind the first `offset`, from the index of a feature version
@@ -274,13 +274,15 @@ def query_index(
     budget = Budget(kind="rows", amount=offset + k)
     settings = stage.settings.targets[target]
     reverse = harmful and settings.use == "keep"
+    # Where selections go by exact scores of all rows, a query does too, as far as they are known without the model.
+    everywhere = stage.settings.selection.rerank == "all" and version in (None, stage.feature_version)
     top = top_of_ranking(
         stage,
         STRATEGIES[strategy],
         inputs,
         budget,
-        rerank=rerank,
-        whole=False,
+        rerank="all" if everywhere else rerank,
+        whole=bool(everywhere and rerank),
         source=settings.mixture,
         reverse=reverse,
     )
@@ -336,5 +338,6 @@ def _sketch_check(noted: Mapping[str, Any] | None) -> CheckResult:
     advised = noted["advised"]
     facts = {name: round(noted[name], 4) for name in ("signal", "spread", "noise")}
     if noted["signal"] < ENOUGH:
-        facts["advised"] = f"features.sketch_dim: {advised or 'exact'}"
+        wider = f"features.sketch_dim: {advised}, or " if advised else ""
+        facts["advised"] = f"{wider}selection.rerank: all (exact scores)"
     return SKETCH_RESOLVES(noted["signal"] >= ENOUGH, **facts)

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prism_assets.compat import MOST_INDEX_DIMENSIONS
+
 ENOUGH = 0.5  # below it a ranking follows the noise more than the gradients
 WANTED = 0.9  # of the advice: the rank correlation with exact scores is about √.9 then
 
@@ -36,5 +38,6 @@ def sketch_noise(scores: np.ndarray, query: np.ndarray, dim: int) -> SketchNoise
     signal = left / variance if variance > 0 else 0.0
     advised = None
     if left > 0.02 * variance:  # of less nothing is known but that it is little
-        advised = 2 ** math.ceil(math.log2(dim * noise**2 / left * WANTED / (1 - WANTED)))
+        wanted = 2 ** math.ceil(math.log2(dim * noise**2 / left * WANTED / (1 - WANTED)))
+        advised = wanted if wanted * len(query) // dim <= MOST_INDEX_DIMENSIONS else None
     return SketchNoise(math.sqrt(variance), noise, signal, advised)

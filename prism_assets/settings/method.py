@@ -10,6 +10,7 @@ from prism_assets.settings.section import ColumnName, Section
 
 GivenBudget = Annotated[Budget, BeforeValidator(parse_budget)]
 RowScale = Literal["unit", "mean", "sum"]
+Rerank = float | Literal["all"]
 
 
 class TargetSettings(Section):
@@ -131,9 +132,9 @@ class SelectionSettings(Section):
         "LESS), mean (as long as the gradient of its mean loss), or sum (of its summed loss, as PRISM is published); "
         "the last two with features.optimizer sgd or adam.",
     )
-    rerank: float = Field(
+    rerank: Annotated[float, Field(ge=0)] | Literal["all"] = Field(
         default=0.0,
-        ge=0,
         description="Strategies with one direction score the top of their ranking again without a sketch: so many "
-        "budgets' worth of rows (4 is plenty); 0: off.",
+        "budgets' worth of rows; all: every row, in the gradient pass that makes its features where the directions are "
+        "known by then, else in one more pass for all of them; 0: off.",
     )

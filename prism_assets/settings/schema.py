@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from prism_assets.compat import MOST_INDEX_DIMENSIONS
 from prism_assets.settings.budget import Budget
 from prism_assets.settings.method import CurvatureSettings, PreferenceSettings, SelectionSettings, TargetSettings
 from prism_assets.settings.protection import LimitSettings, UiSettings
@@ -415,6 +416,16 @@ class Settings(Section):
             raise ValueError(
                 f"curvature.kind ekfac needs features.optimizer sgd, not {optimizer}: Kronecker factors are those of "
                 "gradients as they are"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fit_an_index(self) -> "Settings":
+        dim, checkpoints = self.features.sketch_dim, self.warmup.checkpoints
+        if dim != "exact" and dim * checkpoints > MOST_INDEX_DIMENSIONS:
+            raise ValueError(
+                f"features.sketch_dim {dim:,} x warmup.checkpoints {checkpoints} makes rows of {dim * checkpoints:,} "
+                f"dimensions, and an index takes {MOST_INDEX_DIMENSIONS:,} at most: lower one of them"
             )
         return self
 

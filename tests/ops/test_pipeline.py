@@ -34,9 +34,9 @@ FINISHED_STEPS = {
     "Candidates",
     "Targets",
     "Live pool and warm-up",
+    "Target directions",
     "Candidate features",
     "Index",
-    "Target directions",
     "Selection",
     "Fine-tuning, evaluation",
     "Report",
@@ -920,6 +920,14 @@ def test_a_target_file_that_cannot_serve_is_named(make_project, tmp_path, conten
 def test_a_sketch_larger_than_the_adapter_is_refused_with_advice(make_project, tmp_path):
     project = make_project(tmp_path / "project", features={"sketch_dim": 100_000})
     assert "lower sketch_dim" in failing(project)
+
+
+def test_exact_rows_wider_than_an_index_are_refused_before_the_gradient_pass(make_project, tmp_path, monkeypatch):
+    project = make_project(tmp_path / "project", features={"sketch_dim": "exact"})
+    monkeypatch.setattr("prism_assets.features.gradient_pass.MOST_INDEX_DIMENSIONS", 100)
+    message = failing(project)
+    assert message.startswith("Candidate features") and "an index takes 100 at most: set a number" in message
+    assert not everything_made(project.lake, "feature_blocks")
 
 
 def test_a_model_without_safetensors_is_refused_before_anything_is_done(make_project, tmp_path):

@@ -61,7 +61,7 @@ def test_of_a_ranking_of_noise_alone_no_dimension_is_advised_but_exact_scores():
     assert found.signal < 0.3
     nothing = found._replace(signal=0.0, advised=None)
     check = _sketch_check(nothing.as_notes())
-    assert not check.passed and check.facts["advised"] == "features.sketch_dim: exact"
+    assert not check.passed and check.facts["advised"] == "selection.rerank: all (exact scores)"
     assert sketch_noise(np.ones(5), np.ones(64), 64).signal == 0
 
 
@@ -71,4 +71,6 @@ def test_a_check_passes_where_the_gradients_outweigh_the_noise_or_nothing_is_kno
     assert _sketch_check(None).passed
     _, sketched, query = ranking(64, 0.02)
     failed = _sketch_check({**sketch_noise(sketched, query, 64).as_notes(), "signal": 0.2, "advised": 4096})
-    assert not failed.passed and failed.facts["advised"] == "features.sketch_dim: 4096"
+    assert not failed.passed and failed.facts["advised"].startswith(
+        "features.sketch_dim: 4096, or selection.rerank: all"
+    )
