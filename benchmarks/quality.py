@@ -108,6 +108,7 @@ def project_settings(folder: Path, seed: int, situations: list[str]) -> Any:
 
     content = demo_settings()
     content["warmup"]["seed"] = content["features"]["seed"] = seed
+    content["features"]["optimizer"] = "adam"  # as when the published tables were made
     content["selection"]["seed"] = seed
     content["seeds"] = [seed]
     content["strategies"] = [*GRADIENT, *SEVERAL, "random"]

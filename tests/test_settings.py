@@ -50,7 +50,7 @@ def test_everything_but_the_targets_has_a_default(load):
     settings = load()
     assert settings.strategies == ("prism", "prism-cover", "uniform", "less", "random") and settings.seeds == (0, 1, 2)
     assert settings.selection.budget == Budget(kind="share", amount=0.05)
-    assert (settings.lora.rank, settings.features.sketch_dim, settings.features.optimizer) == (16, 4096, "adam")
+    assert (settings.lora.rank, settings.features.sketch_dim, settings.features.optimizer) == (16, 4096, "sgd")
     assert settings.preference.temperature is None
 
 

@@ -219,8 +219,9 @@ class FeatureSettings(Section):
     """What is stored of each candidate's gradient."""
 
     optimizer: Literal["sgd", "adam", "adam_step", "adam_less"] = Field(
-        default="adam",
-        description="The preconditioner that a gradient goes through (docs/method.md, Candidate rows); sgd: none.",
+        default="sgd",
+        description="The preconditioner that a gradient goes through (docs/method.md, Candidate rows); sgd: none, as "
+        "PRISM is published.",
     )
     sketch_dim: Annotated[int, Field(ge=1)] | Literal["exact"] = Field(
         default=4096,
