@@ -161,7 +161,7 @@ def run_seed(folder: Path, seed: int, situations: list[str]) -> dict[str, Any]:
 
 def _collect(stage: Any, name: str, seed: int) -> dict[str, Any]:
     from prism_assets.identity import base_key, join_key, seed_partition
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
 
     lake = stage.lake
     right = set(SITUATIONS[name].right)

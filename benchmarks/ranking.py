@@ -71,7 +71,7 @@ def precisions(folder: Path, seed: int, changes: dict[str, dict[str, Any]]) -> d
     os.environ |= {"PRISM_CONFIG": str(folder / "prism.yaml"), "DAGSTER_HOME": str(folder / "dagster")}
     from prism_assets import build_definitions, open_stage
     from prism_assets.project import Project
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
 
     until = next(at for at, step in enumerate(steps_of("run")) if "target_direction" in step.assets) + 1
     with instance_of(settings) as instance:

@@ -156,7 +156,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
 
 def _figures(stage: Any, name: str, seed: int) -> dict[str, dict[str, float]]:
     from prism_assets.identity import base_key, join_key, seed_partition
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
 
     lake, pool = stage.lake, stage.shown("live_pool")
     base = stage.shown("evaluations", base_key(name)).notes

@@ -66,7 +66,7 @@ def measured(model: Path, data: Path, options: argparse.Namespace, work: Path) -
 
 def exact_scores(stage: Any, rows: int) -> Scores:
     """Target → id of a row → its score along prism's direction, without the sketch."""
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
 
     return {
         target: {row["id"]: row["score"] for row in query_index(stage, target=target, k=rows, rerank=1.0)}

@@ -3,6 +3,7 @@ benchmarks."""
 
 from typing import Any
 
+from prism_assets.identity import ENGINES, INDEX, LAKE, MODEL
 from prism_assets.resources.index.store import VectorStore
 from prism_assets.resources.lake import Lake
 from prism_assets.resources.model.language_model import LanguageModel
@@ -17,8 +18,6 @@ def open_lake(settings: Settings) -> Lake:
 
 def build_engines(settings: Settings) -> dict[str, Any]:
     """The engines by the names that `build_definitions(resource_overrides=...)` takes."""
-    from prism_assets.project import INDEX, LAKE, MODEL
-
     model = settings.model
     lake = open_lake(settings)
     return {
@@ -40,7 +39,5 @@ def build_engines(settings: Settings) -> dict[str, Any]:
 
 def open_stage(settings: Settings) -> Stage:
     """A Stage over the lake of these settings; nothing is read before it is asked for."""
-    from prism_assets.project import ENGINES
-
     engines = build_engines(settings)
     return Stage(settings, *(engines[name] for name in ENGINES))

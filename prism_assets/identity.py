@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _VERSION_LENGTH = 12
 
+ENGINES = LAKE, MODEL, INDEX = "lake", "language_model", "vector_store"  # names of what every asset works with
+
 
 # -- versions -----------------------------------------------------------------------------------------------------
 

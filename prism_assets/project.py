@@ -11,10 +11,10 @@ from typing import Any
 
 import dagster as dg
 
+from prism_assets.identity import ENGINES
 from prism_assets.settings import Settings
 from prism_assets.tables import Asset, asset_named
 
-ENGINES = LAKE, MODEL, INDEX = "lake", "language_model", "vector_store"  # resources of every asset
 MODEL_POOL = "model"  # its slots keep steps from loading a model side by side
 
 

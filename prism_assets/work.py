@@ -6,8 +6,9 @@ from typing import Any
 
 import dagster as dg
 
+from prism_assets.identity import ENGINES
 from prism_assets.metadata import harmless
-from prism_assets.project import ENGINES, CheckResult, Project
+from prism_assets.project import CheckResult, Project
 from prism_assets.resources.lake import Artifact, Lake, digest
 from prism_assets.stage import Stage
 from prism_assets.text import as_code, visible

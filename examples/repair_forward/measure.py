@@ -37,7 +37,7 @@ def measure(config: Path, clean: Path) -> dict[str, Any]:
     from benchmarks.real_text import area_under_curve
     from prism_assets import load_settings, open_stage
     from prism_assets.identity import join_key, seed_partition
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
     from prism_assets.training.adapter import adapter_state
 
     settings = load_settings(config)

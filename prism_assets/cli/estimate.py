@@ -11,12 +11,12 @@ from prism_assets.cli.common import (
     app,
     expected_failures,
     known_targets,
-    load_project,
     print_json,
     print_table,
     read_settings,
     say,
 )
+from prism_assets.engines import open_stage
 
 if TYPE_CHECKING:
     from prism_assets.ops.estimate import Estimate
@@ -37,7 +37,7 @@ def estimate(
         known_targets(settings, target)
         from prism_assets.ops.estimate import estimate as estimated
 
-        found = estimated(load_project(settings).stage, target, seconds=seconds)
+        found = estimated(open_stage(settings), target, seconds=seconds)
         if as_json:
             print_json(found.data())
         else:

@@ -10,13 +10,13 @@ from prism_assets.cli.common import (
     app,
     expected_failures,
     known_targets,
-    load_project,
     print_json,
     print_table,
     read_settings,
     say,
     short,
 )
+from prism_assets.engines import open_stage
 
 
 @app.command()
@@ -35,7 +35,7 @@ def explain(
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, [target])
-        stage = load_project(settings).stage
+        stage = open_stage(settings)
         from prism_assets.explanation.explainer import Explainer
 
         with Explainer(stage, target=target, strategy=strategy, exact=exact) as explainer:

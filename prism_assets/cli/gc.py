@@ -10,12 +10,12 @@ from prism_assets.cli.common import (
     Config,
     app,
     expected_failures,
-    load_project,
     print_json,
     print_table,
     read_settings,
     say,
 )
+from prism_assets.engines import open_stage
 from prism_assets.errors import UserMistake
 
 
@@ -31,7 +31,7 @@ def gc(
     with expected_failures():
         settings = read_settings(config)
         age = _seconds(min_age)
-        stage = load_project(settings).stage
+        stage = open_stage(settings)
         from prism_assets.catalog.sql import refresh
         from prism_assets.ops.gc import collect, plan, runs_in_progress, summary, what_is_current
         from prism_assets.ops.home import dagster_home, instance_of

@@ -10,13 +10,13 @@ from prism_assets.cli.common import (
     app,
     expected_failures,
     known_targets,
-    load_project,
     print_json,
     print_table,
     read_settings,
     short,
 )
 from prism_assets.cli.formats import AsFormat, chosen, write_rows
+from prism_assets.engines import open_stage
 from prism_assets.errors import UnknownThing, UserMistake
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def query(
         form = chosen(form, as_json)
         settings = read_settings(config)
         known_targets(settings, [target], "")
-        stage = load_project(settings).stage
-        from prism_assets.selection.selection import query_index, selected_rows
+        stage = open_stage(settings)
+        from prism_assets.selection.query import query_index, selected_rows
 
         if version and exact:
             raise UserMistake("--exact needs the model of today's version: leave out --version, or --exact.")

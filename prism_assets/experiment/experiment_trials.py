@@ -16,7 +16,8 @@ from prism_assets.identity import join_key, trial_partition
 from prism_assets.metadata import preview
 from prism_assets.project import Project
 from prism_assets.resources.lake import Artifact, Rows
-from prism_assets.selection.selection import make_selection, selection_inputs
+from prism_assets.selection.selection import make_selection
+from prism_assets.selection.selection_inputs import selection_inputs
 from prism_assets.stage import Made, Stage
 from prism_assets.tables import METRICS, schema_of
 from prism_assets.training.adapter import make_adapter

@@ -16,7 +16,7 @@ from prism_assets.selection.direction_artifacts import (
     DirectionInputs,
     make_directions,
 )
-from prism_assets.selection.selection import OfTarget
+from prism_assets.selection.selection_inputs import OfTarget
 from prism_assets.settings import Settings
 from prism_assets.stage import Made, Stage
 

@@ -15,7 +15,7 @@ from prism_assets.features.blocks import vectors_of
 from prism_assets.features.gradient_pass import GradientPass
 from prism_assets.identity import feature_versions, join_key
 from prism_assets.resources.lake import Artifact
-from prism_assets.selection.direction_artifacts import load_direction
+from prism_assets.selection.direction_artifacts import load_query
 from prism_assets.selection.exact_scores import known_scores
 from prism_assets.selection.pool import Pool, indexed_pool
 from prism_assets.stage import Stage
@@ -295,7 +295,7 @@ def _is_reranked(selection: Artifact | None) -> bool:
 
 def _rank(pool: Pool, direction: Artifact, position: int) -> tuple[int, int, float]:
     """Rank, number of ranked rows and score of one row of a pool for a direction, as a selection ranks."""
-    scores = pool.influence(load_direction(pool.lake, direction).query, remember=False)
+    scores = pool.influence(load_query(pool.lake, direction), remember=False)
     return _rank_among(pool, scores, position)
 
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 import dagster as dg
 
 from prism_assets.corpus.encoding import encoder_of
-from prism_assets.errors import LakeError, UnusableTargets
+from prism_assets.errors import UnusableTargets
+from prism_assets.features.anchor_artifacts import MADE, anchors_kind, anchors_recipe, is_removal
 from prism_assets.features.gradient_pass import GradientPass, gradient_pass
 from prism_assets.identity import target_of_split
 from prism_assets.metadata import preview
 from prism_assets.project import Check, Project
-from prism_assets.resources.lake import Artifact, Recipe, Rows
+from prism_assets.resources.lake import Artifact, Rows
 from prism_assets.stage import Made, Stage
 from prism_assets.work import Outcome, each_partition, stage_of
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from prism_assets.corpus.anchors import Anchor, Anchored
 
 ALL_ANCHORED = Check("all_targets_anchored", "Every target example has an unwanted answer, where some are asked for.")
-# Of these every example has an anchor; of the others the file's records decide.
-MADE = ("choices", "generated", "shuffled")
 
 
 def build(project: Project) -> dg.AssetsDefinition:
@@ -73,46 +72,6 @@ def make_anchors(work: GradientPass, targets: Artifact, name: str) -> Made:
     asked for.
     """
     return work.stage.make(anchors_recipe(work.stage, targets, name), lambda: _anchored(work, targets, name))
-
-
-def shown_anchors(stage: Stage, name: str) -> Artifact:
-    """The target examples that directions are to be made of.
-
-    Raises NotMadeYet where there are none, LakeError where they are those of earlier target files or settings.
-    """
-    found, targets = stage.shown("target_anchors", name), stage.shown("targets", name)
-    if found.fingerprint != anchors_recipe(stage, targets, name).fingerprint:
-        raise LakeError(
-            f"target_anchors of {name} are those of earlier target files or settings: materialise target_anchors "
-            "first, or run `prism run`."
-        )
-    return found
-
-
-def anchors_kind(stage: Stage, name: str) -> str | None:
-    """`targets.<name>.anchors`, also for a split of the target."""
-    return stage.settings.targets[target_of_split(name)].anchors
-
-
-def anchors_recipe(stage: Stage, targets: Artifact, name: str) -> Recipe:
-    """What the anchors of these targets are made from."""
-    kind = anchors_kind(stage, name)
-    inputs: dict[str, Any] = {"targets": targets}
-    if kind == "generated":
-        inputs["warmup"] = stage.warmup
-    if kind in MADE:
-        inputs["tokenizer"] = stage.model_identity.tokenizer
-    settings: dict[str, Any] = {"anchors": kind or "given"}
-    if kind in MADE:
-        settings["tokenization"] = stage.settings.tokenization.model_dump()
-    if is_removal(stage, name):
-        settings["swapped"] = True
-    return stage.recipe("target_anchors", settings, inputs, partition=name)
-
-
-def is_removal(stage: Stage, name: str) -> bool:
-    """Whether the target, also that of a split, names rows to be removed."""
-    return stage.settings.targets[target_of_split(name)].use == "remove"
 
 
 def _anchored(work: GradientPass, targets: Artifact, name: str) -> Rows:

@@ -6,9 +6,9 @@ import dagster as dg
 
 from prism_assets.corpus.target_set import TargetSet, target_set
 from prism_assets.errors import StageError
+from prism_assets.features.anchor_artifacts import shown_anchors
 from prism_assets.features.blocks import per_checkpoint, refused_rows
 from prism_assets.features.gradient_pass import GradientPass, gradient_pass
-from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.metadata import preview
 from prism_assets.progress import Progress
 from prism_assets.project import Check, Project

@@ -7,7 +7,8 @@ from typing import Any
 import dagster as dg
 
 from prism_assets.errors import LakeError
-from prism_assets.project import ENGINES, Project
+from prism_assets.identity import ENGINES
+from prism_assets.project import Project
 from prism_assets.resources.lake import Lake, damaged_among
 from prism_assets.selection.json_lines import JSON_LINES, restore_json_lines
 from prism_assets.stage import Stage

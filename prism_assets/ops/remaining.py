@@ -140,7 +140,7 @@ class Remaining:
     # -- targets -----------------------------------------------------------------------------------------------
 
     def _anchored(self, name: str) -> Artifact | None:
-        from prism_assets.features.target_anchors import anchors_recipe
+        from prism_assets.features.anchor_artifacts import anchors_recipe
 
         examples = self.targets[name].examples.artifact
         if not self._warmed_up or examples is None:
@@ -155,7 +155,7 @@ class Remaining:
 
     def _is_made_pairs(self, name: str) -> bool:
         """Whether the target's plain examples get an anchor."""
-        from prism_assets.features.target_anchors import MADE
+        from prism_assets.features.anchor_artifacts import MADE
 
         return self.stage.settings.targets[name].anchors in MADE and not self.targets[name].examples.pairs
 

@@ -5,11 +5,11 @@ from typing import Any
 import dagster as dg
 
 from prism_assets.features.candidate_index import COMPACT_TAG
-from prism_assets.identity import join_key
+from prism_assets.identity import ENGINES, join_key
 from prism_assets.ops.integrity import JOB, PARTS, build_verify_job
 from prism_assets.ops.ranges import RANGE_START, range_tags
 from prism_assets.ops.stale import untrained
-from prism_assets.project import ENGINES, Project
+from prism_assets.project import Project
 from prism_assets.settings import Settings
 from prism_assets.tables import ASSETS, JOBS
 from prism_assets.work import stage_of

@@ -7,11 +7,12 @@ from typing import Any
 
 import dagster as dg
 
+from prism_assets.identity import ENGINES
 from prism_assets.ops.home import claim_home
 from prism_assets.ops.ranges import AutomationSensor
 from prism_assets.ops.runs import close_orphaned_runs
 from prism_assets.ops.shards import reconcile_shards
-from prism_assets.project import ENGINES, Project
+from prism_assets.project import Project
 from prism_assets.resources.lake import Lake, digest
 from prism_assets.settings import TargetSettings
 from prism_assets.tables import ASSETS

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def why_outdated(stage: Stage, target: str, strategy: "Strategy") -> str | None:
     """Why the selection that the lake shows is not the one of today's inputs and settings; None where it is."""
     from prism_assets.selection.direction_artifacts import expected_direction
-    from prism_assets.selection.selection import selection_inputs, selection_recipe
+    from prism_assets.selection.selection_inputs import selection_inputs, selection_recipe
     from prism_assets.selection.strategies import STRATEGIES
 
     key = join_key(target, strategy.name)

@@ -11,7 +11,7 @@ from prism_assets.errors import LakeError
 from prism_assets.identity import join_key
 from prism_assets.report.wording import as_number, clipped
 from prism_assets.resources.lake import Artifact
-from prism_assets.selection.direction_artifacts import load_direction
+from prism_assets.selection.direction_artifacts import load_query
 from prism_assets.selection.exact_scores import known_scores
 from prism_assets.selection.pool import Pool
 from prism_assets.stage import Stage
@@ -169,7 +169,7 @@ def _first_left(stage: Stage, one: Taken, pool: Pool, exact: np.ndarray | None) 
     direction = _direction(stage, one)
     if direction is None:
         return []
-    scores = pool.influence(load_direction(stage.lake, direction).query) if exact is None else exact
+    scores = pool.influence(load_query(stage.lake, direction)) if exact is None else exact
     left = np.setdiff1d(np.arange(pool.size), positions_of(stage, one, pool))
     if not len(left):
         return []

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.corpus.target_set import target_set
 from prism_assets.errors import StageError
+from prism_assets.features.anchor_artifacts import shown_anchors
 from prism_assets.features.exact_products import vectors_among
 from prism_assets.features.gradient_pass import GradientPass
-from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.gradients.vectors import norm
 from prism_assets.resources.lake import Artifact, Lake, Recipe, Tensors, digest
 from prism_assets.selection.curvature import correct, reads_sample
@@ -92,6 +92,11 @@ def load_direction(lake: Lake, artifact: Artifact) -> Direction:
     tensors = lake.read_tensors(artifact)
     weights = tensors["weights"].numpy() if "weights" in tensors else None
     return Direction(tensors["query"].numpy(), vectors_among(tensors), tensors["norms"].numpy(), weights)
+
+
+def load_query(lake: Lake, artifact: Artifact) -> "np.ndarray":
+    """The query float32 [C·K] of a direction, read without torch."""
+    return lake.read_arrays(artifact)["query"]
 
 
 class _Weighted(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prism_assets.resources.lake import Artifact
-from prism_assets.selection.direction_artifacts import load_direction
+from prism_assets.selection.direction_artifacts import load_query
 from prism_assets.selection.exact_scores import exact_scores, known_scores, whole_scores
 from prism_assets.selection.strategy_pool import StrategyPool
 from prism_assets.settings import Budget, Rerank
@@ -52,7 +52,7 @@ def top_of_ranking(
     counted = pool.canonical
     pool.wanted = _rows_to_ask(budget, counted, manifest.notes)
     if strategy.needs_direction:
-        query = load_direction(stage.lake, inputs["direction"]).query
+        query = load_query(stage.lake, inputs["direction"])
         query = -query if reverse else query
         sign = -1 if reverse else 1
         scores, shortlist, exact = None, 1.0, None

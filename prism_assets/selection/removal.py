@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism_assets.resources.lake import Artifact
-from prism_assets.selection.direction_artifacts import load_direction
+from prism_assets.selection.direction_artifacts import load_query
+from prism_assets.selection.exact_scores import whole_scores
 from prism_assets.selection.pool import Pool
 from prism_assets.selection.ranking import TopRows, ranked_table, row_counts, top_of_ranking
 from prism_assets.settings import Budget, Rerank
@@ -65,7 +66,7 @@ def divide(
         if strategy.by_label
         else [f"rank {rank:,} {words}" for rank in removed.table["rank"].to_pylist()],
     )
-    kept, ranks, scores = _rest(stage, strategy, inputs, everything, removed.table, source)
+    kept, ranks, scores = _rest(stage, strategy, inputs, everything, removed.table, source, rerank)
     reasons = [
         "nothing is removed" if strategy.whole_pool
         else "its label does not call it harmful" if strategy.by_label
@@ -100,6 +101,7 @@ def _rest(
     everything: Pool,
     removed: "pa.Table",
     source: str | None,
+    rerank: Rerank,
 ) -> "tuple[pa.Table, list[int | None], np.ndarray | None]":
     """The rows that stay, with their ranks after the removed ones and their scores where the strategy has a direction:
     those that are ranked in order of rank, then the others."""
@@ -112,7 +114,9 @@ def _rest(
     if not strategy.needs_direction:
         return everything.rows_at(left), [None] * len(left), None
     ranked = Pool(stage, inputs["pool"], inputs["index"], source)
-    found = ranked.influence(load_direction(stage.lake, inputs["direction"]).query)
+    direction = inputs["direction"]
+    exact = rerank == "all"
+    found = whole_scores(ranked, direction) if exact else ranked.influence(load_query(stage.lake, direction))
     known = dict(zip(ranked.ids, found.tolist(), strict=True))
     names = [everything.ids[position] for position in left]
     scores = np.array([known.get(name, -np.inf) for name in names])

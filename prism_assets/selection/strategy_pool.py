@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from prism_assets.reference.checkpoints import learning_rates
 from prism_assets.resources.lake import Artifact
-from prism_assets.selection.direction_artifacts import load_direction
+from prism_assets.selection.direction_artifacts import load_query
 from prism_assets.selection.pool import Pool
 from prism_assets.selection.strategies.base import TargetScores, Texts
 from prism_assets.selection.target_scores import scores_of
@@ -60,7 +60,7 @@ class StrategyPool(Pool):
 
     def direction_scores(self) -> "np.ndarray":
         """Influence of each ranked row by PRISM's direction, float32 [n]."""
-        return self.influence(load_direction(self.lake, self.inputs["direction"]).query)
+        return self.influence(load_query(self.lake, self.inputs["direction"]))
 
     def vectors(self, positions: "np.ndarray") -> "np.ndarray":
         """Stored gradient features of the rows at these positions, float32 [k, C·K].

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from prism_assets.features.anchor_artifacts import shown_anchors
 from prism_assets.features.gradient_pass import GradientPass
-from prism_assets.features.target_anchors import shown_anchors
 from prism_assets.resources.lake import Artifact
 from prism_assets.selection.direction_artifacts import COMPARED, load_direction, make_directions, shown_inputs
 from prism_assets.selection.pool import Pool, indexed_pool

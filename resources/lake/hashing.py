@@ -10,6 +10,7 @@ from prism_assets.resources.lake.spool import RowSource, rows_between
 from prism_assets.resources.regular_files import open_regular
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     import torch
 
@@ -81,6 +82,16 @@ def hash_tensors(tensors: "Mapping[str, torch.Tensor]") -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         hasher.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return hasher.hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def hash_arrays(arrays: "Mapping[str, np.ndarray]") -> str:
+    """As `hash_tensors`, of arrays: the same for the same values."""
+    hasher = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        hasher.update(f"{name}:torch.{array.dtype}:{array.shape}\n".encode())
+        hasher.update(array.tobytes())
     return hasher.hexdigest()[:FINGERPRINT_LENGTH]
 
 

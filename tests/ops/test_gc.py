@@ -14,7 +14,7 @@ from prism_assets.identity import feature_versions
 from prism_assets.ops.gc import collect, plan, runs_in_progress, what_is_current
 from prism_assets.resources.lake.lake import Lake
 from prism_assets.resources.lake.recipe import Recipe, references
-from prism_assets.selection.selection import query_index
+from prism_assets.selection.query import query_index
 
 HOUR = 3600.0
 

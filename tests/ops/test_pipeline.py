@@ -337,7 +337,7 @@ def origin_version(project):
 
 
 def test_query_answers_with_the_top_of_the_selection(finished):
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
 
     found = query_index(finished.stage, target="plain", k=3)
     selected = finished.selected("prism")[:3]
@@ -648,7 +648,7 @@ def test_new_shards_do_not_move_the_pinned_warmup_and_a_generation_does(copy):
     versions += [entry["scope"] for entry in project.lake.heads("candidate_index") if entry["scope"] not in versions]
     assert len(versions) == 2
 
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
 
     old = query_index(project.stage, target="plain", k=50, version=versions[0])
     new = query_index(project.stage, target="plain", k=50)

@@ -11,7 +11,7 @@ from prism_assets.report.gradient_map import gradient_map, principal_plane
 from prism_assets.report.page import build_report
 from prism_assets.report.rows import MOST_ROWS, around_the_cut, listed_rows, overlaps, taken_by_all
 from prism_assets.selection.pool import indexed_pool
-from prism_assets.selection.selection import query_index
+from prism_assets.selection.query import query_index
 
 
 @pytest.fixture(scope="module")

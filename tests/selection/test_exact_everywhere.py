@@ -1,10 +1,14 @@
 """`selection.rerank: all`: exact scores of all rows, where it can be out of the pass that makes their features."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
-from conftest import make_rows
+from conftest import make_rows, write_lines
 from prism_assets.features import exact_products
+from prism_assets.identity import join_key
 from prism_assets.selection import exact_scores
 
 
@@ -110,7 +114,7 @@ def test_features_are_the_same_bits_with_products_and_without(project, tmp_path,
 
 
 def test_a_query_gives_the_order_of_the_selection_and_loads_no_model(project, monkeypatch):
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
 
     monkeypatch.setattr(exact_scores, "gradient_pass", _no_pass)
     rows = query_index(project.stage, target="plain", strategy="less", k=8)
@@ -119,7 +123,7 @@ def test_a_query_gives_the_order_of_the_selection_and_loads_no_model(project, mo
 
 
 def test_where_products_are_lost_a_query_asks_the_sketch_and_exact_ones_are_made_when_wanted(project, tmp_path):
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
 
     copy = project.copy(tmp_path / "copy")
     forget_products(copy)
@@ -139,3 +143,39 @@ def test_more_directions_than_a_pass_takes_are_made_one_pass_after_the_other(pro
     for strategy in ("prism", "uniform", "less"):
         ids = [row["id"] for row in project.selected(strategy)]
         assert [row["id"] for row in copy.selected(strategy)][:8] == ids
+
+
+def test_a_query_loads_neither_torch_nor_dagster(project):
+    """They take three seconds to import; what a query reads is a vector and an index."""
+    code = (
+        "import sys; from prism_assets import load_settings, open_stage\n"
+        "from prism_assets.selection.query import query_index\n"
+        f"rows = query_index(open_stage(load_settings({str(project.config)!r})), target='plain', k=8)\n"
+        "print(len(rows), {'torch', 'dagster', 'transformers'} & set(sys.modules))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "8 set()"
+
+
+def test_a_removal_ranks_all_rows_of_its_mixture_by_exact_scores(make_project, tmp_path):
+    pairs = [{"prompt": f"q{i}", "chosen": f"right {i}", "rejected": f"wrong {i}"} for i in range(6)]
+    one = make_project(tmp_path / "removal", features={"sketch_dim": 16}, selection={"rerank": "all"}, seeds=[0])
+    write_lines(one.folder / "pairs.jsonl", pairs[:4])
+    write_lines(one.folder / "pairs_eval.jsonl", pairs[4:])
+    harm = {"examples": "pairs.jsonl", "eval": "pairs_eval.jsonl", "use": "remove", "budget": 10}
+    found, dense = (
+        one.copy(tmp_path / name).configure(targets={"harm": harm}, strategies=["prism"], **sections)
+        for name, sections in (
+            ("found", {}),
+            ("dense", {"features": {"sketch_dim": "exact"}, "selection": {"rerank": 0}}),
+        )
+    )
+    tables = []
+    for project in (found, dense):
+        project.run(["harm"])
+        shown = [project.stage.shown(table, join_key("harm", "prism")) for table in ("removed", "selection")]
+        tables.append([project.lake.read_table(each).select(["id", "rank", "score"]).to_pylist() for each in shown])
+    for ours, theirs in zip(*tables, strict=True):
+        assert [row["id"] for row in ours] == [row["id"] for row in theirs]
+        assert [row["rank"] for row in ours] == [row["rank"] for row in theirs]
+        np.testing.assert_allclose([row["score"] for row in ours], [row["score"] for row in theirs], atol=1e-3)

@@ -64,7 +64,7 @@ def inner(left, right):
 @pytest.mark.parametrize("strategy", ["prism", "uniform"])
 def test_selected_scores_are_exact_and_in_order(project, strategy):
     from prism_assets.selection.direction_artifacts import load_direction
-    from prism_assets.selection.selection import query_index
+    from prism_assets.selection.query import query_index
 
     rows, rates = explicit_rows(project)
     direction = project.lake.get(

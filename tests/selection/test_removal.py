@@ -12,9 +12,10 @@ from prism_assets.errors import RunRefused, SettingsError
 from prism_assets.identity import join_key
 from prism_assets.selection.labels import harmful_rows
 from prism_assets.selection.pool import Pool
+from prism_assets.selection.query import query_index
 from prism_assets.selection.removal import divide
 from prism_assets.selection.representations import Representations
-from prism_assets.selection.selection import query_index, selection_inputs
+from prism_assets.selection.selection_inputs import selection_inputs
 from prism_assets.selection.strategies import STRATEGIES
 from prism_assets.settings import Budget, from_mapping
 from prism_assets.tables import table_named

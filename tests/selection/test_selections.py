@@ -12,7 +12,8 @@ from conftest import make_rows, save_tiny_model
 from prism_assets.errors import LakeError
 from prism_assets.ops.gc import plan
 from prism_assets.ops.pipeline import steps_of
-from prism_assets.selection.selection import query_index, selection_inputs
+from prism_assets.selection.query import query_index
+from prism_assets.selection.selection_inputs import selection_inputs
 from prism_assets.selection.strategies import STRATEGIES as EVERY_STRATEGY
 
 NEW = ("perplexity", "bm25", "rds", "prism-mmr")
