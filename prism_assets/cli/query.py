@@ -13,6 +13,7 @@ from prism_assets.cli.common import (
     print_json,
     print_table,
     read_settings,
+    say,
     short,
 )
 from prism_assets.cli.formats import AsFormat, chosen, write_rows
@@ -20,6 +21,7 @@ from prism_assets.engines import open_stage
 from prism_assets.errors import UnknownThing, UserMistake
 
 if TYPE_CHECKING:
+    from prism_assets.selection.query import Answer
     from prism_assets.settings import Settings
     from prism_assets.stage import Stage
 
@@ -53,7 +55,7 @@ def query(
         settings = read_settings(config)
         known_targets(settings, [target], "")
         stage = open_stage(settings)
-        from prism_assets.selection.query import query_index, selected_rows
+        from prism_assets.selection.query import ask, selected_rows
 
         if version and exact:
             raise UserMistake("--exact needs the model of today's version: leave out --version, or --exact.")
@@ -63,7 +65,7 @@ def query(
         cut = selected_rows(stage, target, strategy) if around_cut else None
         if cut is not None:
             offset = max(cut - k // 2, 0)
-        rows = query_index(
+        answer = ask(
             stage,
             target=target,
             strategy=strategy,
@@ -73,6 +75,9 @@ def query(
             rerank=4.0 if exact else 0.0,
             harmful=harmful,
         )
+        rows = answer.rows
+        if settings.selection.rerank == "all" and answer.scores == "sketch":
+            say("scores of the sketch: exact ones are not known yet; --exact computes them", err=True)
         if cut is not None:
             rows = [{**row, "taken": row["rank"] <= cut} for row in rows]
         if form == "json":
@@ -81,12 +86,16 @@ def query(
             columns = ["rank", *(["taken"] if cut is not None else []), "score", "source", "prompt", "completion"]
             columns += ["shard", "id"]
             shown = [[short(row[name]) for name in columns] for row in rows]
-            print_table(columns, shown, title=f"{strategy}: {_title(settings, target, strategy, harmful)}")
+            print_table(columns, shown, title=f"{strategy}: {_title(settings, target, strategy, harmful)}{_by(answer)}")
         else:
             import pyarrow as pa
 
             table = pa.Table.from_pylist(rows)
             write_rows(table.to_batches(), table.schema, form)
+
+
+def _by(answer: "Answer") -> str:
+    return f" (scores: {answer.scores})" if answer.scores else ""
 
 
 def _title(settings: "Settings", target: str, strategy: str, harmful: bool) -> str:

@@ -1,6 +1,6 @@
 """Questions to a ranking: its rows from any place on, without a selection being made."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from prism_assets.errors import SettingsError
 from prism_assets.identity import join_key
@@ -11,7 +11,19 @@ from prism_assets.settings import Budget, Rerank
 from prism_assets.stage import Stage
 
 
-def query_index(
+class Answer(NamedTuple):
+    """The rows of a ranking, and by which scores they are ordered."""
+
+    rows: list[dict[str, Any]]
+    scores: str  # "exact", "sketch", or "" of a strategy without a direction
+
+
+def query_index(stage: Stage, **asked: Any) -> list[dict[str, Any]]:
+    """The rows of `ask`, which has the options."""
+    return ask(stage, **asked).rows
+
+
+def ask(
     stage: Stage,
     *,
     target: str,
@@ -21,7 +33,7 @@ def query_index(
     version: str | None = None,
     rerank: Rerank = 0.0,
     harmful: bool = False,
-) -> list[dict[str, Any]]:
+) -> Answer:
     """The k candidates of highest influence on a target behind the first `offset`, from the index of a feature version
     (default: today's); of a target with `use: remove` those of its mixture that are first to be removed. A strategy
     without a direction gives its own order.
@@ -62,7 +74,9 @@ def query_index(
     )
     columns = ["rank", "score", "id", "shard", "row", "source", "prompt", "completion"]
     found = top.table.select(columns).slice(offset).to_pylist()
-    return [{**row, "score": -row["score"]} for row in found] if reverse else found
+    rows = [{**row, "score": -row["score"]} for row in found] if reverse else found
+    exact = "exact" if top.notes.get("shortlist") is not None else "sketch"
+    return Answer(rows, exact if STRATEGIES[strategy].needs_direction else "")
 
 
 def selected_rows(stage: Stage, target: str, strategy: str) -> int:

@@ -55,6 +55,13 @@ def stages(project) -> dict[str, float]:
     return {one.stage: one.rows for one in estimated(project).stages}
 
 
+def rehearse_once(project) -> None:
+    """What is done once a process, and is no part of an estimate."""
+    from prism_assets.reference.rehearsal import rehearse
+
+    rehearse(project.stage)
+
+
 def tokens_of(project, rows) -> tuple[int, int]:
     """All tokens and those of completions, by the tokenizer alone: prompt and completion with BOS and EOS."""
     tokenizer = project.stage.model.tokenizer()
@@ -148,7 +155,6 @@ def test_a_finished_block_of_an_unfinished_shard_costs_nothing(finished, tmp_pat
 def test_the_tokens_of_each_kind_of_pass_are_those_that_the_engine_is_given(make_project, tmp_path, monkeypatch):
     from prism_assets.gradients.engine import GradientEngine
     from prism_assets.ops.remaining import Remaining
-    from prism_assets.reference.rehearsal import rehearse
 
     project = make_project(
         tmp_path / "project",
@@ -158,7 +164,7 @@ def test_the_tokens_of_each_kind_of_pass_are_those_that_the_engine_is_given(make
         seeds=[0, 1],
     )
     found = estimated(project)
-    rehearse(project.stage)  # no part of the estimate, and done once a process
+    rehearse_once(project)
     works = list(Remaining(project.stage, found.pool, found.targets))
     given: Counter[str] = Counter()
 
@@ -183,6 +189,39 @@ def test_the_tokens_of_each_kind_of_pass_are_those_that_the_engine_is_given(make
     prompts = sum(len(one) for one in found.targets["plain"].held_out.prompts)
     evaluated = 1 + 3 * 2  # whose prompts are read by generation, not by the engine
     assert total["forward"] - prompts * evaluated == given["forward"]
+
+
+def test_exact_scores_cost_a_pass_only_where_features_came_before_the_directions(make_project, tmp_path, monkeypatch):
+    from prism_assets.gradients.engine import GradientEngine
+    from prism_assets.ops.remaining import Remaining
+
+    project = make_project(tmp_path / "project", strategies=["prism", "less"], selection={"rerank": "all"}, seeds=[0])
+    given = [0]
+    real = GradientEngine.feature_rows
+
+    def counted(self, examples, *arguments, **options):
+        given[0] += sum(len(one.input_ids) for one in examples)
+        return real(self, examples, *arguments, **options)
+
+    def predicted() -> float:
+        found = estimated(project)
+        return sum(work.gradient for work in Remaining(project.stage, found.pool, found.targets))
+
+    def spent() -> int:
+        given[0] = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(GradientEngine, "feature_rows", counted)
+            project.run_steps(
+                [one for one in steps_of("run") if one.title not in ("Fine-tuning, evaluation", "Report")]
+            )
+        return given[0]
+
+    rehearse_once(project)
+    first = predicted()
+    assert spent() == first  # the features' pass, which takes the products along
+    project.configure(preference={"temperature": 0.5})
+    assert predicted() == pytest.approx(spent(), rel=1e-6) and 0 < given[0] < first  # one pass over the pool for both
+    assert predicted() == 0
 
 
 # -- disk and memory ---------------------------------------------------------------------------------------------

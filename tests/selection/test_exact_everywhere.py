@@ -123,13 +123,19 @@ def test_a_query_gives_the_order_of_the_selection_and_loads_no_model(project, mo
 
 
 def test_where_products_are_lost_a_query_asks_the_sketch_and_exact_ones_are_made_when_wanted(project, tmp_path):
-    from prism_assets.selection.query import query_index
+    from typer.testing import CliRunner
+
+    from prism_assets.cli import app
+    from prism_assets.selection.query import ask
 
     copy = project.copy(tmp_path / "copy")
     forget_products(copy)
-    sketched = query_index(copy.stage, target="plain", k=8)
-    assert not products(copy)
-    exact = query_index(copy.stage, target="plain", k=8, rerank=4.0)
+    sketched, by = ask(copy.stage, target="plain", k=8)
+    assert by == "sketch" and not products(copy)
+    said = CliRunner().invoke(app, ["query", "plain", "--config", str(copy.config)])
+    assert "exact ones are not known yet; --exact computes them" in said.stderr and "(scores: sketch)" in said.stdout
+    exact, by = ask(copy.stage, target="plain", k=8, rerank=4.0)
+    assert by == "exact" and ask(copy.stage, target="plain", k=8) == (exact, "exact")
     assert [row["id"] for row in exact] == [row["id"] for row in copy.selected("prism")]
     assert [row["score"] for row in sketched] != [row["score"] for row in exact]
 
