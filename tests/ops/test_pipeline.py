@@ -926,7 +926,7 @@ def test_exact_rows_wider_than_an_index_are_refused_before_the_gradient_pass(mak
     project = make_project(tmp_path / "project", features={"sketch_dim": "exact"})
     monkeypatch.setattr("prism_assets.features.gradient_pass.MOST_INDEX_DIMENSIONS", 100)
     message = failing(project)
-    assert message.startswith("Candidate features") and "an index takes 100 at most: set a number" in message
+    assert message.startswith("Target directions") and "an index takes 100 at most: set a number" in message
     assert not everything_made(project.lake, "feature_blocks")
 
 
