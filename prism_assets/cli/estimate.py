@@ -16,7 +16,6 @@ from prism_assets.cli.common import (
     read_settings,
     say,
 )
-from prism_assets.engines import open_stage
 
 if TYPE_CHECKING:
     from prism_assets.ops.estimate import Estimate
@@ -35,6 +34,7 @@ def estimate(
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, target)
+        from prism_assets.engines import open_stage
         from prism_assets.ops.estimate import estimate as estimated
 
         found = estimated(open_stage(settings), target, seconds=seconds)

@@ -16,7 +16,6 @@ from prism_assets.cli.common import (
     say,
     short,
 )
-from prism_assets.engines import open_stage
 
 
 @app.command()
@@ -35,6 +34,8 @@ def explain(
     with expected_failures():
         settings = read_settings(config)
         known_targets(settings, [target])
+        from prism_assets.engines import open_stage
+
         stage = open_stage(settings)
         from prism_assets.explanation.explainer import Explainer
 

@@ -15,7 +15,6 @@ from prism_assets.cli.common import (
     read_settings,
     say,
 )
-from prism_assets.engines import open_stage
 from prism_assets.errors import UserMistake
 
 
@@ -31,6 +30,8 @@ def gc(
     with expected_failures():
         settings = read_settings(config)
         age = _seconds(min_age)
+        from prism_assets.engines import open_stage
+
         stage = open_stage(settings)
         from prism_assets.catalog.sql import refresh
         from prism_assets.ops.gc import collect, plan, runs_in_progress, summary, what_is_current

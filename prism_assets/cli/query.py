@@ -17,7 +17,6 @@ from prism_assets.cli.common import (
     short,
 )
 from prism_assets.cli.formats import AsFormat, chosen, write_rows
-from prism_assets.engines import open_stage
 from prism_assets.errors import UnknownThing, UserMistake
 
 if TYPE_CHECKING:
@@ -54,6 +53,8 @@ def query(
         form = chosen(form, as_json)
         settings = read_settings(config)
         known_targets(settings, [target], "")
+        from prism_assets.engines import open_stage
+
         stage = open_stage(settings)
         from prism_assets.selection.query import ask, selected_rows
 
