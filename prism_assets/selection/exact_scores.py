@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from prism_assets.corpus.token_tables import from_table
 from prism_assets.errors import LakeError, StageError
 from prism_assets.features.blocks import blocks_of
 from prism_assets.features.exact_products import ExactProducts, remembered, shown_directions
@@ -108,6 +107,8 @@ def known_scores(pool: Pool, direction: Artifact) -> "np.ndarray | None":
 
 def _make_products(pool: Pool, direction: Artifact) -> None:
     """The missing products of all blocks, with this direction and with those that the lake shows."""
+    from prism_assets.corpus.token_tables import from_table
+
     lake, stage = pool.lake, pool.stage
     directions = [direction, *shown_directions(stage)]
     pending: list[tuple[str, int, Artifact]] = []  # shard, first row, block
@@ -182,6 +183,8 @@ class ExactScorer:
 
 def _tier_scores(pool: Pool, exact: ExactScorer, shard: str, rows: "np.ndarray") -> "np.ndarray":
     import numpy as np
+
+    from prism_assets.corpus.token_tables import from_table
 
     scores = exact.of(from_table(pool.candidates(shard, ["input_ids", "loss_mask"]).take(rows)))
     return np.where(np.isfinite(scores), scores, -np.inf)
