@@ -64,8 +64,9 @@ class Encoder:
 
     template: "auto" (the tokenizer's chat template where it has one, else plain), "chat", "plain", or the
     text of a Jinja chat template. max_length: tokens of an example at most, prompt and completion together.
-    ``stop_token_ids`` are the tokens that end a completion. Raises `UnusableTokenizer` where the tokenizer
-    has no EOS token, or the template does not render an exchange.
+    ``stop_token_ids`` are the tokens that end a completion; ``leading_id`` is BOS, where the tokenizer
+    writes it by itself. Raises `UnusableTokenizer` where the tokenizer has no EOS token, or the template does not
+    render an exchange.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Encoder:
         self._special_ids = set(cast("list[int]", tokenizer.convert_tokens_to_ids(sorted(special_tokens))))
         self._special_pattern = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))))
         self._template = None if text is None else ChatTemplate(tokenizer, text, self._special_pattern)
-        self._leading_id = self._bos_added_by_default()
+        self.leading_id = self._bos_added_by_default()
         self._leading_space = self._where_a_space_leads()
         self._before_text = self._tokens_at_the_end()
         self.stop_token_ids = self._stop_token_ids()
@@ -100,6 +101,11 @@ class Encoder:
     def roles(self) -> tuple[str, ...]:
         """The roles whose turns are written, of system, user, assistant and tool."""
         return ("system", "user", "assistant") if self._template is None else self._template.roles
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether turns are joined by the separator, with no chat template."""
+        return self._template is None
 
     def encode(self, messages: Sequence[Message]) -> TokenizedExample:
         """A conversation that ends in an assistant turn; assistant turns are supervised, their ends included.
@@ -204,8 +210,8 @@ class Encoder:
 
     def _text_ids(self, text: str) -> list[int]:
         ids = self._token_ids(text)
-        if self._leading_id is not None and ids[:1] != [self._leading_id]:
-            ids = [self._leading_id, *ids]
+        if self.leading_id is not None and ids[:1] != [self.leading_id]:
+            ids = [self.leading_id, *ids]
         eos = cast("int", self.tokenizer.eos_token_id)
         return ids if ids[-1:] == [eos] else [*ids, eos]
 
@@ -248,8 +254,8 @@ class Encoder:
     def _removable(self, messages: Sequence[Message], tokens: _Tokens) -> list[list[int]]:
         """For each text of the user (or a tool) before the first completion the positions of its tokens, but the last
         of them."""
-        prompt = next(segment.text for segment in self._segments(messages))
-        first = 1 if self._template is None and self._leading_id is not None else 0
+        prompt = next(segment.text for segment in self.segments(messages))
+        first = 1 if self._template is None and self.leading_id is not None else 0
         spans = _spans(prompt, messages)
         if not self.tokenizer.is_fast:
             return self._removable_by_parts(prompt, spans, first, tokens)
@@ -285,10 +291,10 @@ class Encoder:
     def _tokens(self, messages: Sequence[Message]) -> _Tokens:
         ids: list[int] = []
         supervised: list[bool] = []
-        if self._template is None and self._leading_id is not None:
-            ids, supervised = [self._leading_id], [False]
+        if self._template is None and self.leading_id is not None:
+            ids, supervised = [self.leading_id], [False]
         before = ""
-        for segment in self._segments(messages):
+        for segment in self.segments(messages):
             new = self._token_ids(segment.text, before)
             before = segment.text
             if segment.supervised and self._special_ids.issuperset(new):
@@ -300,7 +306,8 @@ class Encoder:
             supervised += [segment.supervised] * len(new)
         return _Tokens(ids, supervised)
 
-    def _segments(self, messages: Sequence[Message]) -> list[TextSegment]:
+    def segments(self, messages: Sequence[Message]) -> list[TextSegment]:
+        """A conversation as text, supervised and not, each to be tokenised by itself. Raises `Untokenizable`."""
         if self._template is None:
             return plain_segments(messages, self.separator)
         return self._template.segments(messages)

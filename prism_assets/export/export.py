@@ -9,15 +9,14 @@ a card does, and is written here only. `export` is called from outside: it reads
 """
 
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import CannotExport
 from prism_assets.export.cards import CitedArtifact, Facts, adapter_card, data_card
+from prism_assets.export.places import check_free, put
 from prism_assets.identity import base_key, join_key, seed_partition, split_key
 from prism_assets.resources.lake import Artifact, hash_table
 from prism_assets.settings import Budget
@@ -64,7 +63,7 @@ def export(stage: Stage, target: str, strategy: str, folder: Path, *, force: boo
     facts = _facts(stage, exported)
     places = folder / "adapter", folder / "data"
     for place, known in zip(places, (ADAPTER_FILES, DATA_FILES), strict=True):
-        _check_free(place, known, force)
+        check_free(place, known, force)
 
     def write_adapter(draft: Path) -> None:
         for name in ADAPTER_FILES[:2]:
@@ -79,7 +78,7 @@ def export(stage: Stage, target: str, strategy: str, folder: Path, *, force: boo
 
     folder.mkdir(parents=True, exist_ok=True)
     for place, write in zip(places, (write_adapter, write_data), strict=True):
-        _put(place, write)
+        put(place, write)
     return places
 
 
@@ -209,32 +208,3 @@ def _cited(what: str, artifact: Artifact) -> CitedArtifact:
 
 def _name(traced: Mapping[str, Any]) -> str:
     return f"{traced['table']}[{traced['partition']}]" if traced["partition"] else traced["table"]
-
-
-def _check_free(place: Path, known: Sequence[str], force: bool) -> None:
-    """Only what an export wrote is ever replaced: `--to .` must not take a project's own `data` with it."""
-    if not os.path.lexists(place):
-        return
-    if not force:
-        raise CannotExport(
-            f"{place} is there already: name another folder, or use --force to replace an earlier export."
-        )
-    plain = place.is_dir() and not place.is_symlink()
-    others = [one.name for one in place.iterdir() if one.name not in known] if plain else ["it"]
-    if others:
-        raise CannotExport(
-            f"{place} was not written by an export ({others[0]} is no file of one): name another folder."
-        )
-
-
-def _put(place: Path, write: Callable[[Path], None]) -> None:
-    """Write beside, then rename into place."""
-    draft = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-    draft.mkdir()
-    try:
-        write(draft)
-        if place.exists():
-            shutil.rmtree(place)
-        os.replace(draft, place)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

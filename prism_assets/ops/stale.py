@@ -36,6 +36,20 @@ def why_outdated(stage: Stage, target: str, strategy: "Strategy") -> str | None:
         return str(error)
 
 
+def newer_than_shown(stage: Stage, target: str, strategy: "Strategy") -> list[str]:
+    """What the selection that the lake shows does not know of yet: files of the inbox, newer inputs, other settings."""
+    from prism_assets.corpus.candidates import inbox_files
+
+    waiting = []
+    if stage.settings.candidates.inbox.is_dir():
+        keys = inbox_files(stage, at_rest_seconds=0)
+        unread = sum(stage.shown_or_none("candidates", key) is None for key in keys)
+        if unread:
+            waiting.append(f"{unread:,} of {len(keys):,} files of the inbox are not read yet")
+    why = why_outdated(stage, target, strategy)
+    return [*waiting, *([why] if why else [])]
+
+
 def untrained(stage: Stage, keys: Iterable[str]) -> list[str]:
     """Those of the partitions whose selection is made, and whose adapters are not those of its rows and of today's
     settings."""
