@@ -246,6 +246,8 @@ def test_llama_factory_gets_pairs_that_its_empty_template_leaves_as_they_are(bot
 
 
 def test_llama_factory_itself_reads_its_configuration_and_its_rows(both, monkeypatch, tmp_path):
+    from transformers import AutoTokenizer
+
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
     data = pytest.importorskip("llamafactory.data", exc_type=ImportError)
     hparams = pytest.importorskip("llamafactory.hparams", exc_type=ImportError)
@@ -254,7 +256,7 @@ def test_llama_factory_itself_reads_its_configuration_and_its_rows(both, monkeyp
     config = yaml.safe_load((folder / "llama-factory" / "train.yaml").read_text())
     config |= {"output_dir": str(tmp_path / "output"), "bf16": False, "use_cpu": True}
     model, given, training, _, _ = hparams.get_train_args(config)
-    tokenizer = project.model.tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(project.folder / "model")  # one of its own: it is changed
     template = data.get_template_and_fix_tokenizer(tokenizer, given)
     found = data.get_dataset(template, model, given, training, stage="sft", tokenizer=tokenizer)["train_dataset"]
     rows = project.selected("random")

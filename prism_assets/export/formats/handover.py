@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prism_assets.corpus.records import TEXT_ROLE, Message, messages_from_json
+from prism_assets.corpus.records import TEXT_ROLE, Message, excerpt_of, messages_from_json
 from prism_assets.corpus.template import TextSegment, Untokenizable
 from prism_assets.errors import CannotExport
 from prism_assets.export.formats.plan import Plan, plan_of
@@ -12,14 +12,17 @@ from prism_assets.export.formats.segments import segment_tokens, written_segment
 from prism_assets.export.formats.template_file import template_file
 from prism_assets.identity import join_key, seed_partition
 from prism_assets.resources.lake import Artifact, hash_table
+from prism_assets.text import visible
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
     from prism_assets.corpus.encoder import Encoder
     from prism_assets.stage import Stage
 
 _ROWS_AT_A_TIME = 1024
+_NAMED = 5
 _COLUMNS = ("rank", "score", "id", "record_id", "source", "messages", "input_ids", "loss_mask")
 
 
@@ -33,11 +36,16 @@ class Row(NamedTuple):
     source: str | None
     messages: tuple[Message, ...]  # the definitions of tools, where there are any, as the first
     segments: list[TextSegment]  # its whole text, in parts with and without loss
-    input_ids: list[int]
-    loss_mask: list[bool]
+    input_ids: "np.ndarray"  # int32 [T]
+    loss_mask: "np.ndarray"  # bool [T]
     cut: bool  # whether `max_length` cost it a part of its prompt, or of its text
     length: int  # tokens of the whole text, each part tokenised by itself, as trainers do
     retokenized: bool  # whether those are others than were scored, in a row that was not cut
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens with loss."""
+        return int(self.loss_mask.sum())
 
     @property
     def name(self) -> str:
@@ -78,7 +86,7 @@ class Handover:
 
     @property
     def completion_tokens(self) -> int:
-        return sum(sum(row.loss_mask) for row in self.rows)
+        return sum(row.completion_tokens for row in self.rows)
 
     @property
     def tokens(self) -> int:
@@ -142,36 +150,50 @@ def _rows(table: "pa.Table", encoder: "Encoder", target: str) -> list[Row]:
     rows, others = [], []
     for batch in table.select(_COLUMNS).to_batches(max_chunksize=_ROWS_AT_A_TIME):
         for values in batch.to_pylist():
-            messages = messages_from_json(values.pop("messages"))
-            try:
-                made = encoder.encode(messages)
-                same = made.input_ids.tolist() == values["input_ids"] and made.loss_mask.tolist() == values["loss_mask"]
-            except Untokenizable:
-                same = False
-            if not same:
+            row = _row(values, encoder)
+            if row is None:
                 others.append(values["record_id"] or values["id"])
-                continue
-            segments = written_segments(encoder, messages)
-            ids, mask = segment_tokens(encoder, segments)
-            # The first token has no loss, whatever a trainer is told of it.
-            same = ids == values["input_ids"] and mask[1:] == values["loss_mask"][1:]
-            rows.append(
-                Row(
-                    messages=messages,
-                    segments=segments,
-                    cut=made.truncated,
-                    length=len(ids),
-                    retokenized=not made.truncated and not same,
-                    **values,
-                )
-            )
+            else:
+                rows.append(row)
     if others:
         raise CannotExport(
-            f"{len(others):,} of {table.num_rows:,} rows ({', '.join(others[:3])}) have other tokens than today's "
-            "settings of model and tokenization give, so they were scored under others: "
-            f"`prism select --target {target}` makes the selection again."
+            f"{len(others):,} of {table.num_rows:,} rows ({named(others)}) have other tokens than today's settings of "
+            f"model and tokenization give, so they were scored under others: `prism select --target {target}` makes "
+            "the selection again."
         )
     return rows
+
+
+def _row(values: dict[str, Any], encoder: "Encoder") -> Row | None:
+    """A row with its text; None where today's settings give other tokens or another loss than are stored."""
+    messages = messages_from_json(values["messages"])
+    stored = values["input_ids"], values["loss_mask"]
+    try:
+        made = encoder.encode(messages)
+    except Untokenizable:
+        return None
+    if (made.input_ids.tolist(), made.loss_mask.tolist()) != stored:
+        return None
+    segments = written_segments(encoder, messages)
+    ids, mask = segment_tokens(encoder, segments)
+    # The first token has no loss, whatever a trainer is told of it.
+    retokenized = not made.truncated and (ids, mask[1:]) != (stored[0], stored[1][1:])
+    return Row(
+        **{name: values[name] for name in ("rank", "score", "id", "record_id", "source")},
+        messages=messages,
+        segments=segments,
+        input_ids=made.input_ids,
+        loss_mask=made.loss_mask,
+        cut=made.truncated,
+        length=len(ids),
+        retokenized=retokenized,
+    )
+
+
+def named(rows: Sequence[str]) -> str:
+    """The first names of rows, as a message may show them."""
+    names = [visible(excerpt_of(name)) for name in rows[:_NAMED]]
+    return ", ".join(names) + (", …" if len(rows) > _NAMED else "")
 
 
 def _adapter_of(stage: "Stage", key: str, table: "pa.Table") -> Artifact | None:

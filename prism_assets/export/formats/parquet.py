@@ -28,7 +28,7 @@ def _table(handover: Handover) -> "pa.Table":
         "id": pa.array([row.id for row in rows], pa.string()),
         "record_id": pa.array([row.record_id for row in rows], pa.string()),
         "source": pa.array([row.source for row in rows], pa.string()),
-        "completion_tokens": pa.array([sum(row.loss_mask) for row in rows], pa.int64()),
+        "completion_tokens": pa.array([row.completion_tokens for row in rows], pa.int64()),
     }
     if all(row.is_text for row in rows):
         columns["text"] = pa.array([row.messages[0].content for row in rows], pa.string())
@@ -62,8 +62,8 @@ def _use(handover: Handover) -> list[str]:
         "content) and `record_id` (the record's own), `source`, `completion_tokens`, and `messages`, a list of structs "
         "of `role`, `content` and `weight`: 1 where a turn had loss when the rows were scored, else 0. What else a "
         "turn has is in `reasoning_content`, `tool_calls` (JSON text), `tool_call_id` and `name`; definitions of tools "
-        "are in `tools` (JSON text). A text without a conversation is a turn of the role `text`; where all rows are such, the "
-        "column `text` is in the place of `messages`.",
+        "are in `tools` (JSON text). A text without a conversation is a turn of the role `text`; where all rows are "
+        "such, the column `text` is in the place of `messages`.",
         "",
         *fenced(
             "python",

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from prism_assets.errors import CannotExport
-from prism_assets.export.formats.handover import Handover, Row
-
-_NAMED = 5
+from prism_assets.export.formats.handover import Handover, Row, named
 
 # What a row may hold that not every format can say.
 IS_TEXT = "a text without a conversation"
@@ -34,8 +32,7 @@ def refuse(handover: Handover, name: str, instead: Mapping[str, str]) -> None:
 
 def refuse_rows(handover: Handover, name: str, rows: list[str], what: str, other: str) -> None:
     """Raise CannotExport for these rows."""
-    named = ", ".join(rows[:_NAMED]) + (", …" if len(rows) > _NAMED else "")
     raise CannotExport(
-        f"{len(rows):,} of {len(handover.rows):,} rows hold {what}, which {name} has no place for ({named}): "
+        f"{len(rows):,} of {len(handover.rows):,} rows hold {what}, which {name} has no place for ({named(rows)}): "
         f"use --format {other}."
     )

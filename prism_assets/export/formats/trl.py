@@ -12,18 +12,17 @@ from prism_assets.export.formats.format import OUTPUT, PARQUET, TEMPLATE, Format
 from prism_assets.export.formats.handover import Handover
 from prism_assets.export.formats.plan import Plan, without_nothing
 from prism_assets.resources.model.quantization import ASKED
+from prism_assets.text import as_code
 
 _SCRIPT = "train.py"
 
 
 def _write(folder: Path, handover: Handover) -> None:
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    labels = [
-        [token if learned else -100 for token, learned in zip(row.input_ids, row.loss_mask, strict=True)]
-        for row in handover.rows
-    ]
+    labels = [np.where(row.loss_mask, row.input_ids, -100) for row in handover.rows]
     tokens = pa.list_(pa.int64())
     columns = {
         "input_ids": pa.array([row.input_ids for row in handover.rows], tokens),
@@ -133,7 +132,7 @@ def _use(handover: Handover) -> list[str]:
     return [
         f"`{PARQUET}` holds the tokens that were scored: `input_ids`, and `labels` with -100 where there is no loss. "
         "TRL takes such rows as they are, so template, loss mask and length are exactly those under which the rows "
-        f"were selected. They belong to the tokenizer of {handover.plan.model}; for another model hand over "
+        f"were selected. They belong to the tokenizer of {as_code(handover.plan.model)}; for another model hand over "
         "conversations (`--format openai` or `parquet`).",
         "",
         *fenced("sh", "pip install 'trl>=1.16,<2' peft datasets", f"python {_SCRIPT}"),
