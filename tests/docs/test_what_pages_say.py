@@ -139,6 +139,15 @@ def test_three_lines_read_a_selection_in_polars(selected):
     assert space["counts"]["len"].sum() == 8
 
 
+@pytest.mark.parametrize(("library", "method"), [("pandas", "df"), ("polars", "pl")])
+def test_three_lines_read_a_table_of_the_lake(selected, library, method):
+    pytest.importorskip(library)
+    space = {}
+    exec(lines_that_read_with(f"target = 'gsm8k'\").{method}()").replace("gsm8k", "plain"), space)
+    assert type(space["scores"]).__module__.partition(".")[0] == library
+    assert list(space["scores"]["target"]) == ["plain"] * len(space["scores"]) and len(space["scores"]) == 32
+
+
 def test_three_lines_read_the_views_in_duckdb(selected):
     pytest.importorskip("pandas")
     counts = run_lines("duckdb")["counts"]
