@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import shutil
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +13,9 @@ import yaml
 from typer.testing import CliRunner
 
 from conftest import make_rows
+from prism_assets.errors import CannotExport
 from prism_assets.export.formats.names import FORMAT_NAMES
+from prism_assets.export.formats.readme import readme
 
 pytestmark = pytest.mark.usefixtures("blank_plots")
 
@@ -362,6 +365,59 @@ def test_rows_that_were_cut_are_counted(exports):
     assert "are whole here, up to 3" in cut["axolotl"] and "are whole here" in cut["parquet"]
 
 
+def test_settings_come_to_each_trainer_under_its_own_names(plain, tmp_path):
+    from prism_assets.export.formats.hand_over import FORMATS
+    from prism_assets.export.formats.handover import handover_of
+
+    found = handover_of(plain.stage, "plain", "random")
+    changes = dict(quantization="nf4", rslora=True, dropout=0.1, target_modules=["q_proj", "v_proj"], rank=64)
+    changes |= dict(steps=None, epochs=2, model="some/model", revision="abc", dtype="bfloat16", trust_remote_code=True)
+    found = replace(found, plan=found.plan._replace(**changes))
+    for name in ("trl", "axolotl", "llama-factory"):
+        (tmp_path / name).mkdir()
+        FORMATS[name].write(tmp_path / name, found)
+    script = (tmp_path / "trl" / "train.py").read_text()
+    compile(script, "train.py", "exec")
+    loaded = "MODEL, revision='abc', trust_remote_code=True"
+    assert f"AutoTokenizer.from_pretrained({loaded})" in script and f"({loaded}, dtype=torch.bfloat16, quant" in script
+    assert "load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True" in script
+    assert "r=64, lora_alpha=4, target_modules=['q_proj', 'v_proj'], use_rslora=True, lora_dropout=0.1" in script
+    assert "num_train_epochs=2" in script and "max_steps" not in script
+    axolotl = yaml.safe_load((tmp_path / "axolotl" / "axolotl.yaml").read_text())
+    expected = dict(adapter="qlora", load_in_4bit=True, lora_target_modules=["q_proj", "v_proj"], peft_use_rslora=True)
+    expected |= dict(lora_dropout=0.1, num_epochs=2, revision_of_model="abc", bf16=True, trust_remote_code=True)
+    assert {name: axolotl.get(name) for name in expected} == expected
+    assert "lora_target_linear" not in axolotl and "max_steps" not in axolotl
+    factory = yaml.safe_load((tmp_path / "llama-factory" / "train.yaml").read_text())
+    expected = dict(quantization_bit=4, quantization_type="nf4", double_quantization=True, lora_target="q_proj,v_proj")
+    expected |= dict(use_rslora=True, num_train_epochs=2, model_revision="abc", bf16=True, trust_remote_code=True)
+    assert {name: factory.get(name) for name in expected} == expected
+    made = readme(found, "axolotl", FORMATS["axolotl"])
+    assert "vllm serve some/model --revision abc --enable-lora --max-lora-rank 64" in made
+    assert 'from_pretrained("some/model", revision="abc", quantization_config=BitsAndBytesConfig(' in made
+    started = replace(found, plan=found.plan._replace(starting_adapter="/an/adapter", quantization="none"))
+    FORMATS["trl"].write(tmp_path / "trl", started)
+    script = (tmp_path / "trl" / "train.py").read_text()
+    compile(script, "train.py", "exec")
+    assert (
+        "PeftModel.from_pretrained(model, '/an/adapter', is_trainable=True)" in script and "peft_config" not in script
+    )
+    with pytest.raises(CannotExport, match=r"lora.alpha is 1.5, and axolotl takes whole numbers: use --format trl"):
+        FORMATS["axolotl"].write(tmp_path / "axolotl", replace(found, plan=found.plan._replace(alpha=1.5)))
+
+
+def test_rows_that_a_tool_tokenises_in_another_way_are_counted(plain):
+    from prism_assets.export.formats.hand_over import FORMATS
+    from prism_assets.export.formats.handover import handover_of
+
+    found = handover_of(plain.stage, "plain", "random")
+    assert found.retokenized == 0
+    other = replace(found, rows=[found.rows[0]._replace(retokenized=True), *found.rows[1:]])
+    assert "other tokens here than those that were scored: 1." in readme(other, "axolotl", FORMATS["axolotl"])
+    for name in ("trl", "openai"):
+        assert "other tokens here" not in readme(other, name, FORMATS[name])
+
+
 def test_an_adapter_of_exactly_these_rows_comes_along(two_versions, tmp_path):
     from peft import PeftConfig
 
@@ -443,7 +499,6 @@ def test_what_a_format_has_no_words_for_is_never_left_out(row, name, says):
     from types import SimpleNamespace
 
     from prism_assets.corpus.records import messages_from_json
-    from prism_assets.errors import CannotExport
     from prism_assets.export.formats.hand_over import FORMATS
     from prism_assets.export.formats.handover import Row
 
