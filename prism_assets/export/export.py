@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism_assets.errors import CannotExport
 from prism_assets.export.cards import CitedArtifact, Facts, adapter_card, data_card
-from prism_assets.export.places import check_free, put
+from prism_assets.export.places import check_free, make_folder, put
 from prism_assets.identity import base_key, join_key, seed_partition, split_key
 from prism_assets.resources.lake import Artifact, hash_table
 from prism_assets.settings import Budget
@@ -76,7 +76,7 @@ def export(stage: Stage, target: str, strategy: str, folder: Path, *, force: boo
         pq.write_table(data_table(rows), draft / "train.parquet")
         (draft / "README.md").write_text(data_card(facts), encoding="utf-8")
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for place, write in zip(places, (write_adapter, write_data), strict=True):
         put(place, write)
     return places

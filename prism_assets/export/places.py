@@ -26,6 +26,14 @@ def check_free(place: Path, known: Collection[str], force: bool) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """The folder that exports are written into. Raises CannotExport where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotExport(f"{folder} cannot be made ({error.strerror}): name another folder.") from error
+
+
 def put(place: Path, write: Callable[[Path], None]) -> None:
     """Write beside, then rename into place."""
     draft = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")

@@ -528,6 +528,8 @@ def test_an_earlier_folder_is_replaced_only_when_told_to(plain, tmp_path):
     (tmp_path / "openai" / "output").mkdir()  # what a trainer left there
     assert "was not written by an export" in prism(plain, *arguments, "--force", status=2)
     assert sorted(os.listdir(tmp_path)) == ["openai"]
+    told = prism(plain, *arguments[:-1], tmp_path / "openai" / "train.jsonl", status=2)
+    assert "cannot be made (File exists): name another folder" in told
 
 
 def test_a_selection_that_is_not_made_yet_says_how_it_is(make_project, tmp_path):

@@ -19,7 +19,7 @@ from prism_assets.export.formats.parquet import PARQUET_FORMAT
 from prism_assets.export.formats.readme import ADAPTER, readme
 from prism_assets.export.formats.sharegpt import SHAREGPT
 from prism_assets.export.formats.trl import TRL
-from prism_assets.export.places import check_free, put
+from prism_assets.export.places import check_free, make_folder, put
 from prism_assets.stage import Stage
 
 FORMATS: Mapping[FormatName, Format] = {
@@ -62,7 +62,7 @@ def hand_over(
             shutil.copyfile(path, draft / ADAPTER / file)
 
     existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         put(place, write)
     finally:
